@@ -1,0 +1,19 @@
+-- Replaces the state of a bucket, with an expiry, if it is the expected one to the byte.
+--
+-- KEYS[1]  key of the bucket
+-- ARGV[1]  expected state
+-- ARGV[2]  new state
+-- ARGV[3]  time to live in milliseconds, above 0
+--
+-- Reply: {1, seconds, microseconds} when the new state was stored,
+--        {state, seconds, microseconds} with the state that is there instead, nil where there is none;
+--        seconds and microseconds are the server's time.
+
+-- The time first: a user without permission for it must fail before anything is written.
+local time = redis.call('TIME')
+local current = redis.call('GET', KEYS[1])
+if current == ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+  return {1, time[1], time[2]}
+end
+return {current, time[1], time[2]}

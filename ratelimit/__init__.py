@@ -1,0 +1,78 @@
+"""Token buckets that every instance of every service shares through Redis.
+
+::
+
+    from ratelimit import ProxyManager
+
+    manager = ProxyManager.from_url("redis://localhost:6379/0", "100/minute")
+    if not manager.try_consume("user:42"):
+        ...  # too many requests
+"""
+
+__distribution__ = "ratelimit-redis"  # before the imports: ratelimit.errors looks for it
+
+from ratelimit.bucket import AsyncBucket, AsyncVerboseBucket, Bucket, VerboseBucket
+from ratelimit.clock import Clock, SystemClock
+from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import NEVER
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.core.state import BandwidthState
+from ratelimit.errors import (
+    BucketNotFoundError,
+    ContentionError,
+    CorruptStateError,
+    InvalidArgumentError,
+    InvalidConfigurationError,
+    RateLimitError,
+    ReservationOverflowError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    UnsupportedStateError,
+)
+from ratelimit.manager import AsyncProxyManager, ProxyManager, Recovery
+from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
+from ratelimit.stores.protocol import AsyncStore, Lost, Store
+from ratelimit.stores.redis import AsyncRedisStore, RedisStore
+
+__all__ = [
+    "NEVER",
+    "AsyncBucket",
+    "AsyncMemoryStore",
+    "AsyncProxyManager",
+    "AsyncRedisStore",
+    "AsyncStore",
+    "AsyncVerboseBucket",
+    "Bandwidth",
+    "BandwidthState",
+    "Bucket",
+    "BucketConfiguration",
+    "BucketNotFoundError",
+    "Clock",
+    "ConsumptionProbe",
+    "ContentionError",
+    "CorruptStateError",
+    "EstimationProbe",
+    "Expiration",
+    "InvalidArgumentError",
+    "InvalidConfigurationError",
+    "Lost",
+    "MemoryStore",
+    "ProxyManager",
+    "RateLimitError",
+    "Recovery",
+    "RedisStore",
+    "ReservationOverflowError",
+    "Snapshot",
+    "Store",
+    "StoreError",
+    "StoreTimeoutError",
+    "StoreUnavailableError",
+    "SystemClock",
+    "TokensInheritance",
+    "UnsupportedStateError",
+    "VerboseBucket",
+    "VerboseResult",
+]

@@ -1,0 +1,294 @@
+"""Buckets as callers hold them: a line for each verb, sync and asyncio, plain and verbose."""
+
+from __future__ import annotations
+
+from ratelimit.core.bandwidth import Limits
+from ratelimit.core.commands import (
+    AddTokens,
+    ConsumeAsMuchAsPossible,
+    ConsumeIgnoringRateLimits,
+    EstimateAbilityToConsume,
+    ForceAddTokens,
+    GetAvailableTokens,
+    Reset,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+    Verbose,
+)
+from ratelimit.core.duration import Duration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import MAX
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.drive import adrive, drive
+from ratelimit.errors import Key
+from ratelimit.handle import Handle, replacement, token_count
+
+
+class Bucket:
+    """One bucket, for sync code; made by :meth:`ProxyManager.bucket`. Cheap: nothing is sent before the first verb.
+
+    Verbs raise ``InvalidArgumentError`` for a number of tokens that is no ``int`` of 1 or more, ``StoreError`` or one
+    of its kinds for trouble with the store, ``ContentionError``, and ``CorruptStateError`` for foreign bytes under the
+    key.
+    """
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    @property
+    def key(self) -> Key:
+        """The key, as it was given."""
+        return self._handle.target.key
+
+    @property
+    def verbose(self) -> VerboseBucket:
+        """The same verbs, answering with the bucket after them."""
+        return VerboseBucket(self._handle)
+
+    def try_consume(self, tokens: int = 1) -> bool:
+        """Consume the tokens if all of them are there; whether they were."""
+        return drive(self._handle.run(TryConsume(token_count(tokens))))
+
+    def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
+        """Consume the tokens if all of them are there; with what is left, and how long to wait."""
+        return drive(self._handle.run(TryConsumeAndReturnRemaining(token_count(tokens))))
+
+    def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
+        """Consume what is there, at most ``limit``; how many tokens that was."""
+        return drive(self._handle.run(ConsumeAsMuchAsPossible(_limit(limit))))
+
+    def consume_ignoring_rate_limits(self, tokens: int) -> int:
+        """Consume the tokens, in debt if need be; nanoseconds until they would have been there.
+
+        :raises ReservationOverflowError: where the debt does not fit into 64 bits.
+        """
+        return drive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens))))
+
+    def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
+        """Wait for the tokens: take them on credit, then sleep until they are there. First reserved, first served.
+
+        :param timeout: the longest wait, a ``timedelta`` or seconds, above 0. Where the tokens would take longer the
+            answer is False at once, and nothing is taken.
+        :raises ReservationOverflowError: without a timeout, where the wait would never end.
+
+        A wait that is interrupted gives its tokens back.
+        """
+        return drive(self._handle.consume(tokens, timeout))
+
+    def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
+        """Whether the tokens could be consumed now, and how long to wait for them."""
+        return drive(self._handle.run(EstimateAbilityToConsume(token_count(tokens))))
+
+    def available_tokens(self) -> int:
+        """The tokens that are there now; negative in debt."""
+        return drive(self._handle.run(GetAvailableTokens()))
+
+    def add_tokens(self, tokens: int) -> None:
+        """Put tokens in, up to the capacity."""
+        drive(self._handle.run(AddTokens(token_count(tokens))))
+
+    def force_add_tokens(self, tokens: int) -> None:
+        """Put tokens in, above the capacity if need be."""
+        drive(self._handle.run(ForceAddTokens(token_count(tokens))))
+
+    def reset(self) -> None:
+        """Fill the bucket to its capacity; a debt is forgotten."""
+        drive(self._handle.run(Reset()))
+
+    def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
+        """Put other limits in the place of the stored ones; see :class:`TokensInheritance` for the tokens."""
+        drive(self._handle.run(replacement(configuration, inheritance)))
+
+    def snapshot(self) -> Snapshot:
+        """The state of the bucket now.
+
+        :raises BucketNotFoundError: for a key that is not limited.
+        """
+        return drive(self._handle.snapshot())
+
+
+class VerboseBucket:
+    """The verbs of a :class:`Bucket`, each answering with the bucket right after it as well."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
+        """See :meth:`Bucket.try_consume`."""
+        return drive(self._handle.run(Verbose(TryConsume(token_count(tokens)))))
+
+    def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
+        """See :meth:`Bucket.try_consume_and_return_remaining`."""
+        return drive(self._handle.run(Verbose(TryConsumeAndReturnRemaining(token_count(tokens)))))
+
+    def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
+        return drive(self._handle.run(Verbose(ConsumeAsMuchAsPossible(_limit(limit)))))
+
+    def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
+        """See :meth:`Bucket.consume_ignoring_rate_limits`."""
+        return drive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens)))))
+
+    def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
+        """See :meth:`Bucket.consume`."""
+        return drive(self._handle.consume_verbosely(tokens, timeout))
+
+    def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
+        """See :meth:`Bucket.estimate_ability_to_consume`."""
+        return drive(self._handle.run(Verbose(EstimateAbilityToConsume(token_count(tokens)))))
+
+    def available_tokens(self) -> VerboseResult[int]:
+        """See :meth:`Bucket.available_tokens`."""
+        return drive(self._handle.run(Verbose(GetAvailableTokens())))
+
+    def add_tokens(self, tokens: int) -> VerboseResult[None]:
+        """See :meth:`Bucket.add_tokens`."""
+        return drive(self._handle.run(Verbose(AddTokens(token_count(tokens)))))
+
+    def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
+        """See :meth:`Bucket.force_add_tokens`."""
+        return drive(self._handle.run(Verbose(ForceAddTokens(token_count(tokens)))))
+
+    def reset(self) -> VerboseResult[None]:
+        """See :meth:`Bucket.reset`."""
+        return drive(self._handle.run(Verbose(Reset())))
+
+    def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
+        """See :meth:`Bucket.replace_configuration`."""
+        return drive(self._handle.run(Verbose(replacement(configuration, inheritance))))
+
+    def snapshot(self) -> VerboseResult[Snapshot]:
+        """See :meth:`Bucket.snapshot`."""
+        return drive(self._handle.snapshot_verbosely())
+
+
+class AsyncBucket:
+    """One bucket, for asyncio; made by :meth:`AsyncProxyManager.bucket`. As :class:`Bucket`, awaited."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    @property
+    def key(self) -> Key:
+        """The key, as it was given."""
+        return self._handle.target.key
+
+    @property
+    def verbose(self) -> AsyncVerboseBucket:
+        """The same verbs, answering with the bucket after them."""
+        return AsyncVerboseBucket(self._handle)
+
+    async def try_consume(self, tokens: int = 1) -> bool:
+        """See :meth:`Bucket.try_consume`."""
+        return await adrive(self._handle.run(TryConsume(token_count(tokens))))
+
+    async def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
+        """See :meth:`Bucket.try_consume_and_return_remaining`."""
+        return await adrive(self._handle.run(TryConsumeAndReturnRemaining(token_count(tokens))))
+
+    async def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
+        return await adrive(self._handle.run(ConsumeAsMuchAsPossible(_limit(limit))))
+
+    async def consume_ignoring_rate_limits(self, tokens: int) -> int:
+        """See :meth:`Bucket.consume_ignoring_rate_limits`."""
+        return await adrive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens))))
+
+    async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
+        """See :meth:`Bucket.consume`."""
+        return await adrive(self._handle.consume(tokens, timeout))
+
+    async def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
+        """See :meth:`Bucket.estimate_ability_to_consume`."""
+        return await adrive(self._handle.run(EstimateAbilityToConsume(token_count(tokens))))
+
+    async def available_tokens(self) -> int:
+        """See :meth:`Bucket.available_tokens`."""
+        return await adrive(self._handle.run(GetAvailableTokens()))
+
+    async def add_tokens(self, tokens: int) -> None:
+        """See :meth:`Bucket.add_tokens`."""
+        await adrive(self._handle.run(AddTokens(token_count(tokens))))
+
+    async def force_add_tokens(self, tokens: int) -> None:
+        """See :meth:`Bucket.force_add_tokens`."""
+        await adrive(self._handle.run(ForceAddTokens(token_count(tokens))))
+
+    async def reset(self) -> None:
+        """See :meth:`Bucket.reset`."""
+        await adrive(self._handle.run(Reset()))
+
+    async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
+        """See :meth:`Bucket.replace_configuration`."""
+        await adrive(self._handle.run(replacement(configuration, inheritance)))
+
+    async def snapshot(self) -> Snapshot:
+        """See :meth:`Bucket.snapshot`."""
+        return await adrive(self._handle.snapshot())
+
+
+class AsyncVerboseBucket:
+    """The verbs of an :class:`AsyncBucket`, each answering with the bucket right after it as well."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
+        """See :meth:`Bucket.try_consume`."""
+        return await adrive(self._handle.run(Verbose(TryConsume(token_count(tokens)))))
+
+    async def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
+        """See :meth:`Bucket.try_consume_and_return_remaining`."""
+        return await adrive(self._handle.run(Verbose(TryConsumeAndReturnRemaining(token_count(tokens)))))
+
+    async def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
+        return await adrive(self._handle.run(Verbose(ConsumeAsMuchAsPossible(_limit(limit)))))
+
+    async def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
+        """See :meth:`Bucket.consume_ignoring_rate_limits`."""
+        return await adrive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens)))))
+
+    async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
+        """See :meth:`Bucket.consume`."""
+        return await adrive(self._handle.consume_verbosely(tokens, timeout))
+
+    async def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
+        """See :meth:`Bucket.estimate_ability_to_consume`."""
+        return await adrive(self._handle.run(Verbose(EstimateAbilityToConsume(token_count(tokens)))))
+
+    async def available_tokens(self) -> VerboseResult[int]:
+        """See :meth:`Bucket.available_tokens`."""
+        return await adrive(self._handle.run(Verbose(GetAvailableTokens())))
+
+    async def add_tokens(self, tokens: int) -> VerboseResult[None]:
+        """See :meth:`Bucket.add_tokens`."""
+        return await adrive(self._handle.run(Verbose(AddTokens(token_count(tokens)))))
+
+    async def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
+        """See :meth:`Bucket.force_add_tokens`."""
+        return await adrive(self._handle.run(Verbose(ForceAddTokens(token_count(tokens)))))
+
+    async def reset(self) -> VerboseResult[None]:
+        """See :meth:`Bucket.reset`."""
+        return await adrive(self._handle.run(Verbose(Reset())))
+
+    async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
+        """See :meth:`Bucket.replace_configuration`."""
+        return await adrive(self._handle.run(Verbose(replacement(configuration, inheritance))))
+
+    async def snapshot(self) -> VerboseResult[Snapshot]:
+        """See :meth:`Bucket.snapshot`."""
+        return await adrive(self._handle.snapshot_verbosely())
+
+
+def _limit(limit: int | None) -> int:
+    return MAX if limit is None else token_count(limit, "limit")

@@ -1,0 +1,5 @@
+"""Token buckets as pure values: limits, states, decisions and bytes.
+
+No clock, lock, await or store in here: the time is an argument, and a change makes a new value. The behaviour is that
+of Bucket4j 8.19 to the byte, which is told in ``docs/bytes.md``.
+"""

@@ -1,0 +1,274 @@
+"""What can be done to a bucket: each command is a value, and a pure function of the state and the time.
+
+``decide`` answers with the state to store, or None where nothing is to be stored, and with the answer of the verb. The
+state that it is given has been refilled; what it computes and does not hand back is thrown away, so that a rejection
+stores not even the refill.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+from ratelimit.core.bandwidth import BucketConfiguration
+from ratelimit.core.inheritance import TokensInheritance, replaced
+from ratelimit.core.int64 import MAX, NEVER
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.core.state import BucketState
+
+T = TypeVar("T")
+
+Decision = tuple[BucketState | None, T]
+
+
+class Command(ABC, Generic[T]):
+    """One thing to do to a bucket."""
+
+    __slots__ = ()
+
+    only_reads: ClassVar[bool] = False
+    """True where no state is ever stored, so that the store is only read."""
+
+    @abstractmethod
+    def decide(self, state: BucketState, now: int) -> Decision[T]:
+        """What to store (None: nothing), and the answer; the state has been refilled at this time."""
+
+    @abstractmethod
+    def answer_without_limit(self) -> T:
+        """The answer for a key that is not limited."""
+
+
+class Plan(NamedTuple):
+    """What a bucket is made from when it is missing, and replaced by when its version is older or none."""
+
+    configuration: BucketConfiguration
+    version: int | None = None
+    inheritance: TokensInheritance = TokensInheritance.RESET
+
+
+def execute(command: Command[T], plan: Plan, state: BucketState | None, now: int) -> Decision[T]:
+    """Run a command against what is stored (None: nothing) at this time.
+
+    A bucket that had to be made, or given another configuration, is stored even where the command stores nothing.
+    """
+    fresh = _prepared(plan, state, now)
+    refilled = (fresh or state or BucketState.initial(plan.configuration, plan.version, now)).refilled(now)
+    after, answer = command.decide(refilled, now)
+    return after if after is not None or fresh is None else refilled, answer
+
+
+def _prepared(plan: Plan, state: BucketState | None, now: int) -> BucketState | None:
+    """The state that the plan puts in the place of the stored one; None: the stored one may stay."""
+    if state is None:
+        return BucketState.initial(plan.configuration, plan.version, now)
+    if plan.version is None:
+        return None
+    if state.configuration_version is not None and state.configuration_version >= plan.version:
+        return None
+    state = replaced(state.refilled(now), plan.configuration, plan.inheritance, now)
+    return state._replace(configuration_version=plan.version)
+
+
+@dataclass(frozen=True, slots=True)
+class TryConsume(Command[bool]):
+    """Consume the tokens if all of them are there."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[bool]:
+        if self.tokens > state.available_tokens:
+            return None, False
+        return state.consumed(self.tokens), True
+
+    def answer_without_limit(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
+    """Consume the tokens if all of them are there, and tell what is left and how long to wait."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[ConsumptionProbe]:
+        available = state.available_tokens
+        if self.tokens > available:
+            wait = state.nanos_until(self.tokens, now, check_capacity=True)
+            return None, ConsumptionProbe(False, max(0, available), wait, state.nanos_until_full(now))
+        after = state.consumed(self.tokens)
+        return after, ConsumptionProbe(True, max(0, available - self.tokens), 0, after.nanos_until_full(now))
+
+    def answer_without_limit(self) -> ConsumptionProbe:
+        return ConsumptionProbe(True, MAX, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumeAsMuchAsPossible(Command[int]):
+    """Consume what is there, at most the limit."""
+
+    limit: int = MAX
+
+    def decide(self, state: BucketState, now: int) -> Decision[int]:
+        tokens = max(0, min(self.limit, state.available_tokens))
+        return (state.consumed(tokens) if tokens else None), tokens
+
+    def answer_without_limit(self) -> int:
+        return self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve(Command[int]):
+    """Consume the tokens on credit if they will be there soon enough, and tell the wait; NEVER: not consumed."""
+
+    tokens: int
+    longest_wait_nanos: int = NEVER
+
+    def decide(self, state: BucketState, now: int) -> Decision[int]:
+        wait = state.nanos_until(self.tokens, now, check_capacity=False)
+        if wait == NEVER or wait > self.longest_wait_nanos:
+            return None, NEVER
+        return state.consumed(self.tokens), wait
+
+    def answer_without_limit(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumeIgnoringRateLimits(Reserve):
+    """Consume the tokens whether they are there or not, and tell until when they would have been; NEVER: overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack(Command[None]):
+    """Undo a consumption that was not used: a reservation whose owner stopped waiting."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return state.given_back(self.tokens), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateAbilityToConsume(Command[EstimationProbe]):
+    """Tell whether the tokens could be consumed, and how long to wait for them."""
+
+    tokens: int
+    only_reads: ClassVar[bool] = True
+
+    def decide(self, state: BucketState, now: int) -> Decision[EstimationProbe]:
+        available = state.available_tokens
+        wait = 0 if self.tokens <= available else state.nanos_until(self.tokens, now, check_capacity=True)
+        return None, EstimationProbe(self.tokens <= available, max(0, available), wait)
+
+    def answer_without_limit(self) -> EstimationProbe:
+        return EstimationProbe(True, MAX, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class GetAvailableTokens(Command[int]):
+    """Tell the tokens that are there; negative in debt."""
+
+    only_reads: ClassVar[bool] = True
+
+    def decide(self, state: BucketState, now: int) -> Decision[int]:
+        return None, state.available_tokens
+
+    def answer_without_limit(self) -> int:
+        return MAX
+
+
+@dataclass(frozen=True, slots=True)
+class AddTokens(Command[None]):
+    """Put tokens in, up to the capacity."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return state.added(self.tokens), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ForceAddTokens(Command[None]):
+    """Put tokens in, above the capacity if need be."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return state.force_added(self.tokens), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Reset(Command[None]):
+    """Fill every bandwidth to its capacity."""
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return state.reset(), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceConfiguration(Command[None]):
+    """Put another configuration in the place of the stored one; the stored version stays."""
+
+    configuration: BucketConfiguration
+    inheritance: TokensInheritance
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return replaced(state, self.configuration, self.inheritance, now), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot(Command[Snapshot | None]):
+    """Tell the whole state; None where the key is not limited."""
+
+    only_reads: ClassVar[bool] = True
+
+    def decide(self, state: BucketState, now: int) -> Decision[Snapshot | None]:
+        snapshot = Snapshot(
+            state.configuration, state.configuration_version, state.bandwidth_states, state.consumed_tokens
+        )
+        return None, snapshot
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+class Verbose(Command[VerboseResult[T]]):
+    """Another command, and with its answer the bucket right after it."""
+
+    __slots__ = ("command", "only_reads")
+
+    def __init__(self, command: Command[T]) -> None:
+        self.command = command
+        self.only_reads = command.only_reads  # type: ignore[misc]  # per instance here
+
+    def decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
+        after, value = self.command.decide(state, now)
+        shown = state if after is None else after
+        return after, VerboseResult(
+            value=value,
+            operation_time_nanos=now,
+            available_tokens=shown.available_tokens,
+            available_tokens_per_bandwidth=tuple(state.current_size for state in shown.bandwidth_states),
+            full_refilling_time_nanos=shown.nanos_until_full(now),
+            configuration=shown.configuration,
+            bandwidth_states=shown.bandwidth_states,
+        )
+
+    def answer_without_limit(self) -> VerboseResult[T]:
+        return VerboseResult(self.command.answer_without_limit(), 0, MAX, (), 0, None, ())

@@ -1,0 +1,94 @@
+"""How long a store keeps a bucket that nobody uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from ratelimit.core.duration import NANOS_PER_MILLISECOND, Duration, to_nanos
+from ratelimit.core.int64 import quotient, wrap
+from ratelimit.core.state import BucketState
+from ratelimit.errors import InvalidConfigurationError
+
+NO_EXPIRY: Final = -1
+
+_MARGIN_MILLIS: Final = 10_000
+_IDLE_MILLIS: Final = 30 * 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Expiration:
+    """When a bucket may be forgotten by the store; counted anew at every write.
+
+    Made by :meth:`none`, :meth:`fixed`, :meth:`after_refill` or :meth:`automatic`, which is the default.
+    """
+
+    kind: Literal["none", "fixed", "after_refill", "automatic"]
+    duration_millis: int = 0
+
+    @classmethod
+    def none(cls) -> Expiration:
+        """Never: every key that was ever used stays in the store."""
+        return cls("none")
+
+    @classmethod
+    def fixed(cls, duration: Duration) -> Expiration:
+        """This long after the last write, whatever the bucket needs to fill up.
+
+        A bucket that is forgotten before it is full comes back with its initial tokens: its users gain by that.
+
+        :raises InvalidConfigurationError: for less than a millisecond.
+        """
+        millis = _whole_millis(duration)
+        if millis < 1:
+            raise InvalidConfigurationError(f"duration must be at least a millisecond, not {duration!r}", "duration")
+        return cls("fixed", millis)
+
+    @classmethod
+    def after_refill(cls, keep: Duration = 0) -> Expiration:
+        """As soon as the bucket has filled up, plus ``keep``.
+
+        A bucket whose initial tokens differ from its capacity does not come back as it was.
+
+        :raises InvalidConfigurationError: for a negative duration.
+        """
+        millis = _whole_millis(keep)
+        if millis < 0:
+            raise InvalidConfigurationError(f"keep must not be negative, not {keep!r}", "keep")
+        return cls("after_refill", millis)
+
+    @classmethod
+    def automatic(cls) -> Expiration:
+        """Ten seconds after the bucket has filled up, if a new bucket would be the same as the full one.
+
+        Where it would not (initial tokens other than the capacity, or a size forced above it), forgetting would give
+        tokens or take them; such a bucket is kept for thirty days after its last write.
+        """
+        return cls("automatic")
+
+    def ttl_millis(self, state: BucketState, now: int) -> int:
+        """The time to live of this state, in milliseconds; ``NO_EXPIRY`` for ever."""
+        if self.kind == "none":
+            return NO_EXPIRY
+        if self.kind == "fixed":
+            return self.duration_millis
+        keep = self.duration_millis
+        if self.kind == "automatic":
+            keep = _MARGIN_MILLIS if _same_when_new(state) else _IDLE_MILLIS
+        # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
+        return max(1, wrap(keep + quotient(state.nanos_until_full(now), NANOS_PER_MILLISECOND)))
+
+
+def _same_when_new(state: BucketState) -> bool:
+    return all(
+        bandwidth.initial_tokens == bandwidth.capacity >= bandwidth_state.current_size
+        and not bandwidth.adaptive_initial_tokens
+        for bandwidth, bandwidth_state in zip(state.configuration, state.bandwidth_states, strict=True)
+    )
+
+
+def _whole_millis(duration: Duration) -> int:
+    try:
+        return quotient(to_nanos(duration), NANOS_PER_MILLISECOND)
+    except (TypeError, ValueError) as error:
+        raise InvalidConfigurationError(f"a duration {error}", "duration") from None

@@ -1,0 +1,200 @@
+"""The state of a bucket, and what time and consumption do to it.
+
+A bandwidth keeps three numbers: when it was last refilled, how many whole tokens it holds, and the part of a token
+that had come by then and was not whole yet (in units of token x nanosecond, so that nothing is ever rounded away).
+Every function computes and changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.duration import NANOS_PER_MILLISECOND
+from ratelimit.core.int64 import MAX, NEVER, quotient, remainder, saturating_product, truncated, wrap
+
+
+class BandwidthState(NamedTuple):
+    """What is kept of one bandwidth: nanoseconds since the epoch, tokens (a debt when negative), unfinished token."""
+
+    last_refill_time_nanos: int
+    current_size: int
+    rounding_error: int
+
+
+class BucketState(NamedTuple):
+    """What is stored under a key: the configuration, its version, tokens consumed so far, and a state per bandwidth."""
+
+    configuration: BucketConfiguration
+    configuration_version: int | None
+    consumed_tokens: int
+    bandwidth_states: tuple[BandwidthState, ...]
+
+    @classmethod
+    def initial(cls, configuration: BucketConfiguration, version: int | None, now: int) -> BucketState:
+        """The state of a bucket that is made at this time, before any refill."""
+        return cls(configuration, version, 0, tuple(initial_state(bandwidth, now) for bandwidth in configuration))
+
+    def refilled(self, now: int) -> BucketState:
+        """The state with everything that has come in until this time; a clock that went back changes nothing."""
+        return self._replace(
+            bandwidth_states=tuple(
+                _refilled(bandwidth, state, now)
+                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+            )
+        )
+
+    @property
+    def available_tokens(self) -> int:
+        """The tokens that can be consumed, those of the scarcest bandwidth; negative in debt."""
+        return min(state.current_size for state in self.bandwidth_states)
+
+    def consumed(self, tokens: int) -> BucketState:
+        """The state less these tokens, whether they are there or not."""
+        return self._replace(
+            consumed_tokens=wrap(self.consumed_tokens + tokens),
+            bandwidth_states=tuple(
+                state._replace(current_size=wrap(state.current_size - tokens)) for state in self.bandwidth_states
+            ),
+        )
+
+    def given_back(self, tokens: int) -> BucketState:
+        """The state as if these tokens had not been consumed, up to the capacity; no size gets smaller."""
+        return self._replace(
+            consumed_tokens=wrap(self.consumed_tokens - tokens),
+            bandwidth_states=tuple(
+                state._replace(
+                    current_size=max(state.current_size, min(state.current_size + tokens, bandwidth.capacity))
+                )
+                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+            ),
+        )
+
+    def added(self, tokens: int) -> BucketState:
+        """The state with these tokens put in, up to the capacity; a size above it falls to it."""
+        return self._replace(
+            bandwidth_states=tuple(
+                _added(bandwidth, state, tokens)
+                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+            )
+        )
+
+    def force_added(self, tokens: int) -> BucketState:
+        """The state with these tokens put in, above the capacity if need be."""
+        return self._replace(bandwidth_states=tuple(_force_added(state, tokens) for state in self.bandwidth_states))
+
+    def reset(self) -> BucketState:
+        """The state with every bandwidth at its capacity."""
+        return self._replace(
+            bandwidth_states=tuple(
+                BandwidthState(state.last_refill_time_nanos, bandwidth.capacity, 0)
+                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+            )
+        )
+
+    def nanos_until(self, tokens: int, now: int, *, check_capacity: bool) -> int:
+        """How long until this many tokens are there, in nanoseconds; NEVER where that does not fit into 64 bits.
+
+        :param check_capacity: NEVER also where more is wanted than a bandwidth can hold.
+        """
+        return max(
+            _nanos_until(bandwidth, state, tokens, now, check_capacity)
+            for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+        )
+
+    def nanos_until_full(self, now: int) -> int:
+        """How long until every bandwidth is full, in nanoseconds."""
+        return max(
+            0
+            if state.current_size >= bandwidth.capacity
+            else _nanos_to_gain(bandwidth, state, wrap(bandwidth.capacity - state.current_size), now)
+            for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
+        )
+
+
+def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
+    """What a bandwidth holds in a bucket that is made at this time."""
+    if bandwidth.first_refill_millis is None:
+        return BandwidthState(now, bandwidth.initial_tokens, 0)
+    first = wrap(bandwidth.first_refill_millis * NANOS_PER_MILLISECOND)
+    last = wrap(first - bandwidth.refill_period_nanos)
+    if not bandwidth.adaptive_initial_tokens or now >= first:
+        return BandwidthState(last, bandwidth.initial_tokens, 0)
+    capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    left = wrap(first - now)
+    share = saturating_product(left, tokens)
+    due = quotient(share, period) if share != MAX else truncated(float(left) * float(tokens) / float(period))
+    return BandwidthState(last, min(capacity, wrap(max(0, capacity - tokens) + due)), 0)
+
+
+def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> BandwidthState:
+    last, size, error = state
+    if now <= last:
+        return state
+    capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if bandwidth.refill_intervally:
+        now = wrap(now - remainder(wrap(now - last), period))  # the end of the last whole period
+        if now <= last:
+            return state
+    if size >= capacity:
+        return BandwidthState(now, size, error)
+    full = BandwidthState(now, capacity, 0)
+    elapsed = wrap(now - last)
+    new_size = size
+    if elapsed > period:
+        new_size = wrap(size + wrap(quotient(elapsed, period) * tokens))
+        if new_size > capacity or new_size < size:  # smaller: it has wrapped
+            return full
+        elapsed = remainder(elapsed, period)
+    gained = saturating_product(tokens, elapsed)
+    unfinished = wrap(gained + error)
+    if gained == MAX or unfinished < 0:
+        new_size = wrap(new_size + truncated(float(elapsed) / float(period) * float(tokens)))
+        error = 0
+    else:
+        new_size = wrap(new_size + quotient(unfinished, period))
+        error = remainder(unfinished, period)
+    return full if new_size >= capacity or new_size < size else BandwidthState(now, new_size, error)
+
+
+def _added(bandwidth: Bandwidth, state: BandwidthState, tokens: int) -> BandwidthState:
+    size = wrap(state.current_size + tokens)
+    if size >= bandwidth.capacity or size < state.current_size:
+        return BandwidthState(state.last_refill_time_nanos, bandwidth.capacity, 0)
+    return state._replace(current_size=size)
+
+
+def _force_added(state: BandwidthState, tokens: int) -> BandwidthState:
+    size = wrap(state.current_size + tokens)
+    if size < state.current_size:
+        return BandwidthState(state.last_refill_time_nanos, MAX, 0)
+    return state._replace(current_size=size)
+
+
+def _nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: int, check_capacity: bool) -> int:
+    if check_capacity and tokens > bandwidth.capacity:
+        return NEVER
+    if tokens <= state.current_size:
+        return 0
+    missing = wrap(tokens - state.current_size)
+    return _nanos_to_gain(bandwidth, state, missing, now) if missing > 0 else NEVER
+
+
+def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, now: int) -> int:
+    """The wait for the missing tokens; rounded down, so that a greedy bandwidth may need one more nanosecond."""
+    tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if not bandwidth.refill_intervally:
+        needed = saturating_product(period, missing)
+        if needed == MAX:
+            return truncated(float(missing) / float(tokens) * float(period))
+        return quotient(wrap(needed - state.rounding_error), tokens)
+    to_next_refill = wrap(state.last_refill_time_nanos + period - now)
+    if missing <= tokens:
+        return to_next_refill
+    missing -= tokens
+    if missing < tokens:
+        return wrap(to_next_refill + period)
+    periods = quotient(missing, tokens) + (1 if remainder(missing, tokens) else 0)
+    further = saturating_product(periods, period)
+    wait = NEVER if further == MAX else wrap(further + to_next_refill)
+    return wait if wait >= 0 else NEVER

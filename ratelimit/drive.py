@@ -1,0 +1,45 @@
+"""The only two places where sync and asyncio differ.
+
+Everything that talks to a store or a clock is a generator. It yields what the store or clock gave back, and is sent
+the settled value: at once by :func:`drive`, after an await by :func:`adrive`. Where an await fails, or is cancelled,
+the error is thrown into the generator at that place, so that the same ``try`` serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from inspect import isawaitable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+Steps = Generator[Any, Any, T]
+
+
+def drive(steps: Steps[T]) -> T:
+    """Run steps over a store and a clock that answer at once."""
+    value = None
+    try:
+        while True:
+            value = steps.send(value)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+async def adrive(steps: Steps[T]) -> T:
+    """Run steps over a store and a clock whose answers are awaited."""
+    value: Any = None
+    failure: BaseException | None = None
+    try:
+        while True:
+            value = steps.send(value) if failure is None else steps.throw(failure)
+            failure = None
+            if isawaitable(value):
+                try:
+                    value = await value
+                except GeneratorExit:  # this coroutine is being closed: nothing can be awaited any more
+                    raise
+                except BaseException as error:  # noqa: BLE001  # it is the steps' to handle or to let pass
+                    failure = error
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]

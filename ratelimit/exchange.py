@@ -1,0 +1,179 @@
+"""The only compare-and-swap loop.
+
+It computes from what the manager remembers, swaps, and computes again from the winner's bytes whenever another writer
+got there first. It is about contention; the one failure that it repairs is a reply that was lost.
+
+Three rules hold it together:
+
+1. What is remembered never decides alone. An admission is decided by the swap; a rejection is computed again from a
+   fresh read, or from bytes that this very exchange was shown by a swap that lost.
+2. A pause between attempts is followed by a fresh read. A client that swaps from bytes older than its pause loses to
+   those that did not pause, again and again.
+3. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded; if it finds
+   other bytes nobody can tell any more whether it had, and the caller is told just that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple, TypeVar
+
+from ratelimit.core import codec
+from ratelimit.core.commands import Command, Plan, execute
+from ratelimit.core.expiration import Expiration
+from ratelimit.drive import Steps
+from ratelimit.errors import (
+    BucketNotFoundError,
+    ContentionError,
+    CorruptStateError,
+    Key,
+    StoreError,
+    StoreUnavailableError,
+)
+from ratelimit.remembered import Remembered
+from ratelimit.stores.protocol import AsyncStore, Lost, Store
+
+T = TypeVar("T")
+
+_IMMEDIATE_ATTEMPTS: Final = 4
+_SHORTEST_PAUSE_NANOS: Final = 500_000
+_LONGEST_PAUSE_NANOS: Final = 16_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What all buckets of a manager have in common.
+
+    :param now: from the stored key to the time, in nanoseconds.
+    :param sleep: waits for a number of nanoseconds by the clock of the buckets.
+    :param pause: waits for a number of nanoseconds between attempts, in real time.
+    :param attempts: swaps that one decision may lose before it gives up.
+    """
+
+    store: Store | AsyncStore
+    now: Callable[[bytes], Any]
+    sleep: Callable[[int], Any]
+    pause: Callable[[int], Any]
+    remembered: Remembered
+    attempts: int
+
+
+@dataclass(slots=True)
+class Target:
+    """The bucket that an exchange is about.
+
+    :param key: as the caller gave it, for errors.
+    :param stored_key: as the store has it.
+    :param must_exist_once_made: raise BucketNotFoundError where a bucket is missing that this handle has made.
+    :param made: whether this handle has made the bucket, or replaced its configuration.
+    """
+
+    key: Key
+    stored_key: bytes
+    expiration: Expiration
+    must_exist_once_made: bool = False
+    made: bool = False
+
+
+@dataclass(slots=True)
+class Interruption:
+    """Holds back a cancellation that arrives while a swap is in flight, until it is known what became of the swap."""
+
+    error: BaseException | None = None
+
+
+def exchange(
+    backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None = None
+) -> Steps[T]:
+    """Decide a command for a bucket, and store what it changes.
+
+    :param interruption: where given, a cancellation does not end the exchange with its outcome unknown: it is brought
+        to an end, and the cancellation is left in here.
+    """
+    try:
+        return (yield from _exchange(backend, target, plan, command, interruption))
+    except (StoreError, CorruptStateError) as error:
+        error.key = target.key
+        raise
+
+
+def _exchange(
+    backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None
+) -> Steps[T]:
+    store, key, remembered = backend.store, target.stored_key, backend.remembered
+    must_exist = target.must_exist_once_made and target.made
+    before = remembered.get(key)
+    fresh = False  # whether ``before`` was shown to this very exchange
+    lost = 0
+    if command.only_reads or (before is None and must_exist):
+        before, fresh = (yield store.get(key)), True
+    while True:
+        if before is None and must_exist:
+            raise BucketNotFoundError(target.key)
+        now = yield backend.now(key)
+        state = None if before is None else codec.decode(before, target.key)
+        try:
+            after, answer = execute(command, plan, state, now)
+        except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
+            raise CorruptStateError(target.key, before or b"", "its limits are out of range") from error
+        if after is None:
+            if fresh:
+                remembered.put(key, before)
+                return answer
+            before, fresh = (yield store.get(key)), True
+            continue
+        new = codec.encode(after)
+        swap = _Swap(before, new, target.expiration.ttl_millis(after, now))
+        loss = yield from _swapped(backend, target, swap, interruption)
+        if loss is None:
+            remembered.put(key, new)
+            target.made |= state is None or state.configuration_version != after.configuration_version
+            return answer
+        before, fresh = loss.state, True
+        lost += 1
+        if lost >= backend.attempts:
+            remembered.put(key, before)
+            raise ContentionError(target.key, lost)
+        if lost >= _IMMEDIATE_ATTEMPTS:
+            yield backend.pause(_jittered_pause(lost - _IMMEDIATE_ATTEMPTS))
+            before = yield store.get(key)
+
+
+class _Swap(NamedTuple):
+    before: bytes | None
+    after: bytes
+    ttl_millis: int
+
+
+def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interruption | None) -> Steps[Lost | None]:
+    """Swap; and when the reply was lost, once more."""
+    try:
+        return (yield backend.store.swap(target.stored_key, *swap))  # type: ignore[no-any-return]
+    except StoreError as error:
+        if not error.in_doubt:
+            raise
+        failure: BaseException = error
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if interruption is None:
+            raise
+        interruption.error = failure = error
+    try:
+        loss: Lost | None = yield backend.store.swap(target.stored_key, *swap)
+    except StoreError as error:
+        error.in_doubt = True
+        raise
+    if loss is None or loss.state == swap.after:
+        return None
+    if interruption is not None and interruption.error is not None:
+        raise interruption.error
+    raise StoreUnavailableError(
+        target.key, "a reply of the store was lost, and others have changed the bucket since", in_doubt=True
+    ) from failure
+
+
+def _jittered_pause(retry: int) -> int:
+    return random.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))

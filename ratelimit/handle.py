@@ -1,0 +1,190 @@
+"""What a bucket's verbs do, for both faces: steps that a face drives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ratelimit.core import codec
+from ratelimit.core.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.commands import (
+    Command,
+    GiveBack,
+    Plan,
+    ReplaceConfiguration,
+    Reserve,
+    TakeSnapshot,
+    Verbose,
+)
+from ratelimit.core.duration import Duration, to_nanos
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import MAX, NEVER
+from ratelimit.core.results import Snapshot, VerboseResult
+from ratelimit.drive import Steps
+from ratelimit.errors import (
+    BucketNotFoundError,
+    InvalidArgumentError,
+    Key,
+    RateLimitError,
+    ReservationOverflowError,
+    shown,
+)
+from ratelimit.exchange import Backend, Interruption, Target, exchange
+
+T = TypeVar("T")
+
+LimitsOfKey = Callable[[Any], Limits | None]
+AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
+
+_logger = logging.getLogger("ratelimit")
+
+
+@dataclass(slots=True)
+class Handle:
+    """A bucket: where it is, and what it is made from.
+
+    :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
+    """
+
+    backend: Backend
+    target: Target
+    limits: BucketConfiguration | AsyncLimitsOfKey
+    version: int | None
+    inheritance: TokensInheritance
+
+    def run(self, command: Command[T], interruption: Interruption | None = None) -> Steps[T]:
+        """Decide a command; a key without limits is answered without the store."""
+        limits = self.limits
+        if not isinstance(limits, BucketConfiguration):
+            answer = yield limits(self.target.key)
+            if answer is None:
+                return command.answer_without_limit()
+            limits = BucketConfiguration.of(answer)
+        plan = Plan(limits, self.version, self.inheritance)
+        return (yield from exchange(self.backend, self.target, plan, command, interruption))
+
+    def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
+        """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
+        wait = yield from self._wait(tokens, timeout, _itself)
+        return wait != NEVER
+
+    def consume_verbosely(self, tokens: int, timeout: Duration | None) -> Steps[VerboseResult[bool]]:
+        """The same; the bucket is shown as it was after the reservation."""
+        result = yield from self._wait(tokens, timeout, _verbosely)
+        return replace(result, value=result.value != NEVER)  # type: ignore[return-value]  # an int becomes a bool
+
+    def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[int]], Command[T]]) -> Steps[T]:
+        reservation = Reserve(token_count(tokens), NEVER if timeout is None else _longest_wait(timeout))
+        interruption = Interruption()
+        answer = yield from self.run(wrap(reservation), interruption)
+        wait = _value(answer)
+        if wait == NEVER and timeout is None:
+            raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
+        if wait == NEVER and interruption.error is None:
+            return answer
+        if interruption.error is None and wait > 0:
+            try:
+                yield self.backend.sleep(wait)
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001  # raised again below, once the tokens are back
+                interruption.error = error
+        if interruption.error is not None:
+            if wait != NEVER:
+                yield from self._give_back(tokens)
+            raise interruption.error
+        return answer
+
+    def _give_back(self, tokens: int) -> Steps[None]:
+        try:
+            yield from self.run(GiveBack(tokens))
+        except RateLimitError as error:  # the interruption is what the caller must hear of
+            _logger.warning("%d tokens of a wait that was interrupted could not be given back: %s", tokens, error)
+
+    def penalty(self, command: Command[T]) -> Steps[T]:
+        """Run a ConsumeIgnoringRateLimits, plain or verbose."""
+        answer = yield from self.run(command)
+        if _value(answer) == NEVER:
+            raise ReservationOverflowError("so many tokens could never be paid back")
+        return answer
+
+    def snapshot(self) -> Steps[Snapshot]:
+        """The state at present."""
+        snapshot = yield from self.run(TakeSnapshot())
+        if snapshot is None:
+            raise BucketNotFoundError(self.target.key)
+        return snapshot
+
+    def snapshot_verbosely(self) -> Steps[VerboseResult[Snapshot]]:
+        """The state at present, twice."""
+        result = yield from self.run(Verbose(TakeSnapshot()))
+        if result.value is None:
+            raise BucketNotFoundError(self.target.key)
+        return result  # type: ignore[return-value]  # the value is not None
+
+
+def removed(backend: Backend, target: Target) -> Steps[None]:
+    """Forget a bucket."""
+    yield backend.store.delete(target.stored_key)
+    backend.remembered.put(target.stored_key, None)
+
+
+def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
+    """The configuration that is stored with a bucket."""
+    state = yield backend.store.get(target.stored_key)
+    return None if state is None else codec.decode(state, target.key).configuration
+
+
+def token_count(tokens: int, name: str = "tokens") -> int:
+    """Check a number of tokens."""
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX:
+        raise InvalidArgumentError(f"{name} must be an int from 1 to 2**63 - 1, not {tokens!r}")
+    return tokens
+
+
+def replacement(configuration: Limits, inheritance: TokensInheritance) -> ReplaceConfiguration:
+    """Check what a configuration is to be replaced by."""
+    return ReplaceConfiguration(BucketConfiguration.of(configuration), checked_inheritance(inheritance))
+
+
+def checked_inheritance(inheritance: TokensInheritance) -> TokensInheritance:
+    """Check a way of inheriting."""
+    if not isinstance(inheritance, TokensInheritance):
+        raise InvalidArgumentError(f"inheritance must be a TokensInheritance, not {inheritance!r}")
+    return inheritance
+
+
+def stored_key(prefix: bytes, key: Key) -> bytes:
+    """The bytes that a key is stored under."""
+    if isinstance(key, bytes):
+        return prefix + key
+    if not isinstance(key, str):
+        raise InvalidArgumentError(f"a key must be a str or bytes, not {key!r}")
+    try:
+        return prefix + key.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"the key {shown(key)} has no UTF-8 form: {error.reason}") from None
+
+
+def _longest_wait(timeout: Duration) -> int:
+    try:
+        nanos = to_nanos(timeout)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"timeout {error}") from None
+    if nanos < 1:
+        raise InvalidArgumentError(f"timeout must be above 0, not {timeout!r} (try_consume does not wait)")
+    return nanos
+
+
+def _itself(command: Command[int]) -> Command[int]:
+    return command
+
+
+def _verbosely(command: Command[int]) -> Command[VerboseResult[int]]:
+    return Verbose(command)
+
+
+def _value(answer: Any) -> Any:
+    return answer.value if isinstance(answer, VerboseResult) else answer

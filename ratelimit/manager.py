@@ -1,0 +1,419 @@
+"""Managers of buckets: one for each set of limits, shared by the whole process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from enum import Enum
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.clock import Clock, MonotonicSleep
+from ratelimit.core.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.duration import NANOS_PER_SECOND, Duration
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import MAX, MIN
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
+from ratelimit.drive import adrive, drive
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
+from ratelimit.exchange import Backend, Target
+from ratelimit.handle import (
+    AsyncLimitsOfKey,
+    Handle,
+    LimitsOfKey,
+    checked_inheritance,
+    removed,
+    stored_configuration,
+    stored_key,
+)
+from ratelimit.remembered import Remembered
+from ratelimit.stores.protocol import AsyncStore, Store
+from ratelimit.stores.urls import async_store_from_url, store_from_url
+
+BucketT = TypeVar("BucketT")
+StoreT = TypeVar("StoreT", Store, AsyncStore)
+
+_HANDLES_OF_ITS_OWN = 10_000
+
+
+class Recovery(Enum):
+    """What happens when a bucket is found missing that the same handle has made before."""
+
+    RECONSTRUCT = "reconstruct"
+    """It is made anew, with its initial tokens."""
+    RAISE = "raise"
+    """``BucketNotFoundError``, until another handle makes it again; expired buckets are missing, too."""
+
+
+class _Manager(Generic[StoreT, BucketT]):
+    """What both faces share: settings, and handles made from them."""
+
+    def __init__(
+        self,
+        store: StoreT,
+        limits: Limits | AsyncLimitsOfKey | None,
+        *,
+        now: Callable[[bytes], Any],
+        sleep: Callable[[int], Any],
+        pause: Callable[[int], Any],
+        make: Callable[[Handle], BucketT],
+        prefix: Key,
+        configuration_version: int | None,
+        inheritance: TokensInheritance,
+        expiration: Expiration | None,
+        recovery: Recovery,
+        max_attempts: int,
+        memory_limit_bytes: int,
+    ) -> None:
+        if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
+            raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {max_attempts!r}")
+        self._store: StoreT = store
+        self._backend = Backend(store, now, sleep, pause, Remembered(memory_limit_bytes), max_attempts)
+        self._make = make
+        self._limits = None if limits is None else _checked_limits(limits)
+        self._prefix = stored_key(b"", prefix)
+        self._version = _checked_version(configuration_version)
+        self._inheritance = checked_inheritance(inheritance)
+        self._expiration = Expiration.automatic() if expiration is None else _checked_expiration(expiration)
+        self._recovery = _checked_recovery(recovery)
+        self._owns_store = False
+        # A handle knows whether it has made its bucket; the manager's own verbs have to know it, too, where it counts.
+        self._own_bucket = (
+            lru_cache(_HANDLES_OF_ITS_OWN, typed=True)(self.bucket) if recovery is Recovery.RAISE else self.bucket
+        )
+
+    def bucket(
+        self,
+        key: Key,
+        configuration: Limits | AsyncLimitsOfKey | None = None,
+        *,
+        configuration_version: int | None = None,
+        inheritance: TokensInheritance | None = None,
+        expiration: Expiration | None = None,
+        recovery: Recovery | None = None,
+    ) -> BucketT:
+        """A handle on the bucket of a key; cheap, nothing is sent before its first verb.
+
+        :param configuration: limits of its own; like all the settings, those of the manager when None.
+        :raises InvalidConfigurationError: where neither the manager nor the caller gives a configuration.
+        :raises InvalidArgumentError: for a key that is neither ``str`` nor ``bytes``.
+        """
+        limits = self._limits if configuration is None else _checked_limits(configuration)
+        if limits is None:
+            raise InvalidConfigurationError(
+                "neither the manager nor this bucket has been given a configuration", "configuration"
+            )
+        target = self._target(key)
+        if expiration is not None:
+            target.expiration = _checked_expiration(expiration)
+        if recovery is not None:
+            target.must_exist_once_made = _checked_recovery(recovery) is Recovery.RAISE
+        return self._make(
+            Handle(
+                self._backend,
+                target,
+                limits,
+                self._version if configuration_version is None else _checked_version(configuration_version),
+                self._inheritance if inheritance is None else checked_inheritance(inheritance),
+            )
+        )
+
+    def _target(self, key: Key) -> Target:
+        return Target(key, stored_key(self._prefix, key), self._expiration, self._recovery is Recovery.RAISE)
+
+
+class ProxyManager(_Manager[Store, Bucket]):
+    """Buckets of a service, all under the same limits: ask it for a decision by key.
+
+    ::
+
+        manager = ProxyManager.from_url("redis://localhost:6379/0", "100/minute")
+        if not manager.try_consume(client_ip): ...
+
+    Safe for threads; make one for each set of limits and keep it. Every verb of :class:`Bucket` is here as well, the
+    key first.
+
+    :param store: where the buckets are: a ``RedisStore`` over a client of yours, or a ``MemoryStore``.
+    :param configuration: the limits: a ``BucketConfiguration``, its text form, or a callable that is asked for either
+        at every verb, with the key as given, and answers None for a key that is not limited. A bucket keeps the limits
+        that it was made with until they are replaced. None: every :meth:`bucket` must be given its own.
+    :param clock: what time it is; by default the store's clock, which for Redis is the time of the server.
+    :param expiration: when idle buckets are forgotten; ``Expiration.automatic()`` by default.
+    :param recovery: what to do when a bucket has vanished.
+    :param configuration_version: replaces the configuration of stored buckets that have a lower version, or none.
+    :param inheritance: what becomes of the tokens of such a bucket.
+    :param prefix: put before every key; the same key with no prefix is the same bucket for every Bucket4j client.
+    :param max_attempts: swaps that one decision may lose to others before ``ContentionError``; 1 or more.
+    :param memory_limit_bytes: roughly the memory for states last seen; a key that does not fit costs a round trip.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        configuration: Limits | LimitsOfKey | None = None,
+        *,
+        clock: Clock | None = None,
+        expiration: Expiration | None = None,
+        recovery: Recovery = Recovery.RECONSTRUCT,
+        configuration_version: int | None = None,
+        inheritance: TokensInheritance = TokensInheritance.RESET,
+        prefix: Key = "",
+        max_attempts: int = 100,
+        memory_limit_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(
+            store,
+            configuration,
+            now=store.now_nanos if clock is None else lambda _key: clock.now_nanos(),
+            sleep=(MonotonicSleep() if clock is None else clock).sleep,
+            pause=_pause,
+            make=Bucket,
+            prefix=prefix,
+            configuration_version=configuration_version,
+            inheritance=inheritance,
+            expiration=expiration,
+            recovery=recovery,
+            max_attempts=max_attempts,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+
+    @classmethod
+    def from_url(cls, url: str, configuration: Limits | LimitsOfKey | None = None, **settings: Any) -> Self:
+        """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
+
+        ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
+        ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
+
+        :raises InvalidConfigurationError: for a URL that names no store.
+        """
+        manager = cls(store_from_url(url), configuration, **settings)
+        manager._owns_store = True
+        return manager
+
+    def close(self) -> None:
+        """Close what :meth:`from_url` has opened; a store of the caller's stays open."""
+        if self._owns_store:
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def configuration(self, key: Key) -> BucketConfiguration | None:
+        """The configuration that is stored with the bucket of a key; None where there is no bucket."""
+        return drive(stored_configuration(self._backend, self._target(key)))
+
+    def remove(self, key: Key) -> None:
+        """Forget the bucket of a key."""
+        drive(removed(self._backend, self._target(key)))
+
+    def try_consume(self, key: Key, tokens: int = 1) -> bool:
+        """See :meth:`Bucket.try_consume`."""
+        return self._own_bucket(key).try_consume(tokens)
+
+    def try_consume_and_return_remaining(self, key: Key, tokens: int = 1) -> ConsumptionProbe:
+        """See :meth:`Bucket.try_consume_and_return_remaining`."""
+        return self._own_bucket(key).try_consume_and_return_remaining(tokens)
+
+    def try_consume_as_much_as_possible(self, key: Key, limit: int | None = None) -> int:
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
+        return self._own_bucket(key).try_consume_as_much_as_possible(limit)
+
+    def consume_ignoring_rate_limits(self, key: Key, tokens: int) -> int:
+        """See :meth:`Bucket.consume_ignoring_rate_limits`."""
+        return self._own_bucket(key).consume_ignoring_rate_limits(tokens)
+
+    def consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
+        """See :meth:`Bucket.consume`."""
+        return self._own_bucket(key).consume(tokens, timeout=timeout)
+
+    def estimate_ability_to_consume(self, key: Key, tokens: int) -> EstimationProbe:
+        """See :meth:`Bucket.estimate_ability_to_consume`."""
+        return self._own_bucket(key).estimate_ability_to_consume(tokens)
+
+    def available_tokens(self, key: Key) -> int:
+        """See :meth:`Bucket.available_tokens`."""
+        return self._own_bucket(key).available_tokens()
+
+    def add_tokens(self, key: Key, tokens: int) -> None:
+        """See :meth:`Bucket.add_tokens`."""
+        self._own_bucket(key).add_tokens(tokens)
+
+    def force_add_tokens(self, key: Key, tokens: int) -> None:
+        """See :meth:`Bucket.force_add_tokens`."""
+        self._own_bucket(key).force_add_tokens(tokens)
+
+    def reset(self, key: Key) -> None:
+        """See :meth:`Bucket.reset`."""
+        self._own_bucket(key).reset()
+
+    def replace_configuration(self, key: Key, configuration: Limits, inheritance: TokensInheritance) -> None:
+        """See :meth:`Bucket.replace_configuration`."""
+        self._own_bucket(key).replace_configuration(configuration, inheritance)
+
+    def snapshot(self, key: Key) -> Snapshot:
+        """See :meth:`Bucket.snapshot`."""
+        return self._own_bucket(key).snapshot()
+
+
+class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
+    """The same as :class:`ProxyManager`, for asyncio: the same names, awaited.
+
+    ::
+
+        manager = AsyncProxyManager.from_url("redis://localhost:6379/0", "100/minute")
+        if not await manager.try_consume(client_ip): ...
+
+    :param store: an ``AsyncRedisStore`` over a client of yours, or an ``AsyncMemoryStore``.
+    :param configuration: as for :class:`ProxyManager`; a callable may be plain or ``async``.
+    """
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        configuration: Limits | AsyncLimitsOfKey | None = None,
+        *,
+        clock: Clock | None = None,
+        expiration: Expiration | None = None,
+        recovery: Recovery = Recovery.RECONSTRUCT,
+        configuration_version: int | None = None,
+        inheritance: TokensInheritance = TokensInheritance.RESET,
+        prefix: Key = "",
+        max_attempts: int = 100,
+        memory_limit_bytes: int = 16 * 2**20,
+    ) -> None:
+        super().__init__(
+            store,
+            configuration,
+            now=store.now_nanos if clock is None else lambda _key: clock.now_nanos(),
+            sleep=(MonotonicSleep() if clock is None else clock).asleep,
+            pause=_apause,
+            make=AsyncBucket,
+            prefix=prefix,
+            configuration_version=configuration_version,
+            inheritance=inheritance,
+            expiration=expiration,
+            recovery=recovery,
+            max_attempts=max_attempts,
+            memory_limit_bytes=memory_limit_bytes,
+        )
+
+    @classmethod
+    def from_url(cls, url: str, configuration: Limits | AsyncLimitsOfKey | None = None, **settings: Any) -> Self:
+        """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
+
+        ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
+        ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
+
+        :raises InvalidConfigurationError: for a URL that names no store.
+        """
+        manager = cls(async_store_from_url(url), configuration, **settings)
+        manager._owns_store = True
+        return manager
+
+    async def aclose(self) -> None:
+        """Close what :meth:`from_url` has opened; a store of the caller's stays open."""
+        if self._owns_store:
+            await self._store.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def configuration(self, key: Key) -> BucketConfiguration | None:
+        """The configuration that is stored with the bucket of a key; None where there is no bucket."""
+        return await adrive(stored_configuration(self._backend, self._target(key)))
+
+    async def remove(self, key: Key) -> None:
+        """Forget the bucket of a key."""
+        await adrive(removed(self._backend, self._target(key)))
+
+    async def try_consume(self, key: Key, tokens: int = 1) -> bool:
+        """See :meth:`AsyncBucket.try_consume`."""
+        return await self._own_bucket(key).try_consume(tokens)
+
+    async def try_consume_and_return_remaining(self, key: Key, tokens: int = 1) -> ConsumptionProbe:
+        """See :meth:`AsyncBucket.try_consume_and_return_remaining`."""
+        return await self._own_bucket(key).try_consume_and_return_remaining(tokens)
+
+    async def try_consume_as_much_as_possible(self, key: Key, limit: int | None = None) -> int:
+        """See :meth:`AsyncBucket.try_consume_as_much_as_possible`."""
+        return await self._own_bucket(key).try_consume_as_much_as_possible(limit)
+
+    async def consume_ignoring_rate_limits(self, key: Key, tokens: int) -> int:
+        """See :meth:`AsyncBucket.consume_ignoring_rate_limits`."""
+        return await self._own_bucket(key).consume_ignoring_rate_limits(tokens)
+
+    async def consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
+        """See :meth:`AsyncBucket.consume`."""
+        return await self._own_bucket(key).consume(tokens, timeout=timeout)
+
+    async def estimate_ability_to_consume(self, key: Key, tokens: int) -> EstimationProbe:
+        """See :meth:`AsyncBucket.estimate_ability_to_consume`."""
+        return await self._own_bucket(key).estimate_ability_to_consume(tokens)
+
+    async def available_tokens(self, key: Key) -> int:
+        """See :meth:`AsyncBucket.available_tokens`."""
+        return await self._own_bucket(key).available_tokens()
+
+    async def add_tokens(self, key: Key, tokens: int) -> None:
+        """See :meth:`AsyncBucket.add_tokens`."""
+        await self._own_bucket(key).add_tokens(tokens)
+
+    async def force_add_tokens(self, key: Key, tokens: int) -> None:
+        """See :meth:`AsyncBucket.force_add_tokens`."""
+        await self._own_bucket(key).force_add_tokens(tokens)
+
+    async def reset(self, key: Key) -> None:
+        """See :meth:`AsyncBucket.reset`."""
+        await self._own_bucket(key).reset()
+
+    async def replace_configuration(self, key: Key, configuration: Limits, inheritance: TokensInheritance) -> None:
+        """See :meth:`AsyncBucket.replace_configuration`."""
+        await self._own_bucket(key).replace_configuration(configuration, inheritance)
+
+    async def snapshot(self, key: Key) -> Snapshot:
+        """See :meth:`AsyncBucket.snapshot`."""
+        return await self._own_bucket(key).snapshot()
+
+
+def _pause(nanos: int) -> None:
+    time.sleep(nanos / NANOS_PER_SECOND)
+
+
+async def _apause(nanos: int) -> None:
+    await asyncio.sleep(nanos / NANOS_PER_SECOND)
+
+
+def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> BucketConfiguration | AsyncLimitsOfKey:
+    return limits if callable(limits) else BucketConfiguration.of(limits)
+
+
+def _checked_version(version: int | None) -> int | None:
+    if version is None or (isinstance(version, int) and not isinstance(version, bool) and MIN <= version <= MAX):
+        return version
+    raise InvalidArgumentError(f"configuration_version must be an int of 64 bits, not {version!r}")
+
+
+def _checked_expiration(expiration: Expiration) -> Expiration:
+    if not isinstance(expiration, Expiration):
+        raise InvalidArgumentError(f"expiration must be an Expiration, not {expiration!r}")
+    return expiration
+
+
+def _checked_recovery(recovery: Recovery) -> Recovery:
+    if not isinstance(recovery, Recovery):
+        raise InvalidArgumentError(f"recovery must be a Recovery, not {recovery!r}")
+    return recovery

@@ -1,0 +1,1 @@
+"""Stores: they move bytes, and know nothing of tokens."""

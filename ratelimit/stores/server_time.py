@@ -1,0 +1,65 @@
+"""The time of a server, followed by the local monotonic clock.
+
+A reply that carries the server's time T, asked for at local time a and received at b, says that the server is between
+T - b and T - a ahead of the local clock. What is known is that interval: it is cut down by every reply, and grows with
+time by what two crystals may drift apart. Half its width bounds the error of its middle. Nothing here reads the wall
+clock, so that setting that changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_DRIFT_PER_MILLION = 500
+"""What two clocks are assumed to drift apart at most; the limit to which kernels discipline theirs."""
+
+STALE_NANOS = 1_000_000_000
+"""An estimate this old is renewed where that costs no round trip of its own."""
+
+UNUSABLE_NANOS = 60_000_000_000
+"""An estimate this old is renewed before a decision; the drift assumed makes 30 ms of it."""
+
+_RESOLUTION_NANOS = 1_000  # the server tells whole microseconds, rounded down
+
+
+class _Interval(NamedTuple):
+    low: int
+    high: int
+    at: int  # local time when it was known
+
+
+class ServerTime:
+    """What is known of one server's clock; all times in nanoseconds, local ones monotonic."""
+
+    def __init__(self) -> None:
+        self._interval: _Interval | None = None  # replaced as a whole, so that threads need no lock
+
+    def observe(self, server: int, sent: int, received: int) -> None:
+        """Learn from a reply: the server's time in it, and the local times around it."""
+        low, high = server - received, server + _RESOLUTION_NANOS - sent
+        known = self._interval
+        if known is not None:
+            drift = _drift(received - known.at)
+            common_low, common_high = max(low, known.low - drift), min(high, known.high + drift)
+            if common_low <= common_high:  # otherwise the server's clock was set, or it is another server: believe it
+                low, high = common_low, common_high
+        self._interval = _Interval(low, high, received)
+
+    def estimate(self, local: int) -> int | None:
+        """The server's time at this local time; None before the first reply."""
+        known = self._interval
+        return None if known is None else local + (known.low + known.high) // 2
+
+    def age(self, local: int) -> int | None:
+        """How long ago the last reply was; None before the first."""
+        known = self._interval
+        return None if known is None else local - known.at
+
+    def error_bound(self, local: int) -> int | None:
+        """How wrong the estimate may be, either way; None before the first reply."""
+        known = self._interval
+        return None if known is None else (known.high - known.low) // 2 + _drift(local - known.at)
+
+
+def _drift(nanos: int) -> int:
+    return nanos * _DRIFT_PER_MILLION // 1_000_000

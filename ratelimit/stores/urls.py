@@ -1,0 +1,162 @@
+"""Stores by URL.
+
+A client made here gives up on a silent server after a second, and leaves repeating to the store. Both can be set by
+the query of the URL, which takes redis-py's names: ``redis://host?socket_timeout=0.2&max_connections=200``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+import redis.connection
+import redis.retry
+from redis.backoff import NoBackoff
+
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
+from ratelimit.stores.protocol import AsyncStore, Store
+from ratelimit.stores.redis import AsyncRedisStore, RedisStore
+from ratelimit.stores.redis_channels import AsyncClusterChannel, AsyncPoolChannel, ClusterChannel, PoolChannel
+
+FORMS: Final = (
+    "memory://",
+    "redis://host:port/db",
+    "rediss://host:port/db",
+    "unix:///path/to/socket",
+    "redis+cluster://host:port",
+    "redis+sentinel://host:port,host:port/service",
+)
+_SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
+
+_TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
+_DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
+_POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 1.0}
+_SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
+
+
+def store_from_url(url: str) -> Store:
+    """The store that a URL names, owning its connections. Nothing is sent yet.
+
+    :raises InvalidConfigurationError: for a URL that names none.
+    """
+    location = _parsed(url)
+    if location.topology == "memory":
+        return MemoryStore()
+    options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
+    if location.topology == "cluster":
+        return RedisStore.owning(ClusterChannel(partial(redis.RedisCluster, **options)))
+    return RedisStore.owning(PoolChannel(_client(redis, location, options)))
+
+
+def async_store_from_url(url: str) -> AsyncStore:
+    """The same for asyncio."""
+    location = _parsed(url)
+    if location.topology == "memory":
+        return AsyncMemoryStore()
+    options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
+    if location.topology == "cluster":
+        return AsyncRedisStore.owning(AsyncClusterChannel(redis.asyncio.RedisCluster(**options)))
+    return AsyncRedisStore.owning(AsyncPoolChannel(_client(redis.asyncio, location, options)))
+
+
+class _Location(NamedTuple):
+    """A URL taken apart: options as redis-py's clients name them, and what only Sentinel needs."""
+
+    topology: str
+    options: dict[str, Any]
+    sentinels: list[tuple[str, int]]
+    service: str
+
+
+def _client(api: ModuleType, location: _Location, options: dict[str, Any]) -> Any:
+    """A client over a pool, of ``redis`` or of ``redis.asyncio``, which name everything alike."""
+    if location.sentinels:
+        for_sentinels = {name: options[name] for name in _TIMEOUTS}
+        for_sentinels |= {name: options.pop(option) for option, name in _SENTINEL_OPTIONS.items() if option in options}
+        sentinel = api.Sentinel(location.sentinels, sentinel_kwargs=for_sentinels, **options)
+        return sentinel.master_for(location.service)
+    if options.pop("ssl", False):
+        options["connection_class"] = api.SSLConnection
+    if "path" in options:
+        options["connection_class"] = api.UnixDomainSocketConnection
+        del options["socket_keepalive"]
+    return api.Redis(connection_pool=api.BlockingConnectionPool(**{**_POOL_DEFAULTS, **options}))
+
+
+def _parsed(url: str) -> _Location:
+    if not isinstance(url, str):
+        raise InvalidConfigurationError(f"a URL must be a str, not {type(url).__name__}", "url")
+    scheme, separator, rest = url.partition("://")
+    transport, _, topology = scheme.lower().partition("+")
+    if url.lower() == "memory://":
+        return _Location("memory", {}, [], "")
+    if scheme.lower() not in _SCHEMES or not separator:
+        raise _invalid(url, f"use one of {', '.join(FORMS)}")
+    sentinels: list[tuple[str, int]] = []
+    service = ""
+    try:
+        if topology == "sentinel":
+            sentinels, service, rest = _split_sentinels(rest)
+        options = _options(transport, topology, rest)
+    except ValueError as error:
+        # urllib shows what it took for a port, which may be a piece of a password
+        raise _invalid(url, "the port is no number" if "Port" in str(error) else str(error)) from None
+    _check_options(url, options)
+    return _Location(topology, {**_DEFAULTS, **options}, sentinels, service)
+
+
+def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
+    """What redis-py's clients are to be given; raises ``ValueError`` that says what is wrong."""
+    options: dict[str, Any] = dict(redis.connection.parse_url(f"{transport}://{rest}"))
+    path = urlsplit(f"{transport}://{rest}").path.strip("/")
+    if transport != "unix" and path and "db" not in options:
+        raise ValueError(f"a database is a number, not {path!r}")
+    if topology == "cluster":
+        if options.pop("db", 0) != 0:
+            raise ValueError("a cluster has no databases")
+        if "host" not in options:
+            raise ValueError("a cluster wants the host of one of its nodes")
+    if options.pop("connection_class", None) is redis.SSLConnection:
+        options["ssl"] = True
+    return options
+
+
+def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
+    """Hosts, service, and what is left of the URL for the servers that the sentinels will name."""
+    match = re.fullmatch(r"(?:([^@/?]*)@)?([^@/?]+)/([^/?]+)(?:/(\d+))?/?(\?.*)?", rest)
+    if match is None:
+        raise ValueError("Sentinel wants hosts and a service")
+    credentials, hosts, service, database, query = match.groups()
+    sentinels: list[tuple[str, int]] = []
+    for host in hosts.split(","):
+        parts = urlsplit(f"//{host}")
+        if not parts.hostname:
+            raise ValueError(f"{host!r} is no host")
+        sentinels.append((parts.hostname, parts.port or 26_379))
+    return sentinels, service, f"{credentials + '@' if credentials else ''}/{database or 0}{query or ''}"
+
+
+def _check_options(url: str, options: Mapping[str, Any]) -> None:
+    """Refuse what redis-py would stumble over only when it connects."""
+    connection: Any = redis.SSLConnection if options.get("ssl") else redis.Connection
+    if "path" in options:
+        connection = redis.UnixDomainSocketConnection
+    own = {"ssl", *_POOL_DEFAULTS, *_SENTINEL_OPTIONS}
+    try:
+        connection(**{name: value for name, value in options.items() if name not in own})
+    except (TypeError, ValueError, redis.RedisError) as error:
+        raise _invalid(url, str(error)) from None
+
+
+def _invalid(url: str, reason: str) -> InvalidConfigurationError:
+    shown = re.sub(r"(?<=://).*@", "***@", url)  # to the last one: a password may hold what a URL may not
+    shown = re.sub(r"(?i)(password=)[^&]*", r"\1***", shown)
+    return InvalidConfigurationError(f"the URL {shown!r} names no store: {reason}", "url")
