@@ -1,0 +1,46 @@
+VENV ?= .venv
+PY = $(VENV)/bin/python
+NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
+CODE = ratelimit tests $(wildcard examples benchmarks)
+
+.PHONY: help demo test lint format clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@awk -F ' ?## ' '/^[a-z]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-8s%s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: ARGS (make test ARGS="-k demo"), PYTHON (the interpreter), VENV (the environment)'
+
+demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own
+	$(VENV)/bin/ratelimit demo $(ARGS)
+
+test: $(VENV)/installed-test ## run the tests
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy --strict $(CODE)
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+format: $(VENV)/installed-dev ## repair style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## remove the environment and all that was generated
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The project with one of its extras; again only when pyproject.toml has changed.
+$(VENV)/installed-%: pyproject.toml | $(PY)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip >/dev/null 2>&1 || $(PY) .ci/bootstrap_pip.py
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(PY) .ci/provide_redis.py
+	@touch $@
+
+# Without pip, because Debian's python3 lacks ensurepip unless python3-venv is installed too.
+$(PY):
+	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || \
+		{ echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import redis
+
+from tests import servers
+
+
+def pytest_report_header() -> list[str]:
+    try:
+        binary = servers.find_server() or "none on this machine; Docker is tried where one is needed"
+    except servers.NoServerError as error:
+        binary = str(error)
+    header = [f"redis server: {binary}"]
+    if servers.URL_VARIABLE in os.environ:
+        header.append(f"shared redis server: as {servers.URL_VARIABLE} says; its database is flushed before each test")
+    return header
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for description, times in servers.used.items():
+        terminalreporter.write_line(f"redis server: {description}, started or connected to {times} times")
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> servers.SharedServer:
+    """The server that the tests share."""
+    return servers.shared_server()
+
+
+@pytest.fixture(scope="session")
+def server_binary() -> servers.ServerBinary:
+    """The program for tests that start, stop and kill servers of their own."""
+    binary = servers.find_server()
+    if binary is None:
+        raise servers.NoServerError(
+            "this test starts Redis servers of its own: install one (apt-get install redis-server, brew install redis) "
+            f"or name a program in {servers.BINARY_VARIABLE}"
+        )
+    return binary
+
+
+@pytest.fixture
+def redis_url(redis_server: servers.SharedServer) -> str:
+    """The URL of an empty database."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushdb()
+    return redis_server.url
