@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from ratelimit import BucketConfiguration, Expiration, InvalidConfigurationError
+from ratelimit.core import codec
+from ratelimit.core.expiration import NO_EXPIRY
+from ratelimit.core.state import BucketState
+from tests import vectors
+
+RECORDED = vectors.load("ttl.json")
+NOW = 1_700_000_000 * 10**9
+
+
+def strategy(kind: str, nanos: int = 0) -> Expiration:
+    seconds = Fraction(nanos, 10**9)
+    match kind:
+        case "none":
+            return Expiration.none()
+        case "fixed_time_to_live":
+            return Expiration.fixed(seconds)
+        case "based_on_time_for_refilling_up_to_max":
+            return Expiration.after_refill(seconds)
+    raise ValueError(kind)
+
+
+def bucket(limits: str) -> BucketState:
+    return BucketState.initial(BucketConfiguration.parse(limits), None, NOW)
+
+
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: case["name"])
+def test_times_to_live_are_the_recorded_ones(case: dict[str, Any]) -> None:
+    state = codec.decode(bytes.fromhex(case["state"]))
+    assert state.nanos_until_full(case["now_nanos"]) == case["full_refilling_time_nanos"]
+    for expected in case["expected"]:
+        recorded = expected["strategy"]
+        kinds = {"fixed_time_to_live": "fixed", "based_on_time_for_refilling_up_to_max": "after_refill"}
+        # Durations of up to 2**63 - 1 ms do not fit into the nanoseconds that the constructors take.
+        expiration = Expiration(kinds.get(recorded["kind"], "none"), recorded.get("duration_millis", 0))  # type: ignore[arg-type]
+        assert expiration.ttl_millis(state, case["now_nanos"]) == expected["ttl_millis"], recorded
+
+
+@pytest.mark.parametrize("case", RECORDED["construction"], ids=str)
+def test_durations_are_taken_and_refused_as_recorded(case: dict[str, Any]) -> None:
+    if case["ok"]:
+        expiration = strategy(case["kind"], case["duration_nanos"])
+        assert expiration.ttl_millis(bucket("5/second"), NOW) == case["ttl_millis_of_full_bucket"]
+    else:
+        with pytest.raises(InvalidConfigurationError):
+            strategy(case["kind"], case["duration_nanos"])
+
+
+def test_the_recordings_are_complete() -> None:
+    assert (len(RECORDED["cases"]), len(RECORDED["construction"])) == (80, 20)
+
+
+@pytest.mark.parametrize("duration", ["5", None, True, float("nan"), -1])
+def test_what_is_no_duration_is_refused(duration: Any) -> None:
+    with pytest.raises(InvalidConfigurationError):
+        Expiration.fixed(duration)
+    with pytest.raises(InvalidConfigurationError):
+        Expiration.after_refill(duration)
+
+
+def test_automatic_expiration_waits_for_the_refill_and_a_margin() -> None:
+    state = bucket("60/minute").consumed(30)
+    assert Expiration.automatic().ttl_millis(state, NOW) == 30_000 + 10_000
+    assert Expiration.automatic().ttl_millis(bucket("60/minute"), NOW) == 10_000
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        bucket("20/hour initial 0"),
+        bucket("20/hour initial 50"),
+        bucket("20/hour aligned 2020-01-01T00:00Z adaptive"),
+        bucket("20/hour").force_added(1),
+        bucket("5/second; 20/hour initial 1"),
+    ],
+    ids=lambda state: str(state.configuration),
+)
+def test_automatic_expiration_keeps_what_a_new_bucket_would_not_have(state: BucketState) -> None:
+    month = timedelta(days=30) // timedelta(milliseconds=1)
+    assert Expiration.automatic().ttl_millis(state, NOW) >= month
+
+
+def test_no_expiration_is_none() -> None:
+    assert Expiration.none().ttl_millis(bucket("5/second").consumed(5), NOW) == NO_EXPIRY
