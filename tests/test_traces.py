@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
@@ -28,6 +27,7 @@ from ratelimit.drive import adrive, drive
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
 from tests import vectors
+from tests.faces import settled
 from tests.raw_commands import Sync, run_raw
 
 KEY = "bucket"
@@ -112,10 +112,6 @@ class Replay:
         verb = op.removeprefix("verbose_")
         method = getattr(bucket.verbose if op != verb else bucket, VERBS.get(verb, verb))
         return recorded_form(await settled(method(**args)))
-
-
-async def settled(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
 
 
 def recorded_form(value: Any) -> Any:

@@ -36,7 +36,8 @@ class ServerTime:
 
     def observe(self, server: int, sent: int, received: int) -> None:
         """Learn from a reply: the server's time in it, and the local times around it."""
-        low, high = server - received, server + _RESOLUTION_NANOS - sent
+        while_under_way = _drift(received - sent)
+        low, high = server - received - while_under_way, server + _RESOLUTION_NANOS - sent + while_under_way
         known = self._interval
         if known is not None:
             drift = _drift(received - known.at)
@@ -62,4 +63,4 @@ class ServerTime:
 
 
 def _drift(nanos: int) -> int:
-    return nanos * _DRIFT_PER_MILLION // 1_000_000
+    return -(-nanos * _DRIFT_PER_MILLION // 1_000_000)

@@ -1,0 +1,153 @@
+"""What every store must do. A store of your own should pass these, too."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+import redis.asyncio
+
+from ratelimit import AsyncMemoryStore, AsyncRedisStore, MemoryStore, RedisStore
+from ratelimit.stores.protocol import Lost
+from tests.faces import Settled
+
+SECOND = 10**9
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        "memory asyncio",
+        "fakeredis",
+        "fakeredis asyncio",
+        pytest.param("redis", marks=pytest.mark.redis),
+        pytest.param("redis asyncio", marks=pytest.mark.redis),
+    ]
+)
+async def store(request: pytest.FixtureRequest) -> AsyncGenerator[Any]:
+    match request.param:
+        case "memory":
+            yield Settled(MemoryStore())
+        case "memory asyncio":
+            yield Settled(AsyncMemoryStore())
+        case "fakeredis":
+            with fakeredis.FakeRedis() as client:
+                yield Settled(RedisStore(client))
+        case "fakeredis asyncio":
+            async with fakeredis.FakeAsyncRedis() as aclient:
+                yield Settled(AsyncRedisStore(aclient))
+        case "redis":
+            with redis.Redis.from_url(request.getfixturevalue("redis_url")) as client:
+                yield Settled(RedisStore(client))
+        case "redis asyncio":
+            async with redis.asyncio.Redis.from_url(request.getfixturevalue("redis_url")) as aclient:
+                yield Settled(AsyncRedisStore(aclient))
+
+
+KEYS = [b"key", b"", b"line\nbreak", b"nul\0", b"\xff\xfe", "schlüssel".encode(), b"k" * 1_000_000]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: repr(key[:12]))
+async def test_a_state_is_made_read_replaced_and_deleted(store: Any, key: bytes) -> None:
+    assert await store.get(key) is None
+    assert await store.swap(key, None, b"one", -1) is None
+    assert await store.get(key) == b"one"
+    assert await store.swap(key, b"one", b"two", -1) is None
+    assert await store.get(key) == b"two"
+    await store.delete(key)
+    assert await store.get(key) is None
+
+
+async def test_a_swap_that_loses_tells_what_is_there_and_changes_nothing(store: Any) -> None:
+    await store.swap(b"key", None, b"here", -1)
+    assert await store.swap(b"key", None, b"new", -1) == Lost(b"here")
+    assert await store.swap(b"key", None, b"new", 1000) == Lost(b"here")
+    assert await store.swap(b"key", b"other", b"new", -1) == Lost(b"here")
+    assert await store.swap(b"key", b"other", b"new", 1000) == Lost(b"here")
+    assert await store.get(b"key") == b"here"
+
+
+async def test_a_swap_of_what_is_missing_tells_so(store: Any) -> None:
+    assert await store.swap(b"key", b"expected", b"new", -1) == Lost(None)
+    assert await store.swap(b"key", b"expected", b"new", 1000) == Lost(None)
+    assert await store.get(b"key") is None
+
+
+async def test_states_are_compared_to_the_byte(store: Any) -> None:
+    state = bytes(range(256)) + b"\r\n\0\0"
+    await store.swap(b"key", None, state, -1)
+    assert await store.swap(b"key", state[:-1], b"new", -1) == Lost(state)
+    assert await store.swap(b"key", state + b"\0", b"new", -1) == Lost(state)
+    assert await store.swap(b"key", state.replace(b"a", b"A"), b"new", -1) == Lost(state)
+    assert await store.swap(b"key", state, b"", -1) is None
+    assert await store.get(b"key") == b""
+    assert await store.swap(b"key", None, b"new", -1) == Lost(b"")  # empty is not missing
+
+
+async def test_a_swap_that_changes_nothing_succeeds(store: Any) -> None:
+    await store.swap(b"key", None, b"same", -1)
+    assert await store.swap(b"key", b"same", b"same", -1) is None
+
+
+async def test_deleting_what_is_missing_is_no_error(store: Any) -> None:
+    await store.delete(b"key")
+
+
+async def test_keys_are_apart(store: Any) -> None:
+    await store.swap(b"a", None, b"1", -1)
+    await store.swap(b"A", None, b"2", -1)
+    await store.delete(b"a")
+    assert await store.get(b"A") == b"2"
+
+
+async def expire(store: Any, key: bytes) -> None:
+    for _ in range(1000):
+        if await store.get(key) is None:
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it did not expire")
+
+
+async def test_a_state_expires_whether_made_or_replaced(store: Any) -> None:
+    await store.swap(b"made", None, b"1", 20)
+    await store.swap(b"replaced", None, b"1", -1)
+    assert await store.swap(b"replaced", b"1", b"2", 20) is None
+    await expire(store, b"made")
+    await expire(store, b"replaced")
+    assert await store.swap(b"made", None, b"again", -1) is None
+
+
+@pytest.mark.parametrize("ttl", [0, -1])
+async def test_a_replacement_without_expiry_drops_the_one_there_was(store: Any, ttl: int) -> None:
+    await store.swap(b"key", None, b"1", 30)
+    await store.swap(b"witness", None, b"1", 60)
+    assert await store.swap(b"key", b"1", b"2", ttl) is None
+    await expire(store, b"witness")
+    assert await store.get(b"key") == b"2"
+
+
+@pytest.mark.parametrize("ttl", [2**31, 2**53 - 1, 2**63 - 1])
+async def test_a_time_to_live_may_be_very_long(store: Any, ttl: int) -> None:
+    assert await store.swap(b"key", None, b"1", ttl) is None
+    assert await store.swap(b"key", b"1", b"2", ttl) is None
+    assert await store.get(b"key") == b"2"
+
+
+async def test_of_many_that_swap_from_the_same_state_one_wins(store: Any) -> None:
+    await store.swap(b"key", None, b"old", -1)
+    losses = await asyncio.gather(*(store.swap(b"key", b"old", b"%d" % number, -1) for number in range(20)))
+    winner = await store.get(b"key")
+    assert losses.count(None) == 1
+    assert losses[int(winner)] is None
+    assert all(loss == Lost(winner) for loss in losses if loss is not None)
+
+
+async def test_its_time_is_that_of_the_epoch_and_goes_on(store: Any) -> None:
+    first = await store.now_nanos(b"key")
+    assert 1_700_000_000 * SECOND < first < 10_000_000_000 * SECOND
+    await asyncio.sleep(0.002)
+    assert await store.now_nanos(b"key") > first

@@ -1,0 +1,81 @@
+"""The estimate of a server's time: never further from the truth than it says."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ratelimit.stores.server_time import ServerTime
+
+SECOND = 10**9
+MILLISECOND = 10**6
+
+
+def test_nothing_is_known_before_the_first_reply() -> None:
+    times = ServerTime()
+    assert times.estimate(5) is None
+    assert times.age(5) is None
+    assert times.error_bound(5) is None
+
+
+def test_one_reply_tells_the_time_to_within_half_its_round_trip() -> None:
+    times = ServerTime()
+    times.observe(1000 * SECOND, sent=10 * MILLISECOND, received=12 * MILLISECOND)
+    estimate, bound = times.estimate(12 * MILLISECOND), times.error_bound(12 * MILLISECOND)
+    assert estimate is not None
+    assert bound is not None
+    assert abs(estimate - (1000 * SECOND + MILLISECOND)) <= bound
+    assert MILLISECOND <= bound <= MILLISECOND + 5000  # resolution, and drift under way
+    assert times.age(13 * MILLISECOND) == MILLISECOND
+
+
+def test_a_quick_reply_makes_a_slow_one_exact_and_a_slow_one_spoils_nothing() -> None:
+    times = ServerTime()
+    times.observe(1000 * SECOND, sent=0, received=100 * MILLISECOND)
+    times.observe(1000 * SECOND + 150 * MILLISECOND, sent=150 * MILLISECOND, received=151 * MILLISECOND)
+    quick = times.error_bound(151 * MILLISECOND)
+    assert quick is not None
+    assert quick <= 2 * MILLISECOND
+    times.observe(1000 * SECOND + 300 * MILLISECOND, sent=200 * MILLISECOND, received=400 * MILLISECOND)
+    slow = times.error_bound(400 * MILLISECOND)
+    assert slow is not None
+    assert slow <= quick + MILLISECOND
+
+
+def test_a_server_whose_clock_was_set_is_believed_at_once() -> None:
+    times = ServerTime()
+    times.observe(1000 * SECOND, sent=0, received=MILLISECOND)
+    for hours in (1, -1):
+        server = (1000 + hours * 3600) * SECOND
+        times.observe(server, sent=SECOND, received=SECOND + MILLISECOND)
+        estimate = times.estimate(SECOND + MILLISECOND)
+        assert estimate is not None
+        assert abs(estimate - server) <= 2 * MILLISECOND
+
+
+@given(
+    offset=st.integers(-(10**18), 10**18),
+    drift_per_million=st.integers(-400, 400),
+    replies=st.lists(st.tuples(st.integers(0, 10**11), st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1),
+    silence=st.integers(0, 10**12),
+)
+def test_the_truth_is_within_the_bound_whatever_the_network_does(
+    offset: int, drift_per_million: int, replies: list[tuple[int, int, int]], silence: int
+) -> None:
+    def server_at(local: int) -> int:
+        return local + offset + local * drift_per_million // 1_000_000
+
+    times, local = ServerTime(), 0
+    for pause, there, back in replies:
+        sent = local + pause
+        local = sent + there + back
+        times.observe(server_at(sent + there) // 1000 * 1000, sent, local)
+        estimate, bound = times.estimate(local), times.error_bound(local)
+        assert estimate is not None
+        assert bound is not None
+        assert abs(estimate - server_at(local)) <= bound + 2
+    local += silence
+    estimate, bound = times.estimate(local), times.error_bound(local)
+    assert estimate is not None
+    assert bound is not None
+    assert abs(estimate - server_at(local)) <= bound + 2

@@ -1,0 +1,366 @@
+"""The compare-and-swap loop, on a store that loses swaps and replies as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ratelimit import (
+    AsyncMemoryStore,
+    AsyncProxyManager,
+    BucketConfiguration,
+    BucketNotFoundError,
+    ContentionError,
+    CorruptStateError,
+    InvalidConfigurationError,
+    ProxyManager,
+    Recovery,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
+from ratelimit.core import codec
+from ratelimit.core.state import BucketState
+from ratelimit.stores.protocol import Lost
+from ratelimit.testing import ManualClock, ScriptedStore
+from tests.faces import Settled, settled
+
+NOW = 1_700_000_000 * 10**9
+LIMITS = "10/hour"
+
+
+class Recorder(ScriptedStore):
+    """Takes note of all that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def get(self, key: bytes) -> bytes | None:
+        self.asked.append("get")
+        return super().get(key)
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        self.asked.append("create" if before is None else "swap")
+        return super().swap(key, before, after, ttl_millis)
+
+
+class Face(Settled):
+    """A manager of either face over a scripted store, which notes its pauses instead of making them."""
+
+    def __init__(
+        self, kind: str, store: ScriptedStore, clock: ManualClock, limits: Any = LIMITS, **settings: Any
+    ) -> None:
+        if kind == "sync":
+            super().__init__(ProxyManager(store, limits, clock=clock, **settings))
+        else:
+            super().__init__(AsyncProxyManager(AsyncMemoryStore(store), limits, clock=clock, **settings))
+        self.pauses: list[int] = []
+        object.__setattr__(self.face._backend, "pause", self.pauses.append)
+
+
+@pytest.fixture(params=["sync", "asyncio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(NOW)
+
+
+@pytest.fixture
+def store() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def face(kind: str, store: Recorder, clock: ManualClock) -> Face:
+    return Face(kind, store, clock)
+
+
+def state(consumed: int, limits: str = LIMITS) -> bytes:
+    return codec.encode(BucketState.initial(BucketConfiguration.parse(limits), None, NOW).consumed(consumed))
+
+
+def stored(store: ScriptedStore, key: bytes = b"key") -> BucketState:
+    data = store.get(key)
+    assert data is not None
+    return codec.decode(data)
+
+
+async def test_a_fresh_key_is_made_without_being_read(face: Face, store: Recorder) -> None:
+    assert await face.try_consume("key")
+    assert store.asked == ["create"]
+
+
+async def test_a_key_of_ones_own_is_swapped_from_memory(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    await face.try_consume("key")
+    assert store.asked == ["create", "swap"]
+    assert stored(store).consumed_tokens == 2
+
+
+async def test_a_key_that_another_made_is_learnt_from_the_lost_swap(face: Face, store: Recorder) -> None:
+    store.put(b"key", state(3))
+    assert await face.try_consume("key")
+    assert store.asked == ["create", "swap"]
+    assert stored(store).consumed_tokens == 4
+
+
+async def test_a_key_that_another_changed_is_learnt_from_the_lost_swap(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    store.put(b"key", state(9))
+    store.asked.clear()
+    probe = await face.try_consume_and_return_remaining("key")
+    assert (probe.consumed, probe.remaining_tokens) == (True, 0)
+    assert store.asked == ["swap", "swap"]
+
+
+async def test_a_rejection_from_memory_is_confirmed_by_the_store(face: Face, store: Recorder) -> None:
+    await face.try_consume("key", 10)
+    store.asked.clear()
+    assert not await face.try_consume("key")
+    assert store.asked == ["get"]
+
+
+async def test_memory_alone_never_rejects(face: Face, store: Recorder) -> None:
+    await face.try_consume("key", 10)
+    store.put(b"key", state(2))  # another has reset it
+    store.asked.clear()
+    assert await face.try_consume("key")
+    assert store.asked == ["get", "swap"]
+
+
+async def test_a_rejection_from_what_a_lost_swap_told_needs_no_further_read(face: Face, store: Recorder) -> None:
+    store.put(b"key", state(10))
+    assert not await face.try_consume("key")
+    assert store.asked == ["create"]
+
+
+async def test_a_missing_bucket_is_made_also_when_the_answer_is_no(face: Face, store: Recorder) -> None:
+    assert not await face.try_consume("key", 11)
+    assert store.asked == ["create"]
+    assert stored(store).consumed_tokens == 0
+
+
+@pytest.mark.parametrize("verb", ["available_tokens", "snapshot"])
+async def test_verbs_that_only_read_read(face: Face, store: Recorder, verb: str) -> None:
+    await face.try_consume("key")
+    store.asked.clear()
+    await getattr(face, verb)("key")
+    assert store.asked == ["get"]
+
+
+async def test_what_was_read_is_remembered(face: Face, store: Recorder) -> None:
+    store.put(b"key", state(3))
+    await face.available_tokens("key")
+    assert await face.try_consume("key")
+    assert store.asked == ["get", "swap"]
+
+
+async def test_a_removed_key_is_made_anew(face: Face, store: Recorder) -> None:
+    await face.try_consume("key", 10)
+    store.delete(b"key")  # by another
+    store.asked.clear()
+    assert not await face.try_consume("key", 11)
+    assert store.asked == ["get", "create"]
+    await face.remove("key")
+    store.asked.clear()
+    assert await face.try_consume("key", 10)
+    assert store.asked == ["create"]
+
+
+async def test_attempts_are_bounded(kind: str, store: Recorder, clock: ManualClock) -> None:
+    face = Face(kind, store, clock, max_attempts=7)
+    store.lose_swaps(7, state=state(1))
+    with pytest.raises(ContentionError) as caught:
+        await face.try_consume("key")
+    assert (caught.value.key, caught.value.attempts) == ("key", 7)
+    assert store.asked.count("create") + store.asked.count("swap") == 7
+    assert stored(store).consumed_tokens == 1
+    assert await face.try_consume("key")
+
+
+async def test_a_pause_is_jittered_and_followed_by_a_fresh_read(kind: str, store: Recorder, clock: ManualClock) -> None:
+    face = Face(kind, store, clock)
+    store.lose_swaps(30, state=state(1))
+    assert await face.try_consume("key")
+    assert store.asked[:4] == ["create", "swap", "swap", "swap"]
+    assert store.asked[4:] == ["get", "swap"] * 27
+    assert len(face.pauses) == 27
+    assert len(set(face.pauses)) > 20
+    assert 0 <= min(face.pauses) <= max(face.pauses) < 16_000_000
+    assert clock.slept == []
+
+
+async def test_an_unexpected_error_of_the_store_passes_and_nothing_is_charged(face: Face, store: Recorder) -> None:
+    store.fail(StoreTimeoutError(b"", "slow"))
+    with pytest.raises(StoreTimeoutError, match="slow") as caught:
+        await face.try_consume("key")
+    assert caught.value.key == "key"
+    assert not caught.value.in_doubt
+    assert store.asked == ["create"]
+    assert store.get(b"key") is None
+    assert await face.try_consume("key")
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_a_lost_reply_is_recognised_by_ones_own_bytes(face: Face, store: Recorder, known: bool) -> None:
+    if known:
+        await face.try_consume("key")
+    store.lose_replies()
+    assert await face.try_consume("key")
+    assert stored(store).consumed_tokens == 1 + known
+    assert await face.try_consume("key")
+    assert stored(store).consumed_tokens == 2 + known
+
+
+async def test_a_lost_request_is_sent_again(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    store.lose_requests()
+    assert await face.try_consume("key")
+    assert stored(store).consumed_tokens == 2
+
+
+async def test_a_second_lost_reply_is_an_error_that_tells_the_doubt(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    store.lose_replies(2)
+    with pytest.raises(StoreUnavailableError, match="may have been carried out") as caught:
+        await face.try_consume("key")
+    assert caught.value.in_doubt
+    assert stored(store).consumed_tokens == 2
+
+
+async def test_a_failure_after_a_lost_reply_stays_in_doubt(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    store.lose_replies()
+    store.fail()
+    with pytest.raises(StoreUnavailableError) as caught:
+        await face.try_consume("key")
+    assert caught.value.in_doubt
+
+
+async def test_after_a_lost_reply_and_another_writer_nothing_is_charged_twice(face: Face, store: Recorder) -> None:
+    await face.try_consume("key")
+    store.lose_replies()
+    store.lose_swaps(state=state(3))
+    with pytest.raises(StoreUnavailableError, match="others have changed the bucket") as caught:
+        await face.try_consume("key")
+    assert caught.value.in_doubt
+    assert stored(store).consumed_tokens == 3
+
+
+async def test_bytes_of_another_that_equal_ones_own_are_no_success(kind: str, clock: ManualClock) -> None:
+    """Two clients that decide alike at the same time compute the same bytes; both must be charged."""
+    store = Recorder()
+    one, other = Face(kind, store, clock), Face(kind, store, clock)
+    assert await one.try_consume("key")
+    assert await other.try_consume("key")
+    assert stored(store).consumed_tokens == 2
+
+
+async def test_foreign_bytes_are_an_error_and_left_alone(face: Face, store: Recorder) -> None:
+    store.put(b"key", b"something else")
+    for verb in ("try_consume", "available_tokens", "reset", "configuration"):
+        with pytest.raises(CorruptStateError) as caught:
+            await getattr(face, verb)("key")
+        assert (caught.value.key, caught.value.state) == ("key", b"something else")
+    assert store.get(b"key") == b"something else"
+
+
+async def test_a_stored_period_of_zero_is_an_error_of_ours(face: Face, store: Recorder, clock: ManualClock) -> None:
+    whole = bytearray(state(3))
+    whole[32:40] = bytes(8)
+    store.put(b"key", bytes(whole))
+    clock.advance(5)
+    with pytest.raises(CorruptStateError, match="out of range"):
+        await face.try_consume("key")
+
+
+async def test_a_handle_that_made_its_bucket_may_insist_on_it(kind: str, store: Recorder, clock: ManualClock) -> None:
+    face = Face(kind, store, clock, recovery=Recovery.RAISE)
+    assert await face.try_consume("key")
+    store.delete(b"key")
+    for _ in range(2):
+        with pytest.raises(BucketNotFoundError) as caught:
+            await face.try_consume("key")
+        assert caught.value.key == "key"
+        with pytest.raises(BucketNotFoundError):
+            await face.available_tokens("key")
+    assert store.get(b"key") is None
+    assert await settled(face.face.bucket("key").try_consume())
+    assert await face.try_consume("key")
+
+
+async def test_a_handle_does_not_miss_its_bucket_by_memory_alone(
+    kind: str, store: Recorder, clock: ManualClock
+) -> None:
+    face = Face(kind, store, clock, recovery=Recovery.RAISE, memory_limit_bytes=0)
+    assert await face.try_consume("key")
+    assert await face.try_consume("key")
+    assert store.asked == ["create", "get", "swap"]
+
+
+async def test_memory_of_states_is_bounded(kind: str, store: Recorder, clock: ManualClock) -> None:
+    face = Face(kind, store, clock, memory_limit_bytes=100_000)
+    for number in range(1000):
+        await face.try_consume(f"key {number}")
+    remembered = face.face._backend.remembered
+    assert 100 < len(remembered._states) < 300
+    await face.try_consume("k" * 200_000)
+    assert len(remembered._states) < 300
+    store.asked.clear()
+    await face.try_consume("key 0")
+    assert store.asked == ["create", "swap"]  # forgotten, and so as if never seen
+
+
+async def test_a_key_without_limits_costs_nothing(kind: str, store: Recorder, clock: ManualClock) -> None:
+    asked: list[Any] = []
+
+    def plan(key: str) -> str | None:
+        asked.append(key)
+        return None if key == "vip" else "1/hour"
+
+    face = Face(kind, store, clock, plan)
+    assert [await face.try_consume("vip") for _ in range(3)] == [True] * 3
+    assert await face.try_consume_as_much_as_possible("vip", 7) == 7
+    assert await face.consume("vip", 10**9)
+    assert (await face.try_consume_and_return_remaining("vip")).retry_after == 0
+    with pytest.raises(BucketNotFoundError):
+        await face.snapshot("vip")
+    assert store.asked == []
+    assert [await face.try_consume("other") for _ in range(2)] == [True, False]
+    assert asked == ["vip"] * 7 + ["other"] * 2
+
+
+async def test_an_async_callable_tells_limits() -> None:
+    async def plan(key: str) -> str | None:
+        await asyncio.sleep(0)
+        return "1/hour" if key == "free" else None
+
+    manager = AsyncProxyManager(AsyncMemoryStore(), plan)
+    assert [await manager.try_consume("free") for _ in range(2)] == [True, False]
+    assert await manager.try_consume("vip")
+
+
+async def test_a_callable_that_fails_or_answers_nonsense_is_heard(
+    kind: str, store: Recorder, clock: ManualClock
+) -> None:
+    def broken(key: str) -> str:
+        raise LookupError(key)
+
+    with pytest.raises(LookupError, match="some key"):
+        await Face(kind, store, clock, broken).try_consume("some key")
+    with pytest.raises(InvalidConfigurationError, match="must be a BucketConfiguration or its text"):
+        await Face(kind, store, clock, lambda _: 5).try_consume("key")
+
+
+async def test_every_store_error_is_a_rate_limit_error_with_its_key(face: Face, store: Recorder) -> None:
+    store.fail()
+    with pytest.raises(StoreError) as caught:
+        await face.try_consume(b"\xff key")
+    assert caught.value.key == b"\xff key"
+    assert "\\xff key" in str(caught.value)

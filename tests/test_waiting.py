@@ -1,0 +1,241 @@
+"""consume: reserved by debt, slept exactly, given back when interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from ratelimit import (
+    AsyncMemoryStore,
+    AsyncProxyManager,
+    InvalidArgumentError,
+    MemoryStore,
+    ProxyManager,
+    ReservationOverflowError,
+)
+from ratelimit.stores.protocol import Lost
+from ratelimit.testing import ManualClock, ScriptedStore
+from tests.faces import Settled
+from tests.servers import wait_until
+
+NOW = 1_700_000_000 * 10**9
+SECOND = 10**9
+LIMITS = "1/second burst 10"
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(NOW)
+
+
+@pytest.fixture
+def store() -> ScriptedStore:
+    return ScriptedStore()
+
+
+@pytest.fixture(params=["sync", "asyncio"])
+def face(request: pytest.FixtureRequest, store: ScriptedStore, clock: ManualClock) -> Settled:
+    if request.param == "sync":
+        return Settled(ProxyManager(store, LIMITS, clock=clock))
+    return Settled(AsyncProxyManager(AsyncMemoryStore(store), LIMITS, clock=clock))
+
+
+async def test_tokens_that_are_there_are_not_waited_for(face: Settled, clock: ManualClock) -> None:
+    assert await face.consume("key", 10)
+    assert clock.slept == []
+
+
+async def test_the_wait_is_exactly_until_the_tokens_are_there(face: Settled, clock: ManualClock) -> None:
+    await face.consume("key", 10)
+    assert await face.consume("key", 3)
+    assert await face.consume("key")
+    assert clock.slept == [3 * SECOND, SECOND]
+    assert await face.available_tokens("key") == 0
+
+
+@pytest.mark.parametrize("timeout", [2.999, timedelta(seconds=2.999), 1])
+async def test_a_wait_beyond_the_timeout_is_not_begun(face: Settled, clock: ManualClock, timeout: Any) -> None:
+    await face.consume("key", 10)
+    assert not await face.consume("key", 3, timeout=timeout)
+    assert clock.slept == []
+    assert await face.available_tokens("key") == 0
+    assert (await face.snapshot("key")).consumed_tokens == 10
+
+
+@pytest.mark.parametrize("timeout", [3, 3.0, timedelta(seconds=3), float("inf"), 10**30])
+async def test_a_wait_within_the_timeout_is_waited(face: Settled, clock: ManualClock, timeout: Any) -> None:
+    await face.consume("key", 10)
+    assert await face.consume("key", 3, timeout=timeout)
+    assert clock.slept == [3 * SECOND]
+
+
+async def test_more_than_the_capacity_is_waited_for(face: Settled, clock: ManualClock) -> None:
+    assert await face.consume("key", 25)
+    assert clock.slept == [15 * SECOND]
+
+
+async def test_a_wait_without_end_is_an_error_or_refused(face: Settled, clock: ManualClock) -> None:
+    with pytest.raises(ReservationOverflowError):
+        await face.consume("key", 2**63 - 1)
+    assert not await face.consume("key", 2**63 - 1, timeout=10)
+    assert clock.slept == []
+    assert (await face.snapshot("key")).consumed_tokens == 0
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.0, timedelta(0), float("nan"), float("-inf"), "5", True])
+async def test_a_timeout_that_is_none_is_refused(face: Settled, timeout: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="timeout"):
+        await face.consume("key", timeout=timeout)
+
+
+async def test_the_verbose_form_shows_the_bucket_after_the_reservation(
+    face: Settled, clock: ManualClock, request: pytest.FixtureRequest
+) -> None:
+    verbose = Settled(face.face.bucket("key").verbose)
+    result = await verbose.consume(12)
+    assert (result.value, result.available_tokens, clock.slept) == (True, -2, [2 * SECOND])
+    result = await verbose.consume(10**6, timeout=1)
+    assert (result.value, result.available_tokens) == (False, 0)
+
+
+async def test_a_cancelled_waiter_gives_its_tokens_back() -> None:
+    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    await manager.try_consume("key", 8)
+    waiter = asyncio.create_task(manager.consume("key", 5))
+    while await manager.available_tokens("key") != -3:
+        await asyncio.sleep(0)
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    snapshot = await manager.snapshot("key")
+    assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
+
+
+async def test_a_waiter_under_a_timeout_of_asyncio_gives_its_tokens_back() -> None:
+    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await manager.consume("key", 15)
+    assert await manager.available_tokens("key") == 10
+
+
+class SlowStore(AsyncMemoryStore):
+    """Whose swaps are carried out, or not, when they are allowed to, and whose replies come later still."""
+
+    def __init__(self, *, carried_out_first: bool) -> None:
+        super().__init__()
+        self.carried_out_first = carried_out_first
+        self.in_flight = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        if self.gate.is_set():
+            return await super().swap(key, before, after, ttl_millis)
+        loss = await super().swap(key, before, after, ttl_millis) if self.carried_out_first else None
+        self.in_flight.set()
+        await self.gate.wait()
+        return loss
+
+
+@pytest.mark.parametrize("carried_out_first", [True, False])
+async def test_a_waiter_that_is_cancelled_while_its_swap_is_in_flight_keeps_nothing(carried_out_first: bool) -> None:
+    store = SlowStore(carried_out_first=carried_out_first)
+    manager = AsyncProxyManager(store, "10/hour")
+    await manager.try_consume("key", 8)
+    store.gate.clear()
+    waiter = asyncio.create_task(manager.consume("key", 5))
+    await store.in_flight.wait()
+    waiter.cancel()
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    snapshot = await manager.snapshot("key")
+    assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
+
+
+class InterruptedClock(ManualClock):
+    """At which somebody presses Ctrl-C while it sleeps."""
+
+    def sleep(self, nanos: int) -> None:
+        super().sleep(nanos)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_sync_waiter_gives_its_tokens_back() -> None:
+    manager = ProxyManager(MemoryStore(), LIMITS, clock=InterruptedClock(NOW, advance_on_sleep=False))
+    with pytest.raises(KeyboardInterrupt):
+        manager.consume("key", 15)
+    assert manager.available_tokens("key") == 10
+
+
+class InterruptedStore(MemoryStore):
+    """During whose first swap somebody presses Ctrl-C, before or after it was carried out."""
+
+    def __init__(self, *, carried_out: bool) -> None:
+        super().__init__()
+        self._carried_out: bool | None = carried_out
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        carried_out, self._carried_out = self._carried_out, None
+        if carried_out is not False:
+            loss = super().swap(key, before, after, ttl_millis)
+            if carried_out is None:
+                return loss
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_sync_waiter_interrupted_in_the_middle_of_a_swap_keeps_nothing(carried_out: bool) -> None:
+    manager = ProxyManager(InterruptedStore(carried_out=carried_out), LIMITS, clock=ManualClock(NOW))
+    with pytest.raises(KeyboardInterrupt):
+        manager.consume("key", 15)
+    assert manager.available_tokens("key") == 10
+    assert manager.bucket("key").snapshot().consumed_tokens == 0
+
+
+def test_an_interruption_passes_also_when_nothing_can_be_given_back(caplog: pytest.LogCaptureFixture) -> None:
+    store = ScriptedStore()
+
+    class Clock(ManualClock):
+        def sleep(self, nanos: int) -> None:
+            store.fail()
+            raise KeyboardInterrupt
+
+    manager = ProxyManager(store, LIMITS, clock=Clock(NOW))
+    with pytest.raises(KeyboardInterrupt):
+        manager.consume("key", 15)
+    assert "15 tokens of a wait that was interrupted could not be given back" in caplog.text
+
+
+async def test_a_coroutine_that_is_closed_while_it_waits_ends_quietly() -> None:
+    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    coroutine = manager.consume("key", 15)
+    coroutine.send(None)  # type: ignore[attr-defined]  # to its first await, the sleep
+    coroutine.close()  # type: ignore[attr-defined]
+    assert await manager.available_tokens("key") == -5
+
+
+@pytest.mark.redis
+def test_ctrl_c_in_another_process_gives_its_tokens_back(redis_url: str) -> None:
+    program = f"""
+from ratelimit import ProxyManager
+ProxyManager.from_url({redis_url!r}, "10/hour").consume("key", 15)
+"""
+    with ProxyManager.from_url(redis_url, "10/hour") as manager:
+        waiter = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+        with contextlib.ExitStack() as stack:
+            stack.callback(waiter.kill)
+            wait_until(lambda: manager.available_tokens("key") == -5, "the other process waits")
+            os.kill(waiter.pid, signal.SIGINT)
+            _, errors = waiter.communicate(timeout=20)
+        assert b"KeyboardInterrupt" in errors
+        assert manager.available_tokens("key") == 10
