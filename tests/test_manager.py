@@ -1,0 +1,254 @@
+"""Managers and handles: settings, keys, prefixes, versions; all on a store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from ratelimit import (
+    AsyncBucket,
+    AsyncMemoryStore,
+    AsyncProxyManager,
+    Bandwidth,
+    Bucket,
+    BucketConfiguration,
+    Expiration,
+    InvalidArgumentError,
+    InvalidConfigurationError,
+    MemoryStore,
+    ProxyManager,
+    Recovery,
+    TokensInheritance,
+)
+from ratelimit.core import codec
+from ratelimit.testing import ManualClock
+from tests.faces import Settled, settled
+
+NOW = 1_700_000_000 * 10**9
+
+
+def test_the_first_lines_of_a_user() -> None:
+    with ProxyManager.from_url("memory://", "3/minute") as manager:
+        assert [manager.try_consume("user:42") for _ in range(4)] == [True, True, True, False]
+
+
+async def test_the_first_lines_of_an_asyncio_user() -> None:
+    async with AsyncProxyManager.from_url("memory://", "3/minute") as manager:
+        assert [await manager.try_consume("user:42") for _ in range(4)] == [True, True, True, False]
+
+
+VERBS = {
+    "try_consume": (),
+    "try_consume_and_return_remaining": (),
+    "try_consume_as_much_as_possible": (),
+    "consume_ignoring_rate_limits": (1,),
+    "consume": (),
+    "estimate_ability_to_consume": (1,),
+    "available_tokens": (),
+    "add_tokens": (1,),
+    "force_add_tokens": (1,),
+    "reset": (),
+    "replace_configuration": ("5/second", TokensInheritance.AS_IS),
+    "snapshot": (),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("face", ["sync", "asyncio"])
+async def test_every_verb_is_on_the_manager_the_bucket_and_its_verbose_form(verb: str, face: str) -> None:
+    def manager() -> Any:
+        clock = ManualClock(NOW)
+        if face == "sync":
+            return ProxyManager(MemoryStore(), "5/minute", clock=clock)
+        return AsyncProxyManager(AsyncMemoryStore(), "5/minute", clock=clock)
+
+    plain = await settled(getattr(manager(), verb)("key", *VERBS[verb]))
+    assert await settled(getattr(manager().bucket("key"), verb)(*VERBS[verb])) == plain
+    verbose = await settled(getattr(manager().bucket("key").verbose, verb)(*VERBS[verb]))
+    assert verbose.value == plain
+    assert verbose.operation_time_nanos == NOW
+    assert verbose.available_tokens == min(verbose.available_tokens_per_bandwidth)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.0, "1", True, [1], 2**63])
+@pytest.mark.parametrize("verb", [name for name, given in VERBS.items() if given == (1,) or "consume" in name])
+def test_a_number_of_tokens_is_an_int_of_one_or_more(verb: str, tokens: Any) -> None:
+    manager = ProxyManager(MemoryStore(), "5/minute")
+    with pytest.raises(InvalidArgumentError, match="must be an int from 1"):
+        getattr(manager, verb)("key", tokens)
+    assert manager.configuration("key") is None
+
+
+async def test_more_than_the_capacity_is_refused_for_ever() -> None:
+    manager = ProxyManager(MemoryStore(), "5/minute")
+    probe = manager.try_consume_and_return_remaining("key", 6)
+    assert not probe
+    assert (probe.nanos_to_wait_for_refill, probe.retry_after) == (2**63 - 1, None)
+    assert manager.bucket("key").estimate_ability_to_consume(6).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("key", "stored"),
+    [
+        ("user:42", b"user:42"),
+        ("schlüssel", "schlüssel".encode()),
+        (b"\xff\0", b"\xff\0"),
+        ("", b""),
+        ("a\nb\0", b"a\nb\0"),
+    ],
+)
+def test_a_key_is_stored_under_its_bytes_after_the_prefix(key: str | bytes, stored: bytes) -> None:
+    store = MemoryStore()
+    assert ProxyManager(store, "5/minute").try_consume(key)
+    assert store.get(stored) is not None
+    for prefix in ("rl:", b"rl:"):
+        manager = ProxyManager(store, "5/minute", prefix=prefix)
+        manager.try_consume(key)
+        assert manager.bucket(key).key == key
+    data = store.get(b"rl:" + stored)
+    assert data is not None
+    assert codec.decode(data).consumed_tokens == 2
+
+
+@pytest.mark.parametrize("key", [None, 5, ["key"], "\ud800", bytearray(b"key")])
+def test_what_is_no_key_is_refused(key: Any) -> None:
+    manager = ProxyManager(MemoryStore(), "5/minute")
+    for use in (manager.bucket, manager.try_consume, manager.configuration, manager.remove):
+        with pytest.raises(InvalidArgumentError, match="key"):
+            use(key)
+
+
+@pytest.mark.parametrize("face", [ProxyManager, AsyncProxyManager])
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"configuration": 5}, InvalidConfigurationError),
+        ({"configuration": "5/fortnight"}, InvalidConfigurationError),
+        ({"configuration_version": "1"}, InvalidArgumentError),
+        ({"configuration_version": True}, InvalidArgumentError),
+        ({"configuration_version": 2**63}, InvalidArgumentError),
+        ({"inheritance": "RESET"}, InvalidArgumentError),
+        ({"recovery": "raise"}, InvalidArgumentError),
+        ({"expiration": 5}, InvalidArgumentError),
+        ({"prefix": 5}, InvalidArgumentError),
+        ({"max_attempts": 0}, InvalidArgumentError),
+        ({"max_attempts": True}, InvalidArgumentError),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_at_once(
+    face: Any, settings: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        face.from_url("memory://", **settings)
+
+
+def test_a_bucket_needs_a_configuration_from_somewhere() -> None:
+    manager = ProxyManager(MemoryStore())
+    with pytest.raises(InvalidConfigurationError, match="neither the manager nor this bucket"):
+        manager.try_consume("key")
+    assert manager.bucket("key", "1/hour").try_consume()
+    assert not manager.bucket("key", BucketConfiguration.parse("5/hour")).try_consume()
+    assert manager.configuration("key") == BucketConfiguration.parse("1/hour")
+
+
+def test_a_bandwidth_is_taken_for_a_configuration() -> None:
+    assert ProxyManager(MemoryStore(), Bandwidth.greedy(1, 60)).try_consume("key")
+
+
+async def test_an_async_callable_needs_the_asyncio_face() -> None:
+    async def plan(key: str) -> str:
+        return "1/hour"
+
+    with pytest.warns(RuntimeWarning, match="never awaited"):  # noqa: PT031  # the coroutine goes with the error
+        with pytest.raises(InvalidConfigurationError, match="coroutine"):
+            ProxyManager(MemoryStore(), plan).try_consume("key")  # type: ignore[arg-type]
+        gc.collect()
+
+
+def test_a_bucket_may_have_settings_of_its_own() -> None:
+    clock = ManualClock(NOW)
+    store = MemoryStore(clock=clock)
+    manager = ProxyManager(store, "5/minute", clock=clock)
+    bucket = manager.bucket("key", expiration=Expiration.fixed(1), recovery=Recovery.RAISE, configuration_version=3)
+    assert bucket.try_consume()
+    assert bucket.snapshot().configuration_version == 3
+    clock.advance(2)
+    with pytest.raises(Exception, match="no bucket under the key 'key'"):
+        bucket.try_consume()
+
+
+def test_a_lower_version_is_replaced_and_a_higher_one_stays() -> None:
+    clock, store = ManualClock(NOW), MemoryStore()
+
+    def manager(limits: str, version: int | None) -> ProxyManager:
+        return ProxyManager(
+            store, limits, clock=clock, configuration_version=version, inheritance=TokensInheritance.AS_IS
+        )
+
+    assert manager("10/hour", None).try_consume("key", 4)
+    assert manager("100/hour", 1).available_tokens("key") == 6
+    assert manager("20/hour", 1).configuration("key") == BucketConfiguration.parse("100/hour")
+    assert manager("20/hour", 2).try_consume("key")
+    assert manager("20/hour", 1).try_consume("key")
+    snapshot = manager("30/hour", None).snapshot("key")
+    assert (str(snapshot.configuration), snapshot.configuration_version) == ("20/hour", 2)
+    assert (snapshot.available_tokens, snapshot.consumed_tokens) == (4, 6)
+
+
+def test_an_explicit_replacement_keeps_the_version() -> None:
+    manager = ProxyManager(MemoryStore(), "10/hour", configuration_version=7)
+    bucket = manager.bucket("key")
+    bucket.try_consume(4)
+    bucket.replace_configuration("100/hour", TokensInheritance.PROPORTIONALLY)
+    snapshot = bucket.snapshot()
+    assert (snapshot.available_tokens, snapshot.configuration_version) == (60, 7)
+    with pytest.raises(InvalidConfigurationError):
+        bucket.replace_configuration("100/sol", TokensInheritance.RESET)
+    with pytest.raises(InvalidArgumentError):
+        bucket.replace_configuration("100/hour", "RESET")  # type: ignore[arg-type]
+
+
+def test_a_store_of_the_callers_is_not_closed() -> None:
+    class Closing(MemoryStore):
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    store = Closing()
+    with ProxyManager(store, "5/minute") as manager:
+        manager.try_consume("key")
+    assert not store.closed
+
+
+@pytest.mark.parametrize("face", ["sync", "asyncio"])
+def test_handles_are_of_their_face_and_made_without_await(face: str) -> None:
+    if face == "sync":
+        assert isinstance(ProxyManager(MemoryStore(), "5/minute").bucket("key"), Bucket)
+    else:
+        assert isinstance(AsyncProxyManager(AsyncMemoryStore(), "5/minute").bucket("key"), AsyncBucket)
+
+
+async def test_tasks_and_threads_share_a_store_in_memory_exactly() -> None:
+    store = MemoryStore()
+    amanager = AsyncProxyManager(AsyncMemoryStore(store), "1000/day intervally")
+    manager = ProxyManager(store, "1000/day intervally")
+    tasks = [amanager.try_consume("key") for _ in range(800)]
+    threads = [asyncio.to_thread(manager.try_consume, "key") for _ in range(800)]
+    answers = await asyncio.gather(*tasks, *threads)
+    assert answers.count(True) == 1000
+
+
+async def test_probes_offer_seconds() -> None:
+    clock = ManualClock(NOW)
+    face = Settled(ProxyManager(MemoryStore(), "3/second", clock=clock))
+    await face.try_consume("key", 3)
+    probe = await face.try_consume_and_return_remaining("key")
+    assert probe.nanos_to_wait_for_refill == 333_333_333
+    assert probe.retry_after == 0.333334
+    assert probe.reset_after == 1.0
+    clock.advance(probe.retry_after)
+    assert await face.try_consume("key")
