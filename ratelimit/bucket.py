@@ -20,7 +20,7 @@ from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.drive import adrive, drive
-from ratelimit.errors import Key
+from ratelimit.errors import Key, shown
 from ratelimit.handle import Handle, replacement, token_count
 
 
@@ -41,6 +41,9 @@ class Bucket:
     def key(self) -> Key:
         """The key, as it was given."""
         return self._handle.target.key
+
+    def __repr__(self) -> str:
+        return f"Bucket({shown(self.key)})"
 
     @property
     def verbose(self) -> VerboseBucket:
@@ -178,6 +181,9 @@ class AsyncBucket:
     def key(self) -> Key:
         """The key, as it was given."""
         return self._handle.target.key
+
+    def __repr__(self) -> str:
+        return f"AsyncBucket({shown(self.key)})"
 
     @property
     def verbose(self) -> AsyncVerboseBucket:

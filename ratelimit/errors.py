@@ -21,6 +21,7 @@ cause. ``key`` is always the key as the caller gave it.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 if getattr(sys.modules.get("ratelimit"), "__distribution__", None) != "ratelimit-redis":
     raise ImportError(
@@ -94,6 +95,9 @@ class CorruptStateError(RateLimitError):
         self.state = state
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.state, self.reason)
+
     def __str__(self) -> str:
         return f"the value under the key {shown(self.key)} cannot be read as a bucket: {self.reason}"
 
@@ -103,8 +107,10 @@ class UnsupportedStateError(CorruptStateError):
 
     def __init__(self, key: Key, state: bytes, reason: str, format: int) -> None:
         super().__init__(key, state, reason)
-        self.args = (key, state, reason, format)
         self.format = format
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.state, self.reason, self.format)
 
 
 class ReservationOverflowError(RateLimitError):
@@ -123,6 +129,9 @@ class StoreError(RateLimitError):
         self.key = key
         self.message = message
         self.in_doubt = in_doubt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.message, self.in_doubt)
 
     def __str__(self) -> str:
         doubt = " (the request may have been carried out)" if self.in_doubt else ""

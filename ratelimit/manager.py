@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from functools import lru_cache
+from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
@@ -47,6 +48,19 @@ class Recovery(Enum):
     """It is made anew, with its initial tokens."""
     RAISE = "raise"
     """``BucketNotFoundError``, until another handle makes it again; expired buckets are missing, too."""
+
+
+class Settings(TypedDict, total=False):
+    """What a manager can be told beside its store and its configuration; see :class:`ProxyManager`."""
+
+    clock: Clock | None
+    expiration: Expiration | None
+    recovery: Recovery
+    configuration_version: int | None
+    inheritance: TokensInheritance
+    prefix: Key
+    max_attempts: int
+    memory_limit_bytes: int
 
 
 class _Manager(Generic[StoreT, BucketT]):
@@ -166,9 +180,9 @@ class ProxyManager(_Manager[Store, Bucket]):
         memory_limit_bytes: int = 16 * 2**20,
     ) -> None:
         super().__init__(
-            store,
+            _checked_store(store, asynchronous=False),
             configuration,
-            now=store.now_nanos if clock is None else lambda _key: clock.now_nanos(),
+            now=store.now_nanos if clock is None else _by_clock(clock),
             sleep=(MonotonicSleep() if clock is None else clock).sleep,
             pause=_pause,
             make=Bucket,
@@ -182,7 +196,9 @@ class ProxyManager(_Manager[Store, Bucket]):
         )
 
     @classmethod
-    def from_url(cls, url: str, configuration: Limits | LimitsOfKey | None = None, **settings: Any) -> Self:
+    def from_url(
+        cls, url: str, configuration: Limits | LimitsOfKey | None = None, **settings: Unpack[Settings]
+    ) -> Self:
         """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
 
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
@@ -291,9 +307,9 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         memory_limit_bytes: int = 16 * 2**20,
     ) -> None:
         super().__init__(
-            store,
+            _checked_store(store, asynchronous=True),
             configuration,
-            now=store.now_nanos if clock is None else lambda _key: clock.now_nanos(),
+            now=store.now_nanos if clock is None else _by_clock(clock),
             sleep=(MonotonicSleep() if clock is None else clock).asleep,
             pause=_apause,
             make=AsyncBucket,
@@ -307,7 +323,9 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         )
 
     @classmethod
-    def from_url(cls, url: str, configuration: Limits | AsyncLimitsOfKey | None = None, **settings: Any) -> Self:
+    def from_url(
+        cls, url: str, configuration: Limits | AsyncLimitsOfKey | None = None, **settings: Unpack[Settings]
+    ) -> Self:
         """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
 
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
@@ -395,6 +413,21 @@ def _pause(nanos: int) -> None:
 
 async def _apause(nanos: int) -> None:
     await asyncio.sleep(nanos / NANOS_PER_SECOND)
+
+
+def _by_clock(clock: Clock) -> Callable[[bytes], int]:
+    if not isinstance(clock, Clock):
+        raise InvalidArgumentError(f"a clock must have now_nanos, sleep and asleep, which {clock!r} has not")
+    return lambda _key: clock.now_nanos()
+
+
+def _checked_store(store: StoreT, *, asynchronous: bool) -> StoreT:
+    if not all(callable(getattr(store, name, None)) for name in ("get", "swap", "delete", "now_nanos")):
+        raise InvalidArgumentError(f"a store is wanted, RedisStore(client) perhaps, not {type(store).__name__}")
+    if iscoroutinefunction(store.swap) != asynchronous:
+        wanted = "AsyncProxyManager takes an asyncio" if asynchronous else "ProxyManager takes a sync"
+        raise InvalidArgumentError(f"{wanted} store, which {type(store).__name__} is not")
+    return store
 
 
 def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> BucketConfiguration | AsyncLimitsOfKey:

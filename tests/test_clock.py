@@ -57,7 +57,7 @@ def an_hour_ahead(url: str, limits: str, calls: int, clock: str = "None") -> lis
 
 
 def redis_now(client: redis.Redis) -> int:
-    seconds, microseconds = client.time()  # type: ignore[misc]  # sync here
+    seconds, microseconds = client.time()
     return int(seconds) * SECOND + int(microseconds) * 1000
 
 

@@ -1,9 +1,8 @@
-"""Replies and requests lost on the wire to a real Redis: nothing is charged twice, whatever redis-py likes to repeat."""
+"""Replies and requests lost on the wire to a real Redis: nothing is charged twice, whatever redis-py repeats."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Any
 from urllib.parse import urlsplit
 
 import pytest

@@ -136,6 +136,7 @@ def test_what_is_no_key_is_refused(key: Any) -> None:
         ({"prefix": 5}, InvalidArgumentError),
         ({"max_attempts": 0}, InvalidArgumentError),
         ({"max_attempts": True}, InvalidArgumentError),
+        ({"clock": 5}, InvalidArgumentError),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_at_once(
@@ -143,6 +144,20 @@ def test_a_setting_that_cannot_be_is_refused_at_once(
 ) -> None:
     with pytest.raises(error):
         face.from_url("memory://", **settings)
+
+
+@pytest.mark.parametrize(
+    ("face", "store", "words"),
+    [
+        (ProxyManager, None, r"RedisStore\(client\) perhaps, not NoneType"),
+        (ProxyManager, {}, "not dict"),
+        (ProxyManager, AsyncMemoryStore(), "takes a sync store, which AsyncMemoryStore is not"),
+        (AsyncProxyManager, MemoryStore(), "takes an asyncio store, which MemoryStore is not"),
+    ],
+)
+def test_what_is_no_store_of_the_face_is_refused(face: Any, store: Any, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        face(store, "5/minute")
 
 
 def test_a_bucket_needs_a_configuration_from_somewhere() -> None:
@@ -159,7 +174,7 @@ def test_a_bandwidth_is_taken_for_a_configuration() -> None:
 
 
 async def test_an_async_callable_needs_the_asyncio_face() -> None:
-    async def plan(key: str) -> str:
+    async def plan(_: str) -> str:
         return "1/hour"
 
     with pytest.warns(RuntimeWarning, match="never awaited"):  # noqa: PT031  # the coroutine goes with the error
@@ -240,6 +255,11 @@ async def test_tasks_and_threads_share_a_store_in_memory_exactly() -> None:
     threads = [asyncio.to_thread(manager.try_consume, "key") for _ in range(800)]
     answers = await asyncio.gather(*tasks, *threads)
     assert answers.count(True) == 1000
+
+
+def test_handles_say_whose_they_are() -> None:
+    assert repr(ProxyManager(MemoryStore(), "5/minute").bucket("user:42")) == "Bucket('user:42')"
+    assert len(repr(AsyncProxyManager(AsyncMemoryStore(), "5/minute").bucket(b"k" * 10**6))) < 200
 
 
 async def test_probes_offer_seconds() -> None:

@@ -84,7 +84,7 @@ class Replay:
         """The result of a step in the words of the recording."""
         self.clock.set(step["t"])
         self.clock.slept.clear()
-        op, args, proxy = step["op"], dict(step.get("args", {})), step["proxy"]
+        op, args, proxy = str(step["op"]), dict(step.get("args", {})), step["proxy"]
         bucket = self.handles[proxy]
         if op == "command":
             return run_raw(self.store, KEY.encode(), args["command"], step["t"], self.configurations)

@@ -96,9 +96,7 @@ async def test_a_timeout_that_is_none_is_refused(face: Settled, timeout: Any) ->
         await face.consume("key", timeout=timeout)
 
 
-async def test_the_verbose_form_shows_the_bucket_after_the_reservation(
-    face: Settled, clock: ManualClock, request: pytest.FixtureRequest
-) -> None:
+async def test_the_verbose_form_shows_the_bucket_after_the_reservation(face: Settled, clock: ManualClock) -> None:
     verbose = Settled(face.face.bucket("key").verbose)
     result = await verbose.consume(12)
     assert (result.value, result.available_tokens, clock.slept) == (True, -2, [2 * SECOND])
@@ -218,9 +216,9 @@ def test_an_interruption_passes_also_when_nothing_can_be_given_back(caplog: pyte
 
 async def test_a_coroutine_that_is_closed_while_it_waits_ends_quietly() -> None:
     manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
-    coroutine = manager.consume("key", 15)
-    coroutine.send(None)  # type: ignore[attr-defined]  # to its first await, the sleep
-    coroutine.close()  # type: ignore[attr-defined]
+    coroutine: Any = manager.consume("key", 15)
+    coroutine.send(None)  # to its first await, the sleep
+    coroutine.close()
     assert await manager.available_tokens("key") == -5
 
 

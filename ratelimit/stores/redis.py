@@ -61,9 +61,10 @@ class _RedisSteps:
             script, arguments = (_SET_NX_PX if ttl else _SET_NX), (after, *ttl)
         else:
             script, arguments = (_COMPARE_AND_SWAP_PX if ttl else _COMPARE_AND_SWAP), (before, after, *ttl)
-        times, sent = self._time_of(key), self._monotonic()
+        sent = self._monotonic()
         state, seconds, microseconds = yield from self._run(script, key, arguments)
-        times.observe(_nanos((seconds, microseconds)), sent, self._monotonic())
+        received = self._monotonic()
+        self._time_of(key).observe(_nanos((seconds, microseconds)), sent, received)  # the key may have moved meanwhile
         return None if state == 1 else Lost(state)
 
     def _run(self, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:

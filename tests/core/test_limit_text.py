@@ -117,7 +117,7 @@ def test_every_configuration_comes_back_from_its_text(configuration: BucketConfi
 def test_an_error_points_at_the_place_that_is_wrong(text: str, message: str, marked: str) -> None:
     with pytest.raises(InvalidConfigurationError, match=message) as caught:
         Bandwidth.parse(text)
-    said, line, marks = str(caught.value).split("\n")
+    _, line, marks = str(caught.value).split("\n")
     assert line == f"  {text}"
     begin, length = marks.index("^"), marks.count("^")
     assert line[begin : begin + length] == marked if marked else begin == len(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -95,8 +95,8 @@ def test_every_decision_is_that_of_exact_arithmetic(
         assert (state or BucketState.initial(configuration, None, now)).refilled(now).available_tokens == available
         tokens = data.draw(st.integers(1, max(1, 2 * abs(available))))
         ignoring_limits = data.draw(st.sampled_from([False, False, False, True]))
-        command = ConsumeIgnoringRateLimits(tokens) if ignoring_limits else TryConsume(tokens)
-        after, answer = execute(command, plan, state, now)  # type: ignore[arg-type]  # either command
+        command: Any = ConsumeIgnoringRateLimits(tokens) if ignoring_limits else TryConsume(tokens)
+        after, answer = execute(command, plan, state, now)
         if not ignoring_limits:
             assert answer is (tokens <= available)
         if ignoring_limits or answer:
@@ -210,8 +210,9 @@ def test_giving_back_leaves_a_size_above_the_capacity_alone() -> None:
 @given(states(), anything_64_bit, st.integers(1, MAX))
 def test_any_state_at_any_time_gives_numbers_of_64_bits(state: BucketState, now: int, tokens: int) -> None:
     plan = Plan(state.configuration)
-    for command in (TryConsumeAndReturnRemaining(tokens), EstimateAbilityToConsume(tokens), Reserve(tokens)):
-        after, _ = execute(command, plan, state, now)  # type: ignore[arg-type]  # any command
+    commands: list[Any] = [TryConsumeAndReturnRemaining(tokens), EstimateAbilityToConsume(tokens), Reserve(tokens)]
+    for command in commands:
+        after, _ = execute(command, plan, state, now)
         for numbers in (after or state).bandwidth_states:
             assert all(MIN <= number <= MAX for number in numbers)
 
