@@ -39,11 +39,13 @@ async def face(request: pytest.FixtureRequest, proxy: Proxy) -> AsyncGenerator[S
             async with AsyncProxyManager.from_url(url, LIMITS) as amanager:
                 yield Settled(amanager)
         case "client that retries":
-            with redis.Redis.from_url(url, retry=Retry(backoff, 3)) as client:
+            with redis.Redis.from_url(url, retry=Retry(backoff, 3), retry_on_error=[redis.ConnectionError]) as client:
                 yield Settled(ProxyManager(RedisStore(client), LIMITS))
         case "asyncio client that retries":
             aretry = redis.asyncio.retry.Retry(backoff, 3)
-            async with redis.asyncio.Redis.from_url(url, retry=aretry) as aclient:
+            async with redis.asyncio.Redis.from_url(
+                url, retry=aretry, retry_on_error=[redis.ConnectionError]
+            ) as aclient:
                 yield Settled(AsyncProxyManager(AsyncRedisStore(aclient), LIMITS))
 
 
@@ -59,7 +61,8 @@ def consumed(witness: ProxyManager, key: str = "key") -> int:
 
 async def test_a_client_left_to_itself_does_charge_twice(proxy: Proxy) -> None:
     """The fault that is guarded against: the proxy and redis-py together do produce it."""
-    with redis.Redis(port=proxy.port, retry=Retry(ExponentialBackoff(base=0.001, cap=0.01), 3)) as client:
+    retry = Retry(ExponentialBackoff(base=0.001, cap=0.01), 3)
+    with redis.Redis(port=proxy.port, retry=retry, retry_on_error=[redis.ConnectionError]) as client:
         client.set("counter", 0)
         proxy.about = b"INCR"
         proxy.lose_replies = 1
