@@ -23,6 +23,7 @@ from ratelimit import (
 )
 from ratelimit.core import codec
 from ratelimit.core.state import BucketState
+from ratelimit.errors import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.faces import Settled, settled
@@ -38,7 +39,7 @@ class Recorder(ScriptedStore):
         super().__init__()
         self.asked: list[str] = []
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: Key) -> bytes | None:
         self.asked.append("get")
         return super().get(key)
 

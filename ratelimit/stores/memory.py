@@ -8,6 +8,7 @@ from threading import Lock
 
 from ratelimit.clock import Clock
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
+from ratelimit.errors import Key
 from ratelimit.stores.protocol import Lost
 
 
@@ -28,15 +29,15 @@ class MemoryStore:
         self._queued: set[bytes] = set()
         self._lock = Lock()
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""
         with self._lock:
-            return self._get(key)
+            return self._get(_bytes(key))
 
-    def put(self, key: bytes, state: bytes) -> None:
-        """Store a state, whatever is there, without expiry."""
+    def put(self, key: Key, state: bytes) -> None:
+        """Store a state, whatever is there, without expiry: for tests."""
         with self._lock:
-            self._states[key] = (state, None)
+            self._states[_bytes(key)] = (state, None)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
@@ -93,6 +94,10 @@ class MemoryStore:
                 heapq.heappush(self._queue, (deadline, key))
 
 
+def _bytes(key: Key) -> bytes:
+    return key.encode() if isinstance(key, str) else key
+
+
 class AsyncMemoryStore:
     """The same for asyncio.
 
@@ -103,12 +108,12 @@ class AsyncMemoryStore:
     def __init__(self, store: MemoryStore | None = None, *, clock: Clock | None = None) -> None:
         self._store = store if store is not None else MemoryStore(clock=clock)
 
-    async def get(self, key: bytes) -> bytes | None:
+    async def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""
         return self._store.get(key)
 
-    async def put(self, key: bytes, state: bytes) -> None:
-        """Store a state, whatever is there, without expiry."""
+    async def put(self, key: Key, state: bytes) -> None:
+        """Store a state, whatever is there, without expiry: for tests."""
         self._store.put(key, state)
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:

@@ -58,6 +58,12 @@ def test_what_is_put_stays() -> None:
     assert store.get(b"key") == b"2"
 
 
+def test_tests_may_name_a_key_as_callers_do() -> None:
+    store = MemoryStore()
+    store.put("schlüssel", b"1")
+    assert store.get("schlüssel") == store.get("schlüssel".encode()) == b"1"
+
+
 def test_threads_swap_one_after_another() -> None:
     store = MemoryStore()
     store.swap(b"key", None, b"0", 60_000)
