@@ -9,8 +9,10 @@ Three rules hold it together:
    fresh read, or from bytes that this very exchange was shown by a swap that lost.
 2. A pause between attempts is followed by a fresh read. A client that swaps from bytes older than its pause loses to
    those that did not pause, again and again.
-3. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded; if it finds
-   other bytes nobody can tell any more whether it had, and the caller is told just that.
+3. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded, provided
+   that nobody else can have written the same bytes; else nobody can tell any more what became of it, and the caller is
+   told just that. Bytes are one's own where they hold one's own reading of a fine clock, as all greedy bandwidths do;
+   tokens that come by whole periods leave no such trace, so that there nobody else must have been seen to write.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
+from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import (
     BucketNotFoundError,
@@ -32,7 +36,7 @@ from ratelimit.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from ratelimit.remembered import Remembered
+from ratelimit.remembered import Remembered, Seen
 from ratelimit.stores.protocol import AsyncStore, Lost, Store
 
 T = TypeVar("T")
@@ -104,7 +108,7 @@ def _exchange(
 ) -> Steps[T]:
     store, key, remembered = backend.store, target.stored_key, backend.remembered
     must_exist = target.must_exist_once_made and target.made
-    before = remembered.get(key)
+    before, by_others = remembered.get(key)
     fresh = False  # whether ``before`` was shown to this very exchange
     lost = 0
     if command.only_reads or (before is None and must_exist):
@@ -120,21 +124,25 @@ def _exchange(
             raise CorruptStateError(target.key, before or b"", "its limits are out of range") from error
         if after is None:
             if fresh:
-                remembered.put(key, before)
+                remembered.put(key, before, by_others=by_others)
                 return answer
-            before, fresh = (yield store.get(key)), True
+            known, before, fresh = before, (yield store.get(key)), True
+            by_others |= before != known
             continue
         new = codec.encode(after)
-        swap = _Swap(before, new, target.expiration.ttl_millis(after, now))
+        swap = _Swap(
+            before, new, target.expiration.ttl_millis(after, now), _holds_reading(state, after, now), by_others
+        )
         loss = yield from _swapped(backend, target, swap, interruption)
         if loss is None:
-            remembered.put(key, new)
+            remembered.put(key, new, by_others=by_others)
             target.made |= state is None or state.configuration_version != after.configuration_version
             return answer
         before, fresh = loss.state, True
+        by_others |= before is not None
         lost += 1
         if lost >= backend.attempts:
-            remembered.put(key, before)
+            remembered.put(key, before, by_others=by_others)
             raise ContentionError(target.key, lost)
         if lost >= _IMMEDIATE_ATTEMPTS:
             yield backend.pause(_jittered_pause(lost - _IMMEDIATE_ATTEMPTS))
@@ -145,12 +153,15 @@ class _Swap(NamedTuple):
     before: bytes | None
     after: bytes
     ttl_millis: int
+    holds_reading: bool
+    by_others: bool
 
 
 def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interruption | None) -> Steps[Lost | None]:
     """Swap; and when the reply was lost, once more."""
+    key, before, after, ttl_millis = target.stored_key, swap.before, swap.after, swap.ttl_millis
     try:
-        return (yield backend.store.swap(target.stored_key, *swap))  # type: ignore[no-any-return]
+        return (yield backend.store.swap(key, before, after, ttl_millis))  # type: ignore[no-any-return]
     except StoreError as error:
         if not error.in_doubt:
             raise
@@ -162,17 +173,30 @@ def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interr
             raise
         interruption.error = failure = error
     try:
-        loss: Lost | None = yield backend.store.swap(target.stored_key, *swap)
+        loss: Lost | None = yield backend.store.swap(key, before, after, ttl_millis)
     except StoreError as error:
         error.in_doubt = True
         raise
-    if loss is None or loss.state == swap.after:
+    if loss is None or (loss.state == after and _is_ones_own(swap, backend.remembered.get(key))):
         return None
     if interruption is not None and interruption.error is not None:
         raise interruption.error
     raise StoreUnavailableError(
-        target.key, "a reply of the store was lost, and others have changed the bucket since", in_doubt=True
+        target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
     ) from failure
+
+
+def _is_ones_own(swap: _Swap, seen: Seen) -> bool:
+    """Whether nobody else can have written the bytes that were found in place; other threads here are others, too."""
+    return swap.holds_reading or not (swap.by_others or seen.by_others or seen.state == swap.after)
+
+
+def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:
+    """Whether the new state shows when it was computed, by a clock that no two clients read alike."""
+    if now % NANOS_PER_MILLISECOND == 0:  # as clocks of milliseconds show it, and those that tests move
+        return False
+    known = set() if before is None else {state.last_refill_time_nanos for state in before.bandwidth_states}
+    return now not in known and any(now == state.last_refill_time_nanos for state in after.bandwidth_states)
 
 
 def _jittered_pause(retry: int) -> int:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from threading import Lock
+from typing import NamedTuple
 
-_OVERHEAD_BYTES = 300  # of an entry: two bytes objects and a place in the dictionary, roughly
+_OVERHEAD_BYTES = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
+
+
+class Seen(NamedTuple):
+    """What a manager knows of a key: the state, None if nothing, and whether others have been seen to write it."""
+
+    state: bytes | None
+    by_others: bool
+
+
+_NOTHING = Seen(None, by_others=False)
 
 
 class Remembered:
-    """The bytes last seen under each key; the least recently used go first. Safe for threads.
+    """The bytes last seen under each key, and whether others write it; the least recently used go first.
 
-    What is remembered is only ever a guess that the store confirms: forgetting costs a round trip, no more.
+    What is remembered is only ever a guess that the store confirms: forgetting costs a round trip, no more. Safe for
+    threads.
 
     :param limit_bytes: roughly the memory that it may take.
     """
@@ -19,30 +31,32 @@ class Remembered:
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._size = 0
-        self._states: OrderedDict[bytes, bytes] = OrderedDict()
+        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: bytes) -> bytes | None:
-        """The state last seen, or None."""
+    def get(self, key: bytes) -> Seen:
+        """What was last seen."""
         with self._lock:
-            state = self._states.get(key)
-            if state is not None:
-                self._states.move_to_end(key)
-            return state
+            seen = self._seen.get(key)
+            if seen is None:
+                return _NOTHING
+            self._seen.move_to_end(key)
+            return seen
 
-    def put(self, key: bytes, state: bytes | None) -> None:
-        """Remember a state; None: forget the key."""
+    def put(self, key: bytes, state: bytes | None, *, by_others: bool = False) -> None:
+        """Remember a state; None: forget the key. Where others were seen to write once they are expected again."""
         with self._lock:
-            old = self._states.pop(key, None)
+            old = self._seen.pop(key, None)
             if old is not None:
                 self._size -= _weight(key, old)
+                by_others = by_others or old.by_others
             if state is None:
                 return
-            self._states[key] = state
-            self._size += _weight(key, state)
+            seen = self._seen[key] = Seen(state, by_others)
+            self._size += _weight(key, seen)
             while self._size > self._limit:
-                self._size -= _weight(*self._states.popitem(last=False))
+                self._size -= _weight(*self._seen.popitem(last=False))
 
 
-def _weight(key: bytes, state: bytes) -> int:
-    return len(key) + len(state) + _OVERHEAD_BYTES
+def _weight(key: bytes, seen: Seen) -> int:
+    return len(key) + len(seen.state or b"") + _OVERHEAD_BYTES

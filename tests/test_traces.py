@@ -44,7 +44,7 @@ class WatchedStore(MemoryStore):
     """Keeps what was written by swaps that succeeded."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(clock=ManualClock(0))  # at which nothing expires
         self.written: list[bytes] = []
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, Duration, to_nanos
-from ratelimit.core.int64 import quotient, wrap
+from ratelimit.core.int64 import NEVER, quotient, wrap
 from ratelimit.core.state import BucketState
 from ratelimit.errors import InvalidConfigurationError
 
@@ -72,11 +72,12 @@ class Expiration:
             return NO_EXPIRY
         if self.kind == "fixed":
             return self.duration_millis
-        keep = self.duration_millis
+        full = state.nanos_until_full(now)
         if self.kind == "automatic":
             keep = _MARGIN_MILLIS if _same_when_new(state) else _IDLE_MILLIS
+            return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
         # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
-        return max(1, wrap(keep + quotient(state.nanos_until_full(now), NANOS_PER_MILLISECOND)))
+        return max(1, wrap(self.duration_millis + quotient(full, NANOS_PER_MILLISECOND)))
 
 
 def _same_when_new(state: BucketState) -> bool:

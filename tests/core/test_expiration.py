@@ -5,12 +5,14 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from hypothesis import given
 
-from ratelimit import BucketConfiguration, Expiration, InvalidConfigurationError
+from ratelimit import NEVER, BucketConfiguration, Expiration, InvalidConfigurationError
 from ratelimit.core import codec
 from ratelimit.core.expiration import NO_EXPIRY
 from ratelimit.core.state import BucketState
 from tests import vectors
+from tests.strategies import anything_64_bit, states
 
 RECORDED = vectors.load("ttl.json")
 NOW = 1_700_000_000 * 10**9
@@ -86,6 +88,14 @@ def test_automatic_expiration_waits_for_the_refill_and_a_margin() -> None:
 def test_automatic_expiration_keeps_what_a_new_bucket_would_not_have(state: BucketState) -> None:
     month = timedelta(days=30) // timedelta(milliseconds=1)
     assert Expiration.automatic().ttl_millis(state, NOW) >= month
+
+
+@given(states(), anything_64_bit)
+def test_automatic_expiration_forgets_no_debt_however_deep(state: BucketState, now: int) -> None:
+    state = state.refilled(now)
+    full = state.nanos_until_full(now)
+    ttl = Expiration.automatic().ttl_millis(state, now)
+    assert ttl >= 10_000 + (NEVER if full < 0 else full) // 10**6
 
 
 def test_no_expiration_is_none() -> None:
