@@ -21,6 +21,8 @@ cause. ``key`` is always the key as the caller gave it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 if getattr(sys.modules.get("ratelimit"), "__distribution__", None) != "ratelimit-redis":
@@ -144,3 +146,13 @@ class StoreUnavailableError(StoreError):
 
 class StoreTimeoutError(StoreError):
     """The store did not answer in time."""
+
+
+@contextmanager
+def errors_named(key: Key) -> Generator[None]:
+    """Let errors from a store name the key as the caller gave it, not as it is stored."""
+    try:
+        yield
+    except (StoreError, CorruptStateError) as error:
+        error.key = key
+        raise

@@ -35,6 +35,7 @@ from ratelimit.errors import (
     Key,
     StoreError,
     StoreUnavailableError,
+    errors_named,
 )
 from ratelimit.remembered import Remembered, Seen
 from ratelimit.stores.protocol import AsyncStore, Lost, Store
@@ -96,11 +97,8 @@ def exchange(
     :param interruption: where given, a cancellation does not end the exchange with its outcome unknown: it is brought
         to an end, and the cancellation is left in here.
     """
-    try:
+    with errors_named(target.key):
         return (yield from _exchange(backend, target, plan, command, interruption))
-    except (StoreError, CorruptStateError) as error:
-        error.key = target.key
-        raise
 
 
 def _exchange(

@@ -29,6 +29,7 @@ from ratelimit.errors import (
     Key,
     RateLimitError,
     ReservationOverflowError,
+    errors_named,
     shown,
 )
 from ratelimit.exchange import Backend, Interruption, Target, exchange
@@ -127,13 +128,15 @@ class Handle:
 
 def removed(backend: Backend, target: Target) -> Steps[None]:
     """Forget a bucket."""
-    yield backend.store.delete(target.stored_key)
+    with errors_named(target.key):
+        yield backend.store.delete(target.stored_key)
     backend.remembered.put(target.stored_key, None)
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
     """The configuration that is stored with a bucket."""
-    state = yield backend.store.get(target.stored_key)
+    with errors_named(target.key):
+        state = yield backend.store.get(target.stored_key)
     return None if state is None else codec.decode(state, target.key).configuration
 
 

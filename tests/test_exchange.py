@@ -389,3 +389,24 @@ async def test_every_store_error_is_a_rate_limit_error_with_its_key(face: Face, 
         await face.try_consume(b"\xff key")
     assert caught.value.key == b"\xff key"
     assert "\\xff key" in str(caught.value)
+
+
+async def test_errors_name_the_key_as_it_was_given_also_with_a_prefix(
+    kind: str, store: Recorder, clock: ManualClock
+) -> None:
+    face = Face(kind, store, clock, prefix="p:")
+    store.put("p:key", b"foreign")
+
+    def unavailable(key: bytes) -> None:
+        raise StoreUnavailableError(key, "gone")
+
+    for verb in ("try_consume", "available_tokens", "configuration"):
+        with pytest.raises(CorruptStateError) as caught:
+            await getattr(face, verb)("key")
+        assert caught.value.key == "key"
+    for name in ("get", "delete"):
+        setattr(store, name, unavailable)
+    for verb in ("available_tokens", "configuration", "remove"):
+        with pytest.raises(StoreUnavailableError) as refused:
+            await getattr(face, verb)("key")
+        assert refused.value.key == "key"

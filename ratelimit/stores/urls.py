@@ -157,6 +157,7 @@ def _check_options(url: str, options: Mapping[str, Any]) -> None:
 
 
 def _invalid(url: str, reason: str) -> InvalidConfigurationError:
-    shown = re.sub(r"(?<=://).*@", "***@", url)  # to the last one: a password may hold what a URL may not
-    shown = re.sub(r"(?i)(password=)[^&]*", r"\1***", shown)
+    # To the last @ and to the end, since a password may hold what a URL may not.
+    shown = re.sub(r"(?i)(password=).*", r"\1***", url, flags=re.DOTALL)
+    shown = re.sub(r"(?<=://).*@", "***@", shown, flags=re.DOTALL)
     return InvalidConfigurationError(f"the URL {shown!r} names no store: {reason}", "url")

@@ -1,0 +1,150 @@
+"""The command line: ``ratelimit try | inspect | reset | remove | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+
+from ratelimit.cli import keys
+from ratelimit.cli.ending import CommandError, Interrupted, interruptible
+from ratelimit.errors import Key, RateLimitError
+
+DISTRIBUTION = "ratelimit-redis"
+URL_VARIABLE = "RATELIMIT_URL"
+DEFAULT_URL = "redis://localhost:6379/0"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    :param argv: the arguments, without the name of the program; those of the process when None.
+    :returns: the exit status: 0 for admitted or done, 1 for refused, missing or broken, 2 for an error, which is told
+        in one line on stderr; 128 and the number of a signal that has ended the command.
+    :raises SystemExit: for arguments that cannot be (status 2), and after ``--help`` and ``--version``.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not have every character of a key
+    try:
+        with interruptible():
+            return _run(argv)
+    except Interrupted as interruption:
+        return interruption.exit_status
+    except BrokenPipeError:
+        # Whoever read stdout has gone; what is still buffered for it must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # SIGPIPE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except (RateLimitError, CommandError) as error:
+        message, *_ = str(error).splitlines() or [type(error).__name__]
+        print(f"ratelimit: {message}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    if find_spec("rich") is None:
+        raise CommandError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
+    from ratelimit.cli.demo import demo
+
+    return demo(arguments.url, arguments.limit, arguments.processes, arguments.seconds)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ratelimit",
+        description="Token buckets that are shared through Redis.",
+        epilog="Exit status: 0 admitted or done, 1 refused, missing or broken, 2 an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    bucket = argparse.ArgumentParser(add_help=False)
+    bucket.add_argument("key", metavar="KEY", type=_key)
+    bucket.add_argument(
+        "--url",
+        default=os.environ.get(URL_VARIABLE) or DEFAULT_URL,
+        help=f"where the buckets are; by default ${URL_VARIABLE}, else {DEFAULT_URL}",
+    )
+    bucket.add_argument("--prefix", default="", type=_key, help="what stands before every key in Redis")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = commands.add_parser(
+        "try", parents=[bucket, as_json], help="consume tokens if they are there; status 1 if not"
+    )
+    command.add_argument(
+        "--limit", required=True, help="limits of a new bucket: '10/minute', '10/second burst 50; 1000/hour'"
+    )
+    command.add_argument("--tokens", type=int, default=1, metavar="N")
+    command.add_argument(
+        "--wait",
+        nargs="?",
+        type=float,
+        const=float("inf"),
+        metavar="SECONDS",
+        help="wait for the tokens, without SECONDS for as long as it takes; after KEY, or as --wait=SECONDS",
+    )
+    command.set_defaults(run=keys.try_)
+
+    command = commands.add_parser("inspect", parents=[bucket, as_json], help="show a bucket; status 1 if there is none")
+    command.set_defaults(run=keys.inspect)
+
+    command = commands.add_parser("reset", parents=[bucket], help="fill a bucket; status 1 if there is none")
+    command.set_defaults(run=keys.reset)
+
+    command = commands.add_parser("remove", parents=[bucket], help="forget a bucket; status 1 if there is none")
+    command.set_defaults(run=keys.remove)
+
+    command = commands.add_parser(
+        "demo", help="let processes share buckets in a Redis of their own; status 1 if a limit was broken"
+    )
+    command.add_argument("--url", help="a Redis of yours instead; the keys are removed at the end")
+    command.add_argument("--limit", default="50/second burst 100", help="limits of each bucket (%(default)s)")
+    command.add_argument("--processes", type=_processes, default=7, metavar="N", help="2 to 64 (%(default)s)")
+    command.add_argument("--seconds", type=_seconds, default=5.0, help="above 0, at most 3600 (%(default)g)")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _key(argument: str) -> Key:
+    """A key as it was typed: text, or else the bytes that stand for no text."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(argument)
+    return argument
+
+
+def _processes(argument: str) -> int:
+    if argument.isdecimal() and 2 <= int(argument) <= 64:
+        return int(argument)
+    raise argparse.ArgumentTypeError(f"{argument!r} is no number from 2 to 64")
+
+
+def _seconds(argument: str) -> float:
+    try:
+        seconds = float(argument)
+    except ValueError:
+        seconds = 0
+    if 0 < seconds <= 3600:
+        return seconds
+    raise argparse.ArgumentTypeError(f"{argument!r} is no number above 0 and up to 3600")

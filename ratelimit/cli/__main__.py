@@ -1,0 +1,5 @@
+import sys
+
+from ratelimit.cli import main
+
+sys.exit(main())

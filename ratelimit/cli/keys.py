@@ -1,0 +1,237 @@
+"""The commands about one bucket: try, inspect, reset and remove."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ratelimit.bucket import Bucket
+from ratelimit.cli.server import ttl_millis
+from ratelimit.core import codec
+from ratelimit.core.bandwidth import BucketConfiguration
+from ratelimit.core.duration import NANOS_PER_SECOND
+from ratelimit.core.int64 import NEVER
+from ratelimit.core.results import ConsumptionProbe
+from ratelimit.core.state import BucketState
+from ratelimit.errors import CorruptStateError, InvalidConfigurationError, Key, errors_named, shown
+from ratelimit.handle import stored_key
+from ratelimit.manager import ProxyManager
+from ratelimit.stores.redis import RedisStore
+from ratelimit.stores.urls import store_from_url
+
+_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """An attempt to consume: what it gave, nanoseconds waited (None: not wanted), and the limits of the bucket."""
+
+    probe: ConsumptionProbe
+    waited: int | None
+    limits: BucketConfiguration | None
+
+
+def try_(arguments: argparse.Namespace) -> int:
+    """Consume tokens; 0 when admitted, 1 when refused."""
+    limits = parsed_limits(arguments.limit)
+    with ProxyManager.from_url(arguments.url, limits, prefix=arguments.prefix) as manager:
+        trial = _try(manager.bucket(arguments.key), arguments.tokens, arguments.wait)
+    probe = trial.probe
+    if arguments.json:
+        _print_json(
+            key=_shown_key(arguments.key),
+            admitted=probe.consumed,
+            tokens=arguments.tokens,
+            remaining=probe.remaining_tokens,
+            retry_after=probe.retry_after,
+            full_after=probe.reset_after,
+            **({} if trial.waited is None else {"waited": _seconds(trial.waited)}),
+            limits=str(trial.limits),
+        )
+    else:
+        print(_told(trial))
+        if trial.limits != limits:
+            print(f"the bucket keeps the limits it was made with: {trial.limits}", file=sys.stderr)
+    return 0 if probe else 1
+
+
+def _try(bucket: Bucket, tokens: int, timeout: float | None) -> _Trial:
+    if timeout is None:
+        result = bucket.verbose.try_consume_and_return_remaining(tokens)
+        return _Trial(result.value, None, result.configuration)
+    begin = time.monotonic_ns()
+    admitted = bucket.consume(tokens, timeout=None if timeout == float("inf") else timeout)
+    waited = time.monotonic_ns() - begin
+    now = bucket.verbose.estimate_ability_to_consume(tokens)  # what was reserved is not what is left after the wait
+    retry_after = 0 if admitted else now.value.nanos_to_wait_for_refill
+    probe = ConsumptionProbe(admitted, now.value.remaining_tokens, retry_after, now.full_refilling_time_nanos)
+    return _Trial(probe, waited, now.configuration)
+
+
+def _told(trial: _Trial) -> str:
+    probe = trial.probe
+    first = "admitted" if probe else "refused"
+    words = [first if trial.waited is None else f"{first} after {duration(trial.waited)}"]
+    words.append(f"{probe.remaining_tokens} left")
+    if probe.nanos_to_wait_for_refill == NEVER:
+        words.append("retry never: the bucket cannot hold so many")
+    elif not probe:
+        words.append(f"retry after {duration(probe.nanos_to_wait_for_refill)}")
+    words.append(f"full after {duration(probe.nanos_to_wait_for_reset)}")
+    return ", ".join(words)
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show the bucket that is stored under a key; 1 where there is none."""
+    key: Key = arguments.key
+    stored = stored_key(stored_key(b"", arguments.prefix), key)
+    with closing(store_from_url(arguments.url)) as store, errors_named(key):
+        data = store.get(stored)
+        if data is None:
+            return _missing(key, arguments.json)
+        state, levels = _levels(data, key, store.now_nanos(stored))
+        ttl = ttl_millis(store, stored) if isinstance(store, RedisStore) else None
+    if arguments.json:
+        _print_json(
+            key=_shown_key(key),
+            found=True,
+            limits=str(state.configuration),
+            version=state.configuration_version,
+            tokens=state.available_tokens,
+            consumed=state.consumed_tokens,
+            bandwidths=[level.as_json() for level in levels],
+            bytes=len(data),
+            ttl=None if ttl is None else ttl / 1_000,
+        )
+        return 0
+    rows = [("key", shown(key))]
+    for level in levels:
+        rows += [("limit", level.limit), ("tokens", str(level))]
+    rows.append(("consumed", f"{state.consumed_tokens} so far"))
+    if state.configuration_version is not None:
+        rows.append(("version", str(state.configuration_version)))
+    expiry = "does not expire" if ttl is None else f"expires in {duration(ttl * 1_000_000)}"
+    rows.append(("stored", f"{len(data)} bytes, {expiry}"))
+    for name, value in rows:
+        print(f"{name:<10}{value}")
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """How full a bandwidth is.
+
+    :param next_token: nanoseconds until one token more than now can be consumed; NEVER when it is full.
+    :param full: nanoseconds until it is full.
+    """
+
+    limit: str
+    capacity: int
+    tokens: int
+    next_token: int
+    full: int
+
+    def __str__(self) -> str:
+        words = [f"{self.tokens} of {self.capacity}"]
+        if self.full > 0:
+            words += [f"next in {duration(self.next_token)}", f"full in {duration(self.full)}"]
+        return ", ".join(words)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "limit": self.limit,
+            "capacity": self.capacity,
+            "tokens": self.tokens,
+            "next_token_after": _seconds(self.next_token),
+            "full_after": _seconds(self.full),
+        }
+
+
+def _levels(data: bytes, key: Key, now: int) -> tuple[BucketState, list[_Level]]:
+    """A stored state, refilled until now, and the levels of its bandwidths, each as if it stood alone."""
+    state = codec.decode(data, key)
+    try:
+        state = state.refilled(now)
+        bandwidths = zip(state.configuration, state.bandwidth_states, strict=True)
+        return state, [_level(BucketState(BucketConfiguration(one), None, 0, (size,)), now) for one, size in bandwidths]
+    except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
+        raise CorruptStateError(key, data, "its limits are out of range") from error
+
+
+def _level(state: BucketState, now: int) -> _Level:
+    (bandwidth,), tokens = state.configuration, state.available_tokens
+    next_token = state.nanos_until(max(tokens, 0) + 1, now, check_capacity=True)
+    return _Level(str(bandwidth), bandwidth.capacity, tokens, next_token, state.nanos_until_full(now))
+
+
+def reset(arguments: argparse.Namespace) -> int:
+    """Fill a bucket, by the limits that are stored with it; 1 where there is none."""
+    key: Key = arguments.key
+    with ProxyManager.from_url(arguments.url, prefix=arguments.prefix) as manager:
+        configuration = manager.configuration(key)
+        if configuration is None:
+            return _missing(key)
+        manager.bucket(key, configuration).reset()
+    print(f"the bucket {shown(key)} is full: {configuration}")
+    return 0
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """Forget a bucket, but nothing that is none; 1 where there is none."""
+    key: Key = arguments.key
+    with ProxyManager.from_url(arguments.url, prefix=arguments.prefix) as manager:
+        if manager.configuration(key) is None:
+            return _missing(key)
+        manager.remove(key)
+    print(f"the bucket {shown(key)} is removed")
+    return 0
+
+
+def parsed_limits(text: str) -> BucketConfiguration:
+    """The limits of ``--limit``.
+
+    :raises InvalidConfigurationError: in one line.
+    """
+    try:
+        return BucketConfiguration.parse(text)
+    except InvalidConfigurationError as error:
+        raise InvalidConfigurationError(f"--limit {text!r}: {error.message.splitlines()[0]}", error.field) from None
+
+
+def _missing(key: Key, as_json: bool = False) -> int:
+    if as_json:
+        _print_json(key=_shown_key(key), found=False)
+    else:
+        print(f"no bucket under the key {shown(key)}")
+    return 1
+
+
+def _print_json(**values: Any) -> None:
+    print(json.dumps(values))
+
+
+def _shown_key(key: Key) -> str:
+    return key if isinstance(key, str) else key.decode(errors="backslashreplace")
+
+
+def _seconds(nanos: int) -> float | None:
+    """Seconds, rounded up to a whole microsecond; None for never."""
+    return None if nanos == NEVER else -(-nanos // 1_000) / 1_000_000
+
+
+def duration(nanos: int) -> str:
+    """A duration for people, rounded up: who has waited that long has waited long enough."""
+    if nanos == NEVER:
+        return "eternity"
+    total = -(-nanos // NANOS_PER_SECOND)
+    for (unit, size), (smaller, part) in pairwise(_UNITS):
+        if total >= size:
+            whole, rest = divmod(-(-total // part), size // part)
+            return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
+    return f"{-(-nanos // 1_000_000) / 1_000:g} s"
