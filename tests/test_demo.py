@@ -286,7 +286,7 @@ class TestWithout:
             (("--seconds", "soon"), "'soon' is no number above 0"),
             (("--processes", "1"), "'1' is no number from 2 to 64"),
             (("--processes", "65"), "'65' is no number from 2 to 64"),
-            (("--limit", "much"), "--limit 'much': a limit begins with a number of tokens"),
+            (("--limit", "much"), "--limit: a limit begins with a number of tokens"),
         ],
     )
     def test_sense(self, arguments: tuple[str, ...], fault: str) -> None:

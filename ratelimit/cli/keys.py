@@ -196,12 +196,12 @@ def remove(arguments: argparse.Namespace) -> int:
 def parsed_limits(text: str) -> BucketConfiguration:
     """The limits of ``--limit``.
 
-    :raises InvalidConfigurationError: in one line.
+    :raises InvalidConfigurationError: showing the place that is wrong.
     """
     try:
         return BucketConfiguration.parse(text)
     except InvalidConfigurationError as error:
-        raise InvalidConfigurationError(f"--limit {text!r}: {error.message.splitlines()[0]}", error.field) from None
+        raise InvalidConfigurationError(f"--limit: {error.message}", error.field) from None
 
 
 def _missing(key: Key, as_json: bool = False) -> int:
