@@ -94,8 +94,8 @@ def exchange(
 ) -> Steps[T]:
     """Decide a command for a bucket, and store what it changes.
 
-    :param interruption: where given, a cancellation does not end the exchange with its outcome unknown: it is brought
-        to an end, and the cancellation is left in here.
+    :param interruption: where given, a cancellation of a swap in flight does not end the exchange with its outcome
+        unknown: the swap is seen through, and the cancellation is left in here.
     """
     with errors_named(target.key):
         return (yield from _exchange(backend, target, plan, command, interruption))
@@ -177,8 +177,6 @@ def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interr
         raise
     if loss is None or (loss.state == after and _is_ones_own(swap, backend.remembered.get(key))):
         return None
-    if interruption is not None and interruption.error is not None:
-        raise interruption.error
     raise StoreUnavailableError(
         target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
     ) from failure

@@ -32,7 +32,7 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Interruption, Target, exchange
+from ratelimit.exchange import Backend, Interruption, Target
 
 T = TypeVar("T")
 
@@ -47,9 +47,11 @@ class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
+    :param exchange: the compare-and-swap loop, or what merges the commands that go through it.
     """
 
     backend: Backend
+    exchange: Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
     target: Target
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
@@ -64,7 +66,8 @@ class Handle:
                 return command.answer_without_limit()
             limits = BucketConfiguration.of(answer)
         plan = Plan(limits, self.version, self.inheritance)
-        return (yield from exchange(self.backend, self.target, plan, command, interruption))
+        answer = yield from self.exchange(self.backend, self.target, plan, command, interruption)
+        return answer  # type: ignore[no-any-return]  # whatever the command answers
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
@@ -79,7 +82,12 @@ class Handle:
     def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[int]], Command[T]]) -> Steps[T]:
         reservation = Reserve(token_count(tokens), NEVER if timeout is None else _longest_wait(timeout))
         interruption = Interruption()
-        answer = yield from self.run(wrap(reservation), interruption)
+        try:
+            answer = yield from self.run(wrap(reservation), interruption)
+        except RateLimitError as error:
+            if interruption.error is not None:
+                raise interruption.error from error
+            raise
         wait = _value(answer)
         if wait == NEVER and timeout is None:
             raise ReservationOverflowError(f"{tokens} tokens could never be paid back")

@@ -21,7 +21,7 @@ from ratelimit.core.int64 import MAX, MIN
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
-from ratelimit.exchange import Backend, Target
+from ratelimit.exchange import Backend, Target, exchange
 from ratelimit.handle import (
     AsyncLimitsOfKey,
     Handle,
@@ -31,6 +31,7 @@ from ratelimit.handle import (
     stored_configuration,
     stored_key,
 )
+from ratelimit.merging import Merger, TaskWaiter, ThreadWaiter
 from ratelimit.remembered import Remembered
 from ratelimit.stores.protocol import AsyncStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
@@ -61,6 +62,7 @@ class Settings(TypedDict, total=False):
     prefix: Key
     max_attempts: int
     memory_limit_bytes: int
+    merging: bool
 
 
 class _Manager(Generic[StoreT, BucketT]):
@@ -82,11 +84,13 @@ class _Manager(Generic[StoreT, BucketT]):
         recovery: Recovery,
         max_attempts: int,
         memory_limit_bytes: int,
+        merger: Merger | None,
     ) -> None:
         if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
             raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {max_attempts!r}")
         self._store: StoreT = store
         self._backend = Backend(store, now, sleep, pause, Remembered(memory_limit_bytes), max_attempts)
+        self._exchange = exchange if merger is None else merger.exchange
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
@@ -129,6 +133,7 @@ class _Manager(Generic[StoreT, BucketT]):
         return self._make(
             Handle(
                 self._backend,
+                self._exchange,
                 target,
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
@@ -163,6 +168,7 @@ class ProxyManager(_Manager[Store, Bucket]):
     :param prefix: put before every key; the same key with no prefix is the same bucket for every Bucket4j client.
     :param max_attempts: swaps that one decision may lose to others before ``ContentionError``; 1 or more.
     :param memory_limit_bytes: roughly the memory for states last seen; a key that does not fit costs a round trip.
+    :param merging: whether calls that want the same bucket at the same time share a swap; it changes no answer.
     """
 
     def __init__(
@@ -178,6 +184,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         prefix: Key = "",
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
+        merging: bool = True,
     ) -> None:
         super().__init__(
             _checked_store(store, asynchronous=False),
@@ -193,6 +200,7 @@ class ProxyManager(_Manager[Store, Bucket]):
             recovery=recovery,
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
+            merger=Merger(ThreadWaiter) if merging else None,
         )
 
     @classmethod
@@ -305,6 +313,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         prefix: Key = "",
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
+        merging: bool = True,
     ) -> None:
         super().__init__(
             _checked_store(store, asynchronous=True),
@@ -320,6 +329,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
             recovery=recovery,
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
+            merger=Merger(TaskWaiter) if merging else None,
         )
 
     @classmethod

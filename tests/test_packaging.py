@@ -215,9 +215,10 @@ LAYERS: dict[str, set[str]] = {
     "clock": {"core"},
     "stores": {"errors", "core", "drive", "clock"},
     "exchange": {"errors", "core", "drive", "remembered", "stores"},
+    "merging": {"errors", "core", "drive", "exchange"},
     "handle": {"errors", "core", "drive", "exchange"},
     "bucket": {"errors", "core", "drive", "handle"},
-    "manager": {"errors", "core", "drive", "clock", "remembered", "stores", "exchange", "handle", "bucket"},
+    "manager": {"errors", "core", "drive", "clock", "remembered", "stores", "exchange", "merging", "handle", "bucket"},
     "testing": {"errors", "core", "clock", "stores"},
 }
 NOT_IN_THE_CORE = {"redis", "asyncio", "threading", "time", "random", "socket", "os"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.inheritance import TokensInheritance, replaced
@@ -246,6 +246,25 @@ class TakeSnapshot(Command[Snapshot | None]):
 
     def answer_without_limit(self) -> None:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Command[list[Any]]):
+    """Other commands, one after another at the same time; what is stored is what they leave together."""
+
+    commands: tuple[Command[Any], ...]
+
+    def decide(self, state: BucketState, now: int) -> Decision[list[Any]]:
+        stored, answers = None, []
+        for command in self.commands:
+            after, answer = command.decide(state, now)
+            if after is not None:
+                stored = state = after
+            answers.append(answer)
+        return stored, answers
+
+    def answer_without_limit(self) -> list[Any]:
+        return [command.answer_without_limit() for command in self.commands]
 
 
 class Verbose(Command[VerboseResult[T]]):
