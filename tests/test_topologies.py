@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Generator
-from contextlib import asynccontextmanager
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pytest
@@ -30,29 +29,12 @@ from ratelimit import (
 )
 from tests import servers
 from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
+from tests.workers import Manager, closing, settled
 
 pytestmark = pytest.mark.redis
 
-T = TypeVar("T")
-
 LIMITS = BucketConfiguration.parse("5/hour")
 PASSWORD = "a/b:c@d?e#f%g h"
-
-
-async def settled(answer: Awaitable[T] | T) -> T:
-    if isinstance(answer, Awaitable):
-        return await answer
-    return answer
-
-
-@asynccontextmanager
-async def closing(opened: T) -> AsyncGenerator[T]:
-    """Close a manager or a client of either face."""
-    thing: Any = opened
-    try:
-        yield opened
-    finally:
-        await settled(thing.aclose() if hasattr(thing, "aclose") else thing.close())
 
 
 class Face(NamedTuple):
@@ -62,10 +44,10 @@ class Face(NamedTuple):
     redis: ModuleType
     retry: Any
 
-    def over(self, client: Any) -> ProxyManager | AsyncProxyManager:
+    def over(self, client: Any) -> Manager:
         return self.manager(self.store(client), LIMITS)
 
-    def from_url(self, url: str) -> ProxyManager | AsyncProxyManager:
+    def from_url(self, url: str) -> Manager:
         return self.manager.from_url(url, LIMITS)
 
 
@@ -97,9 +79,7 @@ def sentinel(server_binary: ServerBinary) -> Generator[SentinelSetup]:
         yield setup
 
 
-async def check_scenario(
-    manager: ProxyManager | AsyncProxyManager, other: ProxyManager | AsyncProxyManager, key: str = "user:42"
-) -> None:
+async def check_scenario(manager: Manager, other: Manager, key: str = "user:42") -> None:
     """Check what a service does with a bucket that it shares with another one."""
     await settled(manager.remove(key))
     assert await settled(manager.configuration(key)) is None
@@ -156,7 +136,7 @@ async def test_a_client_with_retries_serves(face: Face, server: RedisServer) -> 
 
 
 async def test_a_client_with_a_cache_of_its_own_serves(server: RedisServer) -> None:
-    if [int(part) for part in server.version.split(".")[:2]] < [7, 4]:
+    if server.binary.name != "Redis" or [int(part) for part in server.version.split(".")[:2]] < [7, 4]:
         pytest.skip(f"redis-py has such a cache for Redis 7.4 and newer, not for {server.binary}")
     with server.client(protocol=3, cache_config=CacheConfig()) as client, server.client() as other:
         await check_scenario(SYNC.over(client), SYNC.over(other))
@@ -412,7 +392,7 @@ async def test_the_callers_cluster_client_outlives_the_manager(face: Face, clust
         assert [connections(node) for node in cluster.nodes] == before
 
 
-async def until_served(manager: ProxyManager | AsyncProxyManager) -> None:
+async def until_served(manager: Manager) -> None:
     for _ in range(1000):
         try:
             await settled(manager.configuration("user:42"))
@@ -427,7 +407,8 @@ async def test_sentinel_leads_to_the_new_master_after_a_failover(face: Face, ser
         async with closing(face.from_url(setup.url)) as manager:
             assert await settled(manager.try_consume("user:42", 5))
             with setup.master.client() as client:
-                client.wait(1, 5000)
+                client.set("the last write", "of this connection, which WAIT waits for")
+                assert client.wait(1, 5000) == 1
             setup.master.kill()
             with pytest.raises(StoreUnavailableError):
                 await settled(manager.try_consume("user:42"))

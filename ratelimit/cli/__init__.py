@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     :param argv: the arguments, without the name of the program; those of the process when None.
     :returns: the exit status: 0 for admitted or done, 1 for refused, missing or broken, 2 for an error, which is told
-        on stderr, in one line but where it shows a place in the limits; 128 and the number of a signal that has ended the command.
+        on stderr, in one line but where it shows a place in the limits; 128 and the number of a signal that has ended
+        the command.
     :raises SystemExit: for arguments that cannot be (status 2), and after ``--help`` and ``--version``.
     """
     for stream in (sys.stdout, sys.stderr):
