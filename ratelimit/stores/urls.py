@@ -38,7 +38,7 @@ _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster",
 
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
-_POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 1.0}
+_POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
 
 
