@@ -17,9 +17,11 @@ Three rules hold it together:
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import isawaitable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ratelimit.core import codec
@@ -159,14 +161,17 @@ def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interr
     """Swap; and when the reply was lost, once more."""
     key, before, after, ttl_millis = target.stored_key, swap.before, swap.after, swap.ttl_millis
     try:
-        return (yield backend.store.swap(key, before, after, ttl_millis))  # type: ignore[no-any-return]
+        pending = backend.store.swap(key, before, after, ttl_millis)
+        if interruption is None:
+            return (yield pending)  # type: ignore[no-any-return]
+        return (yield from _seen_through(pending, interruption))
     except StoreError as error:
         if not error.in_doubt:
             raise
         failure: BaseException = error
     except GeneratorExit:
         raise
-    except BaseException as error:
+    except BaseException as error:  # sync, or with a loop that is closing: there is no reply to wait for any more
         if interruption is None:
             raise
         interruption.error = failure = error
@@ -180,6 +185,19 @@ def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interr
     raise StoreUnavailableError(
         target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
     ) from failure
+
+
+def _seen_through(pending: Any, interruption: Interruption) -> Steps[Lost | None]:
+    """Wait for a swap that is in flight whatever cancels who waits for it; a sync one has ended already."""
+    swapping = asyncio.ensure_future(pending) if isawaitable(pending) else None
+    while swapping is not None:
+        try:
+            return (yield asyncio.shield(swapping))  # type: ignore[no-any-return]
+        except asyncio.CancelledError as error:
+            if swapping.cancelled():
+                raise
+            interruption.error = error
+    return (yield pending)  # type: ignore[no-any-return]
 
 
 def _is_ones_own(swap: _Swap, seen: Seen) -> bool:

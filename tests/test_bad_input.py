@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import traceback
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -178,6 +179,9 @@ async def check_failure(
         ("redis://localhost?protocol=4", "protocol"),
         ("redis://localhost?nonsense=1", "nonsense"),
         ("redis://localhost?retry=3", "retry"),
+        ("redis://localhost/0/1", "database"),
+        ("redis://localhost?redis_connect_func=1", "redis_connect_func"),
+        ("redis://localhost?encoding=nonsense", "encoding"),
         ("rediss://localhost?ssl_cert_reqs=maybe", "maybe"),
         ("unix://", "path"),
         ("redis+cluster://", "host"),
@@ -249,6 +253,21 @@ async def test_without_sentinels_the_error_says_so(face: Face, stopped_server: R
         error = await check_failure(manager, StoreUnavailableError, "No master found for 'service'")
         assert not error.in_doubt
         assert "sesame" not in str(error)
+
+
+async def test_silent_sentinels_are_not_asked_over_and_over(face: Face) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        silent.setblocking(False)
+        port = silent.getsockname()[1]
+        url = f"redis+sentinel://127.0.0.1:{port}/service?socket_timeout=0.05"
+        async with closing(face.from_url(url, LIMITS)) as manager:
+            await check_failure(manager, StoreUnavailableError, "No master found for 'service'")
+        asked = 0
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                asked += 1
+    assert 1 <= asked <= 2
 
 
 async def test_a_server_that_comes_back_is_used_again(face: Face, server_binary: ServerBinary) -> None:
@@ -436,17 +455,30 @@ async def test_another_database_takes_another_permission(face: Face, server: Red
         assert await settled(manager.try_consume(KEY))
 
 
-async def test_a_cluster_takes_other_permissions(face: Face, server_binary: ServerBinary) -> None:
+@pytest.fixture(scope="module")
+def cluster(server_binary: ServerBinary) -> Generator[servers.Cluster]:
     with servers.cluster(server_binary) as cluster:
         for node in cluster.nodes:
             with node.client() as admin:
                 allow(admin, *ACL_COMMANDS, *ACL_COMMANDS_FOR_A_CLUSTER)
-        url = f"redis+{limited_url(cluster.nodes[0])}".replace("redis+redis", "redis+cluster")
-        async with closing(face.from_url(url, LIMITS, prefix=PREFIX)) as manager:
-            for key in map(str, range(20)):
-                assert await settled(manager.try_consume(key))
-                assert await settled(manager.available_tokens(key)) == 9
-                await settled(manager.remove(key))
+        yield cluster
+
+
+async def test_a_cluster_takes_other_permissions(face: Face, cluster: servers.Cluster) -> None:
+    url = limited_url(cluster.nodes[0]).replace("redis://", "redis+cluster://")
+    async with closing(face.from_url(url, LIMITS, prefix=PREFIX)) as manager:
+        for key in map(str, range(20)):
+            assert await settled(manager.try_consume(key))
+            assert await settled(manager.available_tokens(key)) == 9
+            await settled(manager.remove(key))
+
+
+async def test_a_cluster_refuses_a_wrong_password(face: Face, cluster: servers.Cluster) -> None:
+    url = limited_url(cluster.nodes[0], "Open Wheat").replace("redis://", "redis+cluster://")
+    async with closing(face.from_url(url, LIMITS, prefix=PREFIX)) as manager:
+        error = await check_failure(manager, StoreError, "(?i)password")
+        assert not error.in_doubt
+        assert "Wheat" not in "".join(traceback.format_exception(error))
 
 
 async def test_keys_of_others_are_out_of_reach(face: Face, server: RedisServer, admin: redis.Redis) -> None:

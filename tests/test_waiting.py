@@ -126,7 +126,7 @@ async def test_a_waiter_under_a_timeout_of_asyncio_gives_its_tokens_back() -> No
 
 
 class SlowStore(AsyncMemoryStore):
-    """Whose swaps are carried out, or not, when they are allowed to, and whose replies come later still."""
+    """Whose swaps are carried out before they hang, or after."""
 
     def __init__(self, *, carried_out_first: bool) -> None:
         super().__init__()
@@ -138,7 +138,10 @@ class SlowStore(AsyncMemoryStore):
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         if self.gate.is_set():
             return await super().swap(key, before, after, ttl_millis)
-        loss = await super().swap(key, before, after, ttl_millis) if self.carried_out_first else None
+        if not self.carried_out_first:
+            self.in_flight.set()
+            await self.gate.wait()
+        loss = await super().swap(key, before, after, ttl_millis)
         self.in_flight.set()
         await self.gate.wait()
         return loss
@@ -153,11 +156,27 @@ async def test_a_waiter_that_is_cancelled_while_its_swap_is_in_flight_keeps_noth
     waiter = asyncio.create_task(manager.consume("key", 5))
     await store.in_flight.wait()
     waiter.cancel()
+    await asyncio.sleep(0)
+    waiter.cancel()  # as a second Ctrl-C does
+    await asyncio.sleep(0)
     store.gate.set()
     with pytest.raises(asyncio.CancelledError):
         await waiter
     snapshot = await manager.snapshot("key")
     assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
+
+
+async def test_waiters_that_a_closing_loop_cancels_keep_nothing() -> None:
+    store = MemoryStore()
+
+    async def wait_for_ever() -> None:
+        manager = AsyncProxyManager(AsyncMemoryStore(store), "10/hour")
+        _ = [asyncio.create_task(manager.consume("key", 15)) for _ in range(3)]
+        while await manager.available_tokens("key") != -35:
+            await asyncio.sleep(0)
+
+    await asyncio.to_thread(asyncio.run, wait_for_ever())
+    assert ProxyManager(store, "10/hour").available_tokens("key") == 10
 
 
 class InterruptedClock(ManualClock):
@@ -216,8 +235,13 @@ def test_an_interruption_passes_also_when_nothing_can_be_given_back(caplog: pyte
 
 async def test_a_coroutine_that_is_closed_while_it_waits_ends_quietly() -> None:
     manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    await manager.available_tokens("key")
     coroutine: Any = manager.consume("key", 15)
-    coroutine.send(None)  # to its first await, the sleep
+    coroutine.send(None)  # until its swap is in flight
+    while await manager.available_tokens("key") != -5:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)  # the loop carries the answer on
+    coroutine.send(None)  # until it sleeps
     coroutine.close()
     assert await manager.available_tokens("key") == -5
 

@@ -9,7 +9,7 @@ the client's own connections; connecting is left to redis-py with all its settin
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import redis
@@ -42,10 +42,14 @@ class Channel(Protocol):
 
 
 class PoolChannel:
-    """``redis.Redis``: a single server, or the master that Sentinel names."""
+    """``redis.Redis``: a single server, or the master that Sentinel names.
 
-    def __init__(self, client: redis.Redis) -> None:
+    :param sentinels: clients to close together with this one.
+    """
+
+    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = ()) -> None:
         self._client = client
+        self._sentinels = sentinels
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
@@ -71,8 +75,9 @@ class PoolChannel:
 
     def close(self) -> None:
         """Close the client and its connections."""
-        self._client.close()
-        self._client.connection_pool.disconnect()
+        for client in (self._client, *self._sentinels):
+            client.close()
+            client.connection_pool.disconnect()
 
 
 def _read(connection: Any) -> Any:
@@ -131,10 +136,14 @@ class ClusterChannel:
 
 
 class AsyncPoolChannel:
-    """``redis.asyncio.Redis``: a single server, or the master that Sentinel names."""
+    """``redis.asyncio.Redis``: a single server, or the master that Sentinel names.
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    :param sentinels: clients to close together with this one.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, sentinels: Sequence[redis.asyncio.Redis] = ()) -> None:
         self._client = client
+        self._sentinels = sentinels
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
@@ -160,8 +169,9 @@ class AsyncPoolChannel:
 
     async def close(self) -> None:
         """Close the client and its connections."""
-        await self._client.aclose()
-        await self._client.connection_pool.disconnect()
+        for client in (self._client, *self._sentinels):
+            await client.aclose()
+            await client.connection_pool.disconnect()
 
 
 async def _aread(connection: Any) -> Any:

@@ -12,7 +12,8 @@ from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableErro
 FOREIGN: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What a redis-py client raises, when it is not a reply of the server."""
 
-# Older servers put the code of an error inside a script behind words of their own, so that it may stand anywhere.
+# By class, where redis-py has one and keeps the code of the error to itself; by the code where it has none, or where
+# an older server puts the code of an error inside a script behind words of its own.
 _TEMPORARY: Final = {
     "READONLY": "Redis is a read-only replica",
     "OOM": "Redis is out of memory",
@@ -23,15 +24,25 @@ _TEMPORARY: Final = {
     "NOREPLICAS": "Redis has too few replicas to write",
     "MISCONF": "Redis cannot persist and refuses writes",
     "BUSY": "Redis is busy with a script",
-    "maxclients": "Redis has too many clients",
+    "max number of clients": "Redis has too many clients",
 }
 _LASTING: Final = {
     "WRONGTYPE": "Redis holds a value of another type there, not a bucket",
     "NOPERM": "this Redis user may not do that",
     "WRONGPASS": "Redis refused the user name or password",
-    "invalid password": "Redis refused the password",
     "NOAUTH": "Redis wants a password",
-    "without any password": "Redis has no password, but one was given",
+}
+_CODES_OF_CLASSES: Final[dict[type[Exception], str]] = {
+    exceptions.ReadOnlyError: "READONLY",
+    exceptions.OutOfMemoryError: "OOM",
+    exceptions.BusyLoadingError: "LOADING",
+    exceptions.MasterDownError: "MASTERDOWN",
+    exceptions.ClusterDownError: "CLUSTERDOWN",
+    exceptions.TryAgainError: "TRYAGAIN",
+    exceptions.NoPermissionError: "NOPERM",
+    exceptions.AuthenticationError: "WRONGPASS",
+    exceptions.AuthorizationError: "WRONGPASS",
+    exceptions.AuthenticationWrongNumberOfArgsError: "WRONGPASS",
 }
 
 
@@ -40,21 +51,25 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
 
     :param in_doubt: whether the request may have been carried out, where the error does not tell by itself.
     """
-    words = f"{type(error).__name__}: {error}"
-    for code, meaning in _LASTING.items():
-        if _says(code, words):
-            return StoreError(key, f"{meaning} ({error})")
-    for code, meaning in _TEMPORARY.items():
-        if _says(code, words):
-            return StoreUnavailableError(key, f"{meaning} ({error})")
+    if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
+        error = error.__cause__  # what a node has answered, which that wraps
+    code = _code(error)
+    if code in _LASTING:
+        return StoreError(key, f"{_LASTING[code]} ({error})")
+    if code in _TEMPORARY:
+        return StoreUnavailableError(key, f"{_TEMPORARY[code]} ({error})")
     if isinstance(error, exceptions.ResponseError):  # the server has answered: it has not done it
         return StoreError(key, f"Redis refused: {error}")
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StoreTimeoutError(key, f"Redis did not answer in time ({error})", in_doubt)
-    if isinstance(error, exceptions.ReadOnlyError | exceptions.BusyLoadingError):
-        return StoreUnavailableError(key, f"Redis cannot serve at present ({error})")
     return StoreUnavailableError(key, f"Redis cannot be reached ({error})", in_doubt)
 
 
-def _says(code: str, words: str) -> bool:
-    return re.search(rf"\b{code}\b", words) is not None
+def _code(error: Exception) -> str:
+    if "uthentication required" in str(error) or "NOAUTH" in str(error):
+        return "NOAUTH"
+    for kind, code in _CODES_OF_CLASSES.items():
+        if isinstance(error, kind):
+            return code
+    found = (code for code in (*_LASTING, *_TEMPORARY) if re.search(rf"\b{code}\b", str(error)))
+    return next(found, "")

@@ -39,6 +39,11 @@ _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster",
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
 _POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
+_NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read
+    *("retry", "retry_on_error", "credential_provider", "redis_connect_func", "command_packer", "event_dispatcher"),
+    *("parser_class", "encoder_class", "encoding", "encoding_errors", "socket_type", "socket_keepalive_options"),
+    *("maint_notifications_config", "driver_info"),
+)
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
 
 
@@ -53,7 +58,7 @@ def store_from_url(url: str) -> Store:
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
         return RedisStore.owning(ClusterChannel(partial(redis.RedisCluster, **options)))
-    return RedisStore.owning(PoolChannel(_client(redis, location, options)))
+    return RedisStore.owning(PoolChannel(*_clients(redis, location, options)))
 
 
 def async_store_from_url(url: str) -> AsyncStore:
@@ -64,7 +69,7 @@ def async_store_from_url(url: str) -> AsyncStore:
     options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
         return AsyncRedisStore.owning(AsyncClusterChannel(redis.asyncio.RedisCluster(**options)))
-    return AsyncRedisStore.owning(AsyncPoolChannel(_client(redis.asyncio, location, options)))
+    return AsyncRedisStore.owning(AsyncPoolChannel(*_clients(redis.asyncio, location, options)))
 
 
 class _Location(NamedTuple):
@@ -76,19 +81,19 @@ class _Location(NamedTuple):
     service: str
 
 
-def _client(api: ModuleType, location: _Location, options: dict[str, Any]) -> Any:
-    """A client over a pool, of ``redis`` or of ``redis.asyncio``, which name everything alike."""
+def _clients(api: ModuleType, location: _Location, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """A client over a pool, of ``redis`` or of ``redis.asyncio``, which name everything alike, and its sentinels."""
     if location.sentinels:
-        for_sentinels = {name: options[name] for name in _TIMEOUTS}
+        for_sentinels = {name: options[name] for name in (*_TIMEOUTS, "retry")}
         for_sentinels |= {name: options.pop(option) for option, name in _SENTINEL_OPTIONS.items() if option in options}
         sentinel = api.Sentinel(location.sentinels, sentinel_kwargs=for_sentinels, **options)
-        return sentinel.master_for(location.service)
+        return sentinel.master_for(location.service), sentinel.sentinels
     if options.pop("ssl", False):
         options["connection_class"] = api.SSLConnection
     if "path" in options:
         options["connection_class"] = api.UnixDomainSocketConnection
         del options["socket_keepalive"]
-    return api.Redis(connection_pool=api.BlockingConnectionPool(**{**_POOL_DEFAULTS, **options}))
+    return api.Redis(connection_pool=api.BlockingConnectionPool(**{**_POOL_DEFAULTS, **options})), []
 
 
 def _parsed(url: str) -> _Location:
@@ -115,10 +120,16 @@ def _parsed(url: str) -> _Location:
 
 def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
     """What redis-py's clients are to be given; raises ``ValueError`` that says what is wrong."""
+    parts = urlsplit(f"{transport}://{rest}")
+    if "@" in parts.query + parts.fragment or ("@" in parts.path and transport != "unix"):
+        raise ValueError("special characters of a user or a password have to be percent-encoded")
     options: dict[str, Any] = dict(redis.connection.parse_url(f"{transport}://{rest}"))
-    path = urlsplit(f"{transport}://{rest}").path.strip("/")
-    if transport != "unix" and path and "db" not in options:
-        raise ValueError(f"a database is a number, not {path!r}")
+    if transport == "unix" and not options.get("path"):
+        raise ValueError("the path of a socket is missing")
+    if transport != "unix" and not re.fullmatch(r"(/-?\d*)?/?", parts.path):
+        raise ValueError(f"a database is a number, not {parts.path.strip('/')!r}")
+    if options.get("db", 0) < 0:
+        raise ValueError("a database is a number of 0 or more")
     if topology == "cluster":
         if options.pop("db", 0) != 0:
             raise ValueError("a cluster has no databases")
@@ -145,7 +156,13 @@ def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
 
 
 def _check_options(url: str, options: Mapping[str, Any]) -> None:
-    """Refuse what redis-py would stumble over only when it connects."""
+    """Refuse what redis-py would stumble over only when it connects, or take for something else."""
+    for name in ("socket_timeout", "socket_connect_timeout", "timeout", "max_connections"):
+        if not 0 < options.get(name, 1) < float("inf"):
+            raise _invalid(url, f"{name} must be above 0")
+    for name in _NO_TEXT:
+        if name in options:
+            raise _invalid(url, f"{name} cannot be given in a URL")
     connection: Any = redis.SSLConnection if options.get("ssl") else redis.Connection
     if "path" in options:
         connection = redis.UnixDomainSocketConnection
