@@ -34,7 +34,7 @@ clean: ## remove the environment and all that was generated
 
 # The project with one of its extras; again only when pyproject.toml has changed.
 $(VENV)/installed-%: pyproject.toml | $(PY)
-	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip >/dev/null 2>&1 || $(PY) .ci/bootstrap_pip.py
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --default-pip >/dev/null 2>&1 || .ci/bootstrap_pip $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@$(PY) .ci/provide_redis.py
 	@touch $@
