@@ -25,7 +25,7 @@ from inspect import isawaitable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ratelimit.core import codec
-from ratelimit.core.commands import Command, Plan, execute
+from ratelimit.core.commands import Command, Decision, Plan, execute
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.state import BucketState
@@ -118,10 +118,7 @@ def _exchange(
             raise BucketNotFoundError(target.key)
         now = yield backend.now(key)
         state = None if before is None else codec.decode(before, target.key)
-        try:
-            after, answer = execute(command, plan, state, now)
-        except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
-            raise CorruptStateError(target.key, before or b"", "its limits are out of range") from error
+        after, answer = _decided(target, plan, command, state, now)
         if after is None:
             if fresh:
                 remembered.put(key, before, by_others=by_others)
@@ -138,6 +135,8 @@ def _exchange(
             remembered.put(key, new, by_others=by_others)
             target.made |= state is None or state.configuration_version != after.configuration_version
             return answer
+        if interruption is not None and interruption.error is not None:
+            raise interruption.error  # nothing was consumed
         before, fresh = loss.state, True
         by_others |= before is not None
         lost += 1
@@ -147,6 +146,14 @@ def _exchange(
         if lost >= _IMMEDIATE_ATTEMPTS:
             yield backend.pause(_jittered_pause(lost - _IMMEDIATE_ATTEMPTS))
             before = yield store.get(key)
+
+
+def _decided(target: Target, plan: Plan, command: Command[T], state: BucketState | None, now: int) -> Decision[T]:
+    try:
+        return execute(command, plan, state, now)
+    except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
+        stored = b"" if state is None else codec.encode(state)
+        raise CorruptStateError(target.key, stored, "its limits are out of range") from error
 
 
 class _Swap(NamedTuple):
