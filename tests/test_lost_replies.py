@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from urllib.parse import urlsplit
 
 import pytest
@@ -50,9 +50,10 @@ async def face(request: pytest.FixtureRequest, proxy: Proxy) -> AsyncGenerator[S
 
 
 @pytest.fixture
-def witness(redis_url: str) -> ProxyManager:
+def witness(redis_url: str) -> Generator[ProxyManager]:
     """Another process, as it were, whose connection is sound."""
-    return ProxyManager.from_url(redis_url, LIMITS)
+    with ProxyManager.from_url(redis_url, LIMITS) as manager:
+        yield manager
 
 
 def consumed(witness: ProxyManager, key: str = "key") -> int:
