@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 import redis
@@ -40,6 +41,13 @@ def server_binary() -> servers.ServerBinary:
             f"or name a program in {servers.BINARY_VARIABLE}"
         )
     return binary
+
+
+@pytest.fixture(scope="module")
+def server(server_binary: servers.ServerBinary) -> Generator[servers.RedisServer]:
+    """A server of the module's own."""
+    with servers.RedisServer.start(server_binary) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,13 +1,33 @@
-"""Both faces behind one: what is awaitable is awaited."""
+"""Both faces of the library under one notation: what is awaitable is awaited."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from ratelimit import AsyncProxyManager, ProxyManager
+
+T = TypeVar("T")
+
+Manager = ProxyManager | AsyncProxyManager
 
 
-async def settled(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
+async def settled(answer: Awaitable[T] | T) -> T:
+    """Give the answer of a verb, of either face."""
+    if isinstance(answer, Awaitable):
+        return await answer
+    return answer
+
+
+@asynccontextmanager
+async def closing(opened: T) -> AsyncGenerator[T]:
+    """Close a manager or a client, of either face."""
+    thing: Any = opened
+    try:
+        yield opened
+    finally:
+        await settled(thing.aclose() if hasattr(thing, "aclose") else thing.close())
 
 
 class Settled:

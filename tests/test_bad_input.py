@@ -33,8 +33,8 @@ from ratelimit import (
     UnsupportedStateError,
 )
 from tests import servers
+from tests.faces import Manager, closing, settled
 from tests.servers import RedisServer, ServerBinary, wait_until
-from tests.workers import Manager, closing, settled
 
 pytestmark = pytest.mark.redis
 
@@ -92,12 +92,6 @@ Face = type[ProxyManager | AsyncProxyManager]
 def face(request: pytest.FixtureRequest) -> Face:
     chosen: Face = request.param
     return chosen
-
-
-@pytest.fixture(scope="module")
-def server(server_binary: ServerBinary) -> Generator[RedisServer]:
-    with RedisServer.start(server_binary) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

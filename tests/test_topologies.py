@@ -28,8 +28,8 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from tests import servers
+from tests.faces import Manager, closing, settled
 from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
-from tests.workers import Manager, closing, settled
 
 pytestmark = pytest.mark.redis
 
@@ -59,12 +59,6 @@ ASYNCIO = Face("asyncio", AsyncProxyManager, AsyncRedisStore, redis.asyncio, red
 def face(request: pytest.FixtureRequest) -> Face:
     chosen: Face = request.param
     return chosen
-
-
-@pytest.fixture(scope="module")
-def server(server_binary: ServerBinary) -> Generator[RedisServer]:
-    with RedisServer.start(server_binary) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

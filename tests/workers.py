@@ -1,4 +1,4 @@
-"""Both faces of the library under one notation, and processes that use them all at once."""
+"""Processes that use both faces of the library all at once."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import multiprocessing
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.synchronize import Barrier, Event, Semaphore
@@ -18,10 +18,10 @@ import redis
 import redis.asyncio
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, BucketConfiguration, ProxyManager, RedisStore, StoreError
+from tests.faces import Manager, settled
 
 T = TypeVar("T")
 
-Manager = ProxyManager | AsyncProxyManager
 Work = Callable[[Manager, str], Coroutine[Any, Any, T]]
 
 PROCESSES = 8
@@ -30,23 +30,6 @@ CALLERS = 4
 
 PATIENCE = 60
 """Seconds, for what takes one or two."""
-
-
-async def settled(answer: Awaitable[T] | T) -> T:
-    """Give the answer of a verb, of either face."""
-    if isinstance(answer, Awaitable):
-        return await answer
-    return answer
-
-
-@asynccontextmanager
-async def closing(opened: T) -> AsyncGenerator[T]:
-    """Close a manager or a client, of either face."""
-    thing: Any = opened
-    try:
-        yield opened
-    finally:
-        await settled(thing.aclose() if hasattr(thing, "aclose") else thing.close())
 
 
 class Shared:
