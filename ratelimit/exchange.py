@@ -33,7 +33,6 @@ from ratelimit.drive import Steps
 from ratelimit.errors import (
     BucketNotFoundError,
     ContentionError,
-    CorruptStateError,
     Key,
     StoreError,
     StoreUnavailableError,
@@ -117,8 +116,7 @@ def _exchange(
         if before is None and must_exist:
             raise BucketNotFoundError(target.key)
         now = yield backend.now(key)
-        state = None if before is None else codec.decode(before, target.key)
-        after, answer = _decided(target, plan, command, state, now)
+        state, (after, answer) = _decided(target, plan, command, before, now)
         if after is None:
             if fresh:
                 remembered.put(key, before, by_others=by_others)
@@ -148,12 +146,15 @@ def _exchange(
             before = yield store.get(key)
 
 
-def _decided(target: Target, plan: Plan, command: Command[T], state: BucketState | None, now: int) -> Decision[T]:
+def _decided(
+    target: Target, plan: Plan, command: Command[T], before: bytes | None, now: int
+) -> tuple[BucketState | None, Decision[T]]:
+    """The state that the bytes hold, and what the command makes of it."""
+    state = None if before is None else codec.decode(before, target.key)
     try:
-        return execute(command, plan, state, now)
-    except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
-        stored = b"" if state is None else codec.encode(state)
-        raise CorruptStateError(target.key, stored, "its limits are out of range") from error
+        return state, execute(command, plan, state, now)
+    except ArithmeticError as error:
+        raise codec.out_of_range(before or b"", target.key) from error
 
 
 class _Swap(NamedTuple):

@@ -299,10 +299,12 @@ async def test_foreign_bytes_are_an_error_and_left_alone(face: Face, store: Reco
 async def test_a_stored_period_of_zero_is_an_error_of_ours(face: Face, store: Recorder, clock: ManualClock) -> None:
     whole = bytearray(state(3))
     whole[32:40] = bytes(8)
+    whole += b"what follows the end"
     store.put(b"key", bytes(whole))
     clock.advance(5)
-    with pytest.raises(CorruptStateError, match="out of range"):
+    with pytest.raises(CorruptStateError, match="out of range") as caught:
         await face.try_consume("key")
+    assert caught.value.state == bytes(whole)
 
 
 async def test_a_handle_that_made_its_bucket_may_insist_on_it(kind: str, store: Recorder, clock: ManualClock) -> None:

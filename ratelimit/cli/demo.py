@@ -12,7 +12,7 @@ from ratelimit.cli.ending import CommandError
 from ratelimit.cli.keys import parsed_limits
 from ratelimit.cli.local_redis import find_binary, local_redis
 from ratelimit.cli.screen import Screen
-from ratelimit.cli.server import location, software, time_nanos
+from ratelimit.cli.server import location, server_nanos, software
 from ratelimit.cli.team import Team
 from ratelimit.cli.verdict import Outcome, verdict
 from ratelimit.cli.worker import KINDS, Task
@@ -82,7 +82,7 @@ def _run(redis: _Redis, limits: BucketConfiguration, kinds: Sequence[str], secon
     screen.say(f"{len(tasks)} processes import ratelimit and share {len(stored)} buckets of {limits} for {seconds:g} s")
 
     def times() -> dict[str, int]:
-        return {key: time_nanos(redis.store, each) for key, each in stored.items()}
+        return {key: server_nanos(redis.store, each) for key, each in stored.items()}
 
     def show_progress() -> None:
         elapsed = time.monotonic_ns() - local_begin

@@ -15,11 +15,11 @@ from ratelimit.bucket import Bucket
 from ratelimit.cli.server import ttl_millis
 from ratelimit.core import codec
 from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.duration import NANOS_PER_SECOND
+from ratelimit.core.duration import NANOS_PER_SECOND, to_seconds
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.results import ConsumptionProbe
 from ratelimit.core.state import BucketState
-from ratelimit.errors import CorruptStateError, InvalidConfigurationError, Key, errors_named, shown
+from ratelimit.errors import InvalidConfigurationError, Key, errors_named, shown
 from ratelimit.handle import stored_key
 from ratelimit.manager import ProxyManager
 from ratelimit.stores.redis import RedisStore
@@ -51,7 +51,7 @@ def try_(arguments: argparse.Namespace) -> int:
             remaining=probe.remaining_tokens,
             retry_after=probe.retry_after,
             full_after=probe.reset_after,
-            **({} if trial.waited is None else {"waited": _seconds(trial.waited)}),
+            **({} if trial.waited is None else {"waited": to_seconds(trial.waited)}),
             limits=str(trial.limits),
         )
     else:
@@ -148,8 +148,8 @@ class _Level:
             "limit": self.limit,
             "capacity": self.capacity,
             "tokens": self.tokens,
-            "next_token_after": _seconds(self.next_token),
-            "full_after": _seconds(self.full),
+            "next_token_after": to_seconds(self.next_token),
+            "full_after": to_seconds(self.full),
         }
 
 
@@ -160,8 +160,8 @@ def _levels(data: bytes, key: Key, now: int) -> tuple[BucketState, list[_Level]]
         state = state.refilled(now)
         bandwidths = zip(state.configuration, state.bandwidth_states, strict=True)
         return state, [_level(BucketState(BucketConfiguration(one), None, 0, (size,)), now) for one, size in bandwidths]
-    except ArithmeticError as error:  # a stored period or rate of zero, which no configuration has
-        raise CorruptStateError(key, data, "its limits are out of range") from error
+    except ArithmeticError as error:
+        raise codec.out_of_range(data, key) from error
 
 
 def _level(state: BucketState, now: int) -> _Level:
@@ -218,11 +218,6 @@ def _print_json(**values: Any) -> None:
 
 def _shown_key(key: Key) -> str:
     return key if isinstance(key, str) else key.decode(errors="backslashreplace")
-
-
-def _seconds(nanos: int) -> float | None:
-    """Seconds, rounded up to a whole microsecond; None for never."""
-    return None if nanos == NEVER else -(-nanos // 1_000) / 1_000_000
 
 
 def duration(nanos: int) -> str:

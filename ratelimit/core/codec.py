@@ -95,6 +95,11 @@ def decode(state: bytes, key: Key = "") -> BucketState:
     return BucketState(configuration, version, consumed, states)
 
 
+def out_of_range(state: bytes, key: Key) -> CorruptStateError:
+    """The error for a stored period or rate of zero: it is decoded, and fails in the arithmetic."""
+    return CorruptStateError(key, state, "its limits are out of range")
+
+
 class _Reader:
     """A position in the bytes of a state, and what to raise when they are not what they should be."""
 

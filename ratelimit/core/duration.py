@@ -7,7 +7,7 @@ from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 
-from ratelimit.core.int64 import MAX
+from ratelimit.core.int64 import MAX, NEVER
 
 NANOS_PER_SECOND = 1_000_000_000
 NANOS_PER_MILLISECOND = 1_000_000
@@ -31,3 +31,8 @@ def to_nanos(duration: Duration) -> int:
             return MAX
         raise ValueError(f"must be a number of seconds, not {duration!r}")
     return min(round(Fraction(duration) * NANOS_PER_SECOND), MAX)
+
+
+def to_seconds(nanos: int) -> float | None:
+    """A wait in seconds, rounded up to a whole microsecond, the resolution of a server's clock; None for never."""
+    return None if nanos == NEVER else -(-nanos // 1_000) / 1_000_000

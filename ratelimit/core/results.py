@@ -6,15 +6,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.int64 import NEVER
+from ratelimit.core.duration import to_seconds
 from ratelimit.core.state import BandwidthState
 
 T = TypeVar("T")
-
-
-def _seconds(nanos: int) -> float | None:
-    """Seconds, rounded up to a whole microsecond, the resolution of a server's clock; None for never."""
-    return None if nanos == NEVER else -(-nanos // 1_000) / 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +34,12 @@ class ConsumptionProbe:
     @property
     def retry_after(self) -> float | None:
         """``nanos_to_wait_for_refill`` in seconds, rounded up to a microsecond; None for never."""
-        return _seconds(self.nanos_to_wait_for_refill)
+        return to_seconds(self.nanos_to_wait_for_refill)
 
     @property
     def reset_after(self) -> float | None:
         """``nanos_to_wait_for_reset`` in seconds, rounded up to a microsecond; None for never."""
-        return _seconds(self.nanos_to_wait_for_reset)
+        return to_seconds(self.nanos_to_wait_for_reset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +62,7 @@ class EstimationProbe:
     @property
     def retry_after(self) -> float | None:
         """``nanos_to_wait_for_refill`` in seconds, rounded up to a microsecond; None for never."""
-        return _seconds(self.nanos_to_wait_for_refill)
+        return to_seconds(self.nanos_to_wait_for_refill)
 
 
 @dataclass(frozen=True, slots=True)

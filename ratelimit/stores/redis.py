@@ -46,14 +46,14 @@ class _RedisSteps:
         self._owns_client = owns_client
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
-        times, local = self._time_of(key), self._monotonic()
-        age = times.age(local)
+        sent = self._monotonic()
+        age = self._time_of(key).age(sent)
         if age is not None and age < STALE_NANOS:
-            (state,) = yield from self._send(key, ("GET", key))
-            return _bytes_or_none(state, key)
+            state = yield from self._asked(key, "GET", key)
+            return state  # type: ignore[no-any-return]  # as the server sent it
         state, now = yield from self._send(key, ("GET", key), ("TIME",))
-        times.observe(_nanos(_checked(now, key)), local, self._monotonic())
-        return _bytes_or_none(state, key)
+        self._learn_time(key, _checked(now, key), sent)
+        return _checked(state, key)  # type: ignore[no-any-return]  # as the server sent it
 
     def _swapped(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
         ttl = () if ttl_millis <= 0 else (min(ttl_millis, _LONGEST_TTL_MILLIS),)
@@ -62,9 +62,8 @@ class _RedisSteps:
         else:
             script, arguments = (_COMPARE_AND_SWAP_PX if ttl else _COMPARE_AND_SWAP), (before, after, *ttl)
         sent = self._monotonic()
-        state, seconds, microseconds = yield from self._run(script, key, arguments)
-        received = self._monotonic()
-        self._time_of(key).observe(_nanos((seconds, microseconds)), sent, received)  # the key may have moved meanwhile
+        state, *now = yield from self._run(script, key, arguments)
+        self._learn_time(key, now, sent)
         return None if state == 1 else Lost(state)
 
     def _run(self, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
@@ -73,13 +72,12 @@ class _RedisSteps:
             (reply,) = yield from self._send(key, ("EVALSHA", script.sha, 1, key, *arguments))
             if not isinstance(reply, NoScriptError):
                 return _checked(reply, key)
-        (reply,) = yield from self._send(key, ("EVAL", script.text, 1, key, *arguments))
+        reply = yield from self._asked(key, "EVAL", script.text, 1, key, *arguments)
         self._sent_once.add(script.sha)
-        return _checked(reply, key)
+        return reply
 
     def _deleted(self, key: bytes) -> Steps[None]:
-        (reply,) = yield from self._send(key, ("DEL", key))
-        _checked(reply, key)
+        yield from self._asked(key, "DEL", key)
 
     def _usable_time(self, key: bytes) -> int | None:
         """The server's time by the estimate, where that is good enough for a decision."""
@@ -90,16 +88,22 @@ class _RedisSteps:
 
     def _asked_time(self, key: bytes) -> Steps[int]:
         sent = self._monotonic()
-        (reply,) = yield from self._send(key, ("TIME",))
-        times, received = self._time_of(key), self._monotonic()
-        server = _nanos(_checked(reply, key))
-        times.observe(server, sent, received)
-        estimate = times.estimate(received)
-        return server if estimate is None else estimate
+        reply = yield from self._asked(key, "TIME")
+        self._learn_time(key, reply, sent)
+        estimate = self._usable_time(key)
+        return time_nanos(reply) if estimate is None else estimate
+
+    def _learn_time(self, key: bytes, time_reply: Any, sent: int) -> None:
+        received = self._monotonic()
+        self._time_of(key).observe(time_nanos(time_reply), sent, received)  # of the node that has answered: keys move
 
     def clock_error_nanos(self, key: bytes) -> int | None:
         """How wrong the estimate of the server's time may be at present, either way; None before the first reply."""
         return self._time_of(key).error_bound(self._monotonic())
+
+    def _asked(self, key: bytes, *command: Any) -> Steps[Any]:
+        (reply,) = yield from self._send(key, command)
+        return _checked(reply, key)
 
     def _send(self, key: bytes, *commands: Command) -> Steps[Replies]:
         return (yield self._channel.send(key, *commands))  # type: ignore[no-any-return]
@@ -114,12 +118,8 @@ def _checked(reply: Any, key: bytes) -> Any:
     return reply
 
 
-def _bytes_or_none(reply: Any, key: bytes) -> bytes | None:
-    state: bytes | None = _checked(reply, key)
-    return state
-
-
-def _nanos(time_reply: Any) -> int:
+def time_nanos(time_reply: Any) -> int:
+    """Nanoseconds since the epoch from a reply to ``TIME``."""
     seconds, microseconds = time_reply
     return int(seconds) * NANOS_PER_SECOND + int(microseconds) * 1_000
 
@@ -182,6 +182,10 @@ class RedisStore(_RedisSteps):
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
         now = self._usable_time(key)
         return drive(self._asked_time(key)) if now is None else now
+
+    def ask(self, key: bytes, *command: Any) -> Any:
+        """Send a command to the server that holds this key, and give its reply as it comes."""
+        return drive(self._asked(key, *command))
 
     def close(self) -> None:
         """Close what a URL has opened; a client of the caller's stays open."""
