@@ -14,15 +14,8 @@ from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError
 from ratelimit.stores.protocol import Lost
-from ratelimit.stores.redis_channels import (
-    AsyncClusterChannel,
-    AsyncPoolChannel,
-    Channel,
-    ClusterChannel,
-    Command,
-    PoolChannel,
-    Replies,
-)
+from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
+from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel, Replies
 from ratelimit.stores.redis_errors import translated
 from ratelimit.stores.scripts import Script, load
 from ratelimit.stores.server_time import STALE_NANOS, UNUSABLE_NANOS, ServerTime

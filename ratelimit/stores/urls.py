@@ -24,7 +24,8 @@ from ratelimit.errors import InvalidConfigurationError
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
 from ratelimit.stores.redis import AsyncRedisStore, RedisStore
-from ratelimit.stores.redis_channels import AsyncClusterChannel, AsyncPoolChannel, ClusterChannel, PoolChannel
+from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
+from ratelimit.stores.redis_channels import ClusterChannel, PoolChannel
 
 FORMS: Final = (
     "memory://",
