@@ -1,0 +1,651 @@
+-- Runs operations on a bucket where it is stored: refills it, changes it, and stores what comes of it with its expiry.
+--
+-- KEYS[1]  key of the bucket
+-- ARGV[1]  time in nanoseconds since the epoch (i64); then for each operation its verb (u8, see VERB), how often it is
+--          repeated (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64, of reserve only)
+-- ARGV[2]  kind of expiration (u8, see TTL) and its milliseconds (i64); whether a configuration version is wanted (u8,
+--          0 or 1) and which one (i64)
+-- ARGV[3]  state from which a missing bucket is made, with its initial sizes; its bandwidths begin at the time of
+--          ARGV[1] unless they are aligned. Empty: a missing bucket is not made
+--
+-- Reply: {1, before} when the operations were run on the state `before`; nil: on a new bucket;
+--        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, its
+--        configuration version is lower than the wanted one or there is none, or its bytes are not what this script
+--        writes itself (another format, ids that are not plain ASCII, limits below 1).
+--
+-- As in ARGV, numbers are big-endian. What is stored after `before` follows from it and from the arguments: the state
+-- with all operations applied, if one of them has changed it or if the bucket is new, and else still `before`.
+--
+-- Numbers. Lua has doubles only, which hold every integer up to 2^53, whereas the state is made of signed 64-bit
+-- integers that wrap. First comes the everyday case, in plain doubles: every integer in it, also between two steps, is
+-- below 2^53, or else the case is left to the second part. There a number is either a double below 2^53 or a pair
+-- {high, low} = high * 2^32 + low, with high signed and low not, and the functions that compute with them take and give
+-- both kinds. A time is always in halves when it is read: only differences of times fit into a double.
+-- A quotient of integers below 2^53, rounded as doubles are, does not reach the next integer: floor() of it is exact.
+
+local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET = 1, 2, 3, 4, 5, 6, 7  -- VERB
+local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- TTL; else 3, automatic
+local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic expiration: as new when full, or not
+local LONGEST_TTL = 2^53  -- a server adds it to the present time
+local NANOS_PER_MILLISECOND = 1000000
+
+local key, request, plan = KEYS[1], ARGV[1], ARGV[2]
+local unpack, pack, floor = struct.unpack, struct.pack, math.floor
+
+local before = redis.call('GET', key)
+
+-- The everyday case: tokens that are consumed if they are there, from one greedy bandwidth without id.
+
+if before and (#before == 107 or #before == 116) and #request == 29 then
+  local now_high, now_low, verb, times, tokens = unpack('>i4I4BI4i8', request)
+  local expiration, duration, wanted, wanted_version = unpack('>Bi8Bi8', plan)
+  local state_format, configuration_format, bandwidths, bandwidth_format,
+    capacity, initial, period, rate, intervally, first, adaptive, has_id,
+    arithmetic, numbers_format, count, last_high, last_low, size, unfinished, statistics_format, consumed =
+    unpack('>i4i4i4i4i8i8i8i8Bi8BBi4i4i4i4I4i8i8i4i8', before)
+  local format, version = 1, -2^63
+  if #before == 116 then
+    local has_version
+    has_version, version = unpack('>Bi8', before, 108)
+    format = has_version == 1 and 2
+  end
+  local elapsed = (now_high - last_high) * 2^32 + (now_low - last_low)
+
+  if verb == TRY_CONSUME and tokens >= 1 and tokens < 2^53 and elapsed < 2^53
+    and state_format == format and configuration_format == 1 and bandwidths == 1 and bandwidth_format == 1
+    and arithmetic == 3 and numbers_format == 1 and count == 3 and statistics_format == 1
+    and (wanted == 0 or format == 2 and version >= wanted_version and version < 2^53 and wanted_version > -2^53)
+    and intervally == 0 and adaptive == 0 and has_id == 0
+    and first == -2^63  -- not aligned; and a 32-bit server, whose `i8` is cut off, has no everyday case
+    and capacity >= 1 and capacity < 2^53 and period >= 1 and period < 2^53 and rate >= 1 and rate < 2^53
+    and size > -2^53 and size < 2^53 and unfinished >= 0 and unfinished < period
+    and consumed > -2^53 and consumed + tokens * times < 2^53 and duration < 2^52 then
+
+    local exact = true
+    if elapsed > 0 then
+      last_high, last_low = now_high, now_low
+      if size < capacity then
+        if elapsed > period then
+          local gained = floor(elapsed / period) * rate
+          exact = gained < 2^53
+          size = size + gained
+          elapsed = elapsed % period
+        end
+        local gained = rate * elapsed + unfinished
+        exact = exact and gained < 2^53
+        size = size + floor(gained / period)
+        unfinished = gained % period
+        if size >= capacity then
+          size, unfinished = capacity, 0
+        end
+      end
+    end
+
+    if exact and size < tokens then
+      return {1, before}
+    end
+    if times > 1 and size < tokens * times then
+      times = floor(size / tokens)
+    end
+    size = size - tokens * times
+
+    local ttl = -1
+    if expiration == FIXED then
+      ttl = duration
+    elseif expiration ~= NO_EXPIRY then
+      local full = 0  -- the wait until the bucket is full, in milliseconds
+      if size < capacity then
+        local missing = capacity - size
+        local needed = period * missing
+        if needed < 2^53 then
+          full = floor((needed - unfinished) / rate) / NANOS_PER_MILLISECOND
+        elseif needed < 2^62 then
+          -- Off by less than 2^-8, as it is below 2^43: certain if no whole number is that near.
+          full = (needed - unfinished) / rate / NANOS_PER_MILLISECOND
+          exact = exact and full % 1 > 2^-8 and full % 1 < 1 - 2^-8
+        else
+          full = floor(missing / rate * period) / NANOS_PER_MILLISECOND  -- as the product overflows
+          exact = exact and needed > 2^64 and full < 2^33
+        end
+        full = floor(full)
+      end
+      if expiration == AFTER_REFILL then
+        ttl = full + duration
+        if ttl < 1 then
+          ttl = 1
+        end
+      elseif initial == capacity and size <= capacity then
+        ttl = full + MARGIN_MILLIS
+      else
+        ttl = full + IDLE_MILLIS
+      end
+    end
+
+    if exact then
+      local after = pack('>c71i4I4i8i8i4i8', before, last_high, last_low, size, unfinished, 1, consumed + tokens * times)
+      if format == 2 then
+        after = after .. before:sub(108)
+      end
+      if ttl > 0 then
+        redis.call('SET', key, after, 'PX', string.format('%.0f', ttl))
+      else
+        redis.call('SET', key, after)
+      end
+      return {1, before}
+    end
+  end
+end
+
+-- Every other case. Numbers are doubles below 2^53 or pairs {high, low}, never a pair that would fit into a double.
+
+local MAX = {2^31 - 1, 2^32 - 1}
+local MIN = {-2^31, 0}
+
+local function whole(high, low)  -- what exceeds 64 bits is cut off
+  high = (high + 2^31) % 2^32 - 2^31
+  local double = high * 2^32 + low
+  if double > -2^53 and double < 2^53 then
+    return double
+  end
+  return {high, low}
+end
+
+local function halves(x)
+  if type(x) == 'table' then
+    return x[1], x[2]
+  end
+  local high = floor(x / 2^32)
+  return high, x - high * 2^32
+end
+
+local function rounded(x)  -- as a double, half to even: the sum is the one operation that rounds
+  return type(x) == 'table' and x[1] * 2^32 + x[2] or x
+end
+
+local function truncated(double)  -- as an integer, within 64 bits
+  if double >= 2^63 then
+    return MAX
+  elseif double <= -2^63 then
+    return MIN
+  end
+  double = double < 0 and -floor(-double) or floor(double)
+  local high = floor(double / 2^32)
+  return whole(high, double - high * 2^32)
+end
+
+local function less(x, y)
+  local x_rounded, y_rounded = rounded(x), rounded(y)
+  if x_rounded ~= y_rounded or type(x) == 'number' and type(y) == 'number' then
+    return x_rounded < y_rounded
+  end
+  local x_high, x_low = halves(x)
+  local y_high, y_low = halves(y)
+  return x_high < y_high or x_high == y_high and x_low < y_low
+end
+
+local function sum(x, y)
+  if type(x) == 'number' and type(y) == 'number' then
+    local double = x + y
+    if double > -2^53 and double < 2^53 then
+      return double
+    end
+  end
+  local x_high, x_low = halves(x)
+  local y_high, y_low = halves(y)
+  local low = x_low + y_low
+  return whole(x_high + y_high + floor(low / 2^32), low % 2^32)
+end
+
+local function difference(x, y)
+  if type(x) == 'number' and type(y) == 'number' then
+    local double = x - y
+    if double > -2^53 and double < 2^53 then
+      return double
+    end
+  end
+  local x_high, x_low = halves(x)
+  local y_high, y_low = halves(y)
+  local low = x_low - y_low
+  return whole(x_high - y_high + floor(low / 2^32), low % 2^32)
+end
+
+local function low_half(x, y)  -- of the product of two halves
+  local x_low = x % 2^16
+  local x_high = (x - x_low) / 2^16
+  return (x_high * y % 2^16 * 2^16 + x_low * y) % 2^32
+end
+
+local function product(x, y)
+  if type(x) == 'number' and type(y) == 'number' then
+    local double = x * y
+    if double > -2^53 and double < 2^53 then
+      return double
+    end
+  end
+  local x_high, x_low = halves(x)
+  local y_high, y_low = halves(y)
+  -- x_low * y_low = upper * 2^16 + lower, both of 48 bits
+  local x_lowest = x_low % 2^16
+  local upper = (x_low - x_lowest) / 2^16 * y_low
+  local lower = x_lowest * y_low + upper % 2^16 * 2^16
+  local high = floor(upper / 2^16) + floor(lower / 2^32) + low_half(x_high, y_low) + low_half(y_high, x_low)
+  return whole(high, lower % 2^32)
+end
+
+local function saturating_product(x, y)  -- MAX where it does not fit, also when it is too small
+  local wrapped, double = product(x, y), rounded(x) * rounded(y)
+  if double > -2^62 and double < 2^62 then
+    return wrapped
+  end
+  -- Near the limits the sign tells whether it has wrapped; twice as far it would not.
+  if double >= 2^64 or double <= -2^64 or less(wrapped, 0) ~= (double < 0) then
+    return MAX
+  end
+  return wrapped
+end
+
+-- x / y truncated toward zero, and x % y with the sign of x; y is above 0.
+local function divided(x, y)
+  if type(x) == 'number' and type(y) == 'number' then
+    local left = math.fmod(x, y)
+    return (x - left) / y, left
+  end
+  -- The doubles tell the quotient nearly; the next round divides what was wrong with it.
+  local quotient, left = 0, x
+  while less(left, 0) or not less(left, y) do
+    local estimate = floor(rounded(left) / rounded(y))
+    local high = floor(estimate / 2^32)
+    local part = whole(high, estimate - high * 2^32)
+    quotient = sum(quotient, part)
+    left = difference(left, product(part, y))
+  end
+  if less(x, 0) and left ~= 0 then
+    return sum(quotient, 1), difference(left, y)
+  end
+  return quotient, left
+end
+
+local now = whole(unpack('>i4I4', request))
+local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low = unpack('>Bi4I4Bi4I4', plan)
+
+-- The state, or nil where it cannot be read; each bandwidth holds its three numbers too.
+local function decode(bytes)
+  local position = 1
+  local function fits(length)
+    return position + length - 1 <= #bytes
+  end
+
+  if not fits(12) then
+    return nil
+  end
+  local state_format, configuration_format, n = unpack('>i4i4i4', bytes)
+  if state_format < 1 or state_format > 2 or configuration_format ~= 1 or n < 1 then
+    return nil
+  end
+  position = 13
+  local bandwidths, ids = {}, {}
+  for i = 1, n do
+    if not fits(47) then
+      return nil
+    end
+    local format, capacity_high, capacity_low, initial_high, initial_low, period_high, period_low,
+      tokens_high, tokens_low, intervally, first_high, first_low, adaptive, has_id =
+      unpack('>i4i4I4i4I4i4I4i4I4Bi4I4BB', bytes, position)
+    local bandwidth = {
+      capacity = whole(capacity_high, capacity_low),
+      initial = whole(initial_high, initial_low),
+      period = whole(period_high, period_low),
+      tokens = whole(tokens_high, tokens_low),
+      intervally = intervally ~= 0,
+      aligned = first_high ~= -2^31 or first_low ~= 0,
+      adaptive = adaptive ~= 0,
+    }
+    if format ~= 1 or less(bandwidth.capacity, 1) or less(bandwidth.period, 1) or less(bandwidth.tokens, 1) then
+      return nil
+    end
+    local numbers, first = bytes:sub(position, position + 35), bytes:sub(position + 37, position + 44)
+    bandwidth.bytes = numbers .. pack('B', intervally ~= 0 and 1 or 0) .. first .. pack('B', adaptive ~= 0 and 1 or 0)
+    position = position + 47
+    if has_id == 0 then
+      bandwidth.bytes = bandwidth.bytes .. '\0'
+    else
+      if not fits(2) then
+        return nil
+      end
+      local length = unpack('>I2', bytes, position)
+      if not fits(2 + length) then
+        return nil
+      end
+      local id = bytes:sub(position, position + 1 + length)
+      if ids[id] or id:find('[^\1-\127]', 3) then
+        return nil
+      end
+      ids[id] = true
+      bandwidth.bytes = bandwidth.bytes .. '\1' .. id
+      position = position + 2 + length
+    end
+    bandwidths[i] = bandwidth
+  end
+
+  if not fits(12 + 24 * n + 12) then
+    return nil
+  end
+  local arithmetic, numbers_format, count = unpack('>i4i4i4', bytes, position)
+  if arithmetic ~= 3 or numbers_format ~= 1 or count ~= 3 * n then
+    return nil
+  end
+  position = position + 12
+  for _, bandwidth in ipairs(bandwidths) do
+    local last_high, last_low, size_high, size_low, error_high, error_low = unpack('>i4I4i4I4i4I4', bytes, position)
+    bandwidth.last = whole(last_high, last_low)
+    bandwidth.size = whole(size_high, size_low)
+    bandwidth.rounding_error = whole(error_high, error_low)
+    position = position + 24
+  end
+
+  local statistics_format, consumed_high, consumed_low = unpack('>i4i4I4', bytes, position)
+  if statistics_format ~= 1 then
+    return nil
+  end
+  position = position + 12
+  local version
+  if state_format == 2 then
+    if not fits(1) then
+      return nil
+    end
+    if bytes:byte(position) ~= 0 then
+      if not fits(9) then
+        return nil
+      end
+      version = whole(unpack('>i4I4', bytes, position + 1))
+    end
+  end
+  return {bandwidths = bandwidths, consumed = whole(consumed_high, consumed_low), version = version}
+end
+
+local function i64(x)
+  return pack('>i4I4', halves(x))
+end
+
+local function encode(state)
+  local configuration, numbers = {}, {}
+  for i, bandwidth in ipairs(state.bandwidths) do
+    configuration[i] = bandwidth.bytes
+    numbers[i] = i64(bandwidth.last) .. i64(bandwidth.size) .. i64(bandwidth.rounding_error)
+  end
+  local n = #configuration
+  local version = state.version
+  return pack('>i4i4i4', version and 2 or 1, 1, n) .. table.concat(configuration)
+    .. pack('>i4i4i4', 3, 1, 3 * n) .. table.concat(numbers)
+    .. pack('>i4', 1) .. i64(state.consumed) .. (version and '\1' .. i64(version) or '')
+end
+
+local state = decode(before or ARGV[3])
+if not state then
+  return {0, before}
+end
+if before and wanted == 1 and (not state.version or less(state.version, whole(wanted_high, wanted_low))) then
+  return {0, before}
+end
+if not before then
+  for _, bandwidth in ipairs(state.bandwidths) do
+    if not bandwidth.aligned then
+      bandwidth.last = now
+    end
+  end
+end
+
+-- Time. The steps are those of the format, and all sums, differences and plain products wrap.
+
+local function fill(bandwidth)
+  bandwidth.size, bandwidth.rounding_error = bandwidth.capacity, 0
+end
+
+local function refill(bandwidth)
+  local last, size, period, tokens = bandwidth.last, bandwidth.size, bandwidth.period, bandwidth.tokens
+  local time = now
+  if not less(last, time) then
+    return
+  end
+  if bandwidth.intervally then
+    local _, since = divided(difference(time, last), period)
+    time = difference(time, since)  -- the end of the last whole period
+    if not less(last, time) then
+      return
+    end
+  end
+  bandwidth.last = time
+  if not less(size, bandwidth.capacity) then
+    return
+  end
+  local elapsed = difference(time, last)
+  local new_size = size
+  if less(period, elapsed) then
+    local periods, left = divided(elapsed, period)
+    new_size = sum(size, product(periods, tokens))
+    if less(bandwidth.capacity, new_size) or less(new_size, size) then
+      return fill(bandwidth)
+    end
+    elapsed = left
+  end
+  local gained = saturating_product(tokens, elapsed)
+  local unfinished = sum(gained, bandwidth.rounding_error)
+  local whole_tokens
+  if not less(gained, MAX) or less(unfinished, 0) then
+    whole_tokens, unfinished = truncated(rounded(elapsed) / rounded(period) * rounded(tokens)), 0
+  else
+    whole_tokens, unfinished = divided(unfinished, period)
+  end
+  new_size = sum(new_size, whole_tokens)
+  if not less(new_size, bandwidth.capacity) or less(new_size, size) then
+    return fill(bandwidth)
+  end
+  bandwidth.size, bandwidth.rounding_error = new_size, unfinished
+end
+
+local function wait_for(bandwidth, missing)
+  local period, tokens = bandwidth.period, bandwidth.tokens
+  if not bandwidth.intervally then
+    local needed = saturating_product(period, missing)
+    if not less(needed, MAX) then
+      return truncated(rounded(missing) / rounded(tokens) * rounded(period))
+    end
+    return (divided(difference(needed, bandwidth.rounding_error), tokens))
+  end
+  local to_next_refill = difference(sum(bandwidth.last, period), now)
+  if not less(tokens, missing) then
+    return to_next_refill
+  end
+  missing = difference(missing, tokens)
+  if less(missing, tokens) then
+    return sum(to_next_refill, period)
+  end
+  local periods, left = divided(missing, tokens)
+  local further = saturating_product(left == 0 and periods or sum(periods, 1), period)
+  local wait = sum(further, to_next_refill)
+  return less(further, MAX) and not less(wait, 0) and wait or MAX
+end
+
+local function largest_wait(wait_of, tokens)
+  local largest = MIN
+  for _, bandwidth in ipairs(state.bandwidths) do
+    local wait = wait_of(bandwidth, tokens)
+    if less(largest, wait) then
+      largest = wait
+    end
+  end
+  return largest
+end
+
+local function wait_until(bandwidth, tokens)
+  if not less(bandwidth.size, tokens) then
+    return 0
+  end
+  local missing = difference(tokens, bandwidth.size)
+  return less(0, missing) and wait_for(bandwidth, missing) or MAX
+end
+
+local function wait_until_full(bandwidth)
+  if not less(bandwidth.size, bandwidth.capacity) then
+    return 0
+  end
+  return wait_for(bandwidth, difference(bandwidth.capacity, bandwidth.size))
+end
+
+-- The operations. Each tells whether it has changed the state; one that has not would not the next time either.
+
+local function available_tokens()
+  local smallest = MAX
+  for _, bandwidth in ipairs(state.bandwidths) do
+    if less(bandwidth.size, smallest) then
+      smallest = bandwidth.size
+    end
+  end
+  return smallest
+end
+
+local function consume(tokens)
+  state.consumed = sum(state.consumed, tokens)
+  for _, bandwidth in ipairs(state.bandwidths) do
+    bandwidth.size = difference(bandwidth.size, tokens)
+  end
+  return true
+end
+
+local function try_consume(tokens, times)  -- all repetitions at once
+  local available = available_tokens()
+  if less(available, tokens) then
+    return false
+  end
+  local most = tokens == 0 and times or divided(available, tokens)
+  return consume(product(tokens, less(most, times) and most or times))
+end
+
+local function consume_as_much_as_possible(limit)
+  local available = available_tokens()
+  local tokens = less(available, limit) and available or limit
+  return less(0, tokens) and consume(tokens)
+end
+
+local function reserve(tokens, longest_wait)
+  local wait = largest_wait(wait_until, tokens)
+  return less(wait, MAX) and not less(longest_wait, wait) and consume(tokens)
+end
+
+local function give_back(tokens)
+  state.consumed = difference(state.consumed, tokens)
+  for _, bandwidth in ipairs(state.bandwidths) do
+    local size = sum(bandwidth.size, tokens)
+    if less(size, bandwidth.size) or less(bandwidth.capacity, size) then
+      size = bandwidth.capacity
+    end
+    if less(bandwidth.size, size) then
+      bandwidth.size = size
+    end
+  end
+  return true
+end
+
+local function add(tokens)
+  for _, bandwidth in ipairs(state.bandwidths) do
+    local size = sum(bandwidth.size, tokens)
+    if not less(size, bandwidth.capacity) or less(size, bandwidth.size) then
+      fill(bandwidth)
+    else
+      bandwidth.size = size
+    end
+  end
+  return true
+end
+
+local function force_add(tokens)
+  for _, bandwidth in ipairs(state.bandwidths) do
+    local size = sum(bandwidth.size, tokens)
+    if less(size, bandwidth.size) then
+      bandwidth.size, bandwidth.rounding_error = MAX, 0
+    else
+      bandwidth.size = size
+    end
+  end
+  return true
+end
+
+local function reset()
+  for _, bandwidth in ipairs(state.bandwidths) do
+    fill(bandwidth)
+  end
+  return true
+end
+
+local verbs = {
+  [CONSUME_AS_MUCH_AS_POSSIBLE] = consume_as_much_as_possible,
+  [RESERVE] = reserve,
+  [GIVE_BACK] = give_back,
+  [ADD] = add,
+  [FORCE_ADD] = force_add,
+  [RESET] = reset,
+}
+
+local function run(verb, times, tokens, longest_wait)
+  if verb == TRY_CONSUME then
+    return try_consume(tokens, times)
+  end
+  local operation = verbs[verb]
+  local changed = false
+  for _ = 1, times do
+    if not operation(tokens, longest_wait) then
+      break
+    end
+    changed = true
+  end
+  return changed
+end
+
+local function as_when_new()
+  for _, bandwidth in ipairs(state.bandwidths) do
+    local capacity, initial = bandwidth.capacity, bandwidth.initial
+    if less(initial, capacity) or less(capacity, initial) or less(capacity, bandwidth.size) or bandwidth.adaptive then
+      return false
+    end
+  end
+  return true
+end
+
+local function ttl_millis()
+  local duration = whole(duration_high, duration_low)
+  if expiration == NO_EXPIRY then
+    return -1
+  elseif expiration == FIXED then
+    return duration
+  end
+  local full = largest_wait(wait_until_full)
+  if expiration == AFTER_REFILL then
+    local ttl = sum(duration, (divided(full, NANOS_PER_MILLISECOND)))
+    return less(0, ttl) and ttl or 1
+  end
+  if less(full, 0) then
+    full = MAX  -- it has wrapped
+  end
+  return divided(full, NANOS_PER_MILLISECOND) + (as_when_new() and MARGIN_MILLIS or IDLE_MILLIS)
+end
+
+for _, bandwidth in ipairs(state.bandwidths) do
+  refill(bandwidth)
+end
+local changed = not before
+for position = 9, #request, 21 do
+  local verb, times, tokens_high, tokens_low, wait_high, wait_low = unpack('>BI4i4I4i4I4', request, position)
+  changed = run(verb, times, whole(tokens_high, tokens_low), whole(wait_high, wait_low)) or changed
+end
+if changed then
+  local ttl = ttl_millis()
+  if less(LONGEST_TTL, ttl) then
+    ttl = LONGEST_TTL
+  end
+  if less(0, ttl) then
+    redis.call('SET', key, encode(state), 'PX', string.format('%.0f', ttl))
+  else
+    redis.call('SET', key, encode(state))
+  end
+end
+return {1, before}

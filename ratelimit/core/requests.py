@@ -1,0 +1,154 @@
+"""Commands as the arguments of ``lua/decide.lua``, which applies them where the bucket is stored.
+
+The script makes the same transition as ``execute``, to the byte, and tells only what was stored before: the answers
+follow from that. It is told the time, the operations, and what depends on the plan and the expiration alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, Final, NamedTuple
+
+from ratelimit.core import codec
+from ratelimit.core.bandwidth import BucketConfiguration
+from ratelimit.core.commands import (
+    AddTokens,
+    Batch,
+    Command,
+    ConsumeAsMuchAsPossible,
+    ConsumeIgnoringRateLimits,
+    ForceAddTokens,
+    GiveBack,
+    Plan,
+    Reserve,
+    Reset,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+    Verbose,
+)
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.state import BucketState
+
+_TRY_CONSUME: Final = 1
+_CONSUME_AS_MUCH_AS_POSSIBLE: Final = 2
+_RESERVE: Final = 3
+_GIVE_BACK: Final = 4
+_ADD: Final = 5
+_FORCE_ADD: Final = 6
+_RESET: Final = 7
+
+_EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
+
+_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, longest wait
+_NOW: Final = struct.Struct(">q")
+_ONE_OPERATION: Final = struct.Struct(">qBIqq")
+_PLAN: Final = struct.Struct(">BqBq")  # kind of expiration, its milliseconds, has a version, version
+
+_Operation = tuple[int, int, int]  # verb, tokens, longest wait
+
+
+class _UnknownCommandError(Exception):
+    """The script does not know the command."""
+
+
+def request(
+    command: Command[Any], plan: Plan, expiration: Expiration, now: int, *, must_exist: bool
+) -> tuple[bytes, ...] | None:
+    """The arguments of the script for this command; None where it does not know the command, or all it does is read.
+
+    :param must_exist: a missing bucket is not made.
+    """
+    try:
+        if type(command) is TryConsume and command.tokens >= 0:
+            operations = _ONE_OPERATION.pack(now, _TRY_CONSUME, 1, command.tokens, 0)
+        elif command.only_reads:
+            return None
+        else:
+            operations = _NOW.pack(now) + _packed(command)
+        rules, template = _fixed_part(plan, expiration)
+        if must_exist:
+            template = b""
+        elif template is None:
+            template = codec.encode(BucketState.initial(plan.configuration, plan.version, now))
+    except (_UnknownCommandError, struct.error):  # struct.error: a number of more than 64 bits
+        return None
+    return operations, rules, template
+
+
+def _packed(command: Command[Any]) -> bytes:
+    """The operations of a command, neighbours that are equal as one with a count."""
+    return b"".join(
+        _OPERATION.pack(verb, sum(1 for _ in equal), tokens, longest_wait)
+        for (verb, tokens, longest_wait), equal in groupby(_operations(command))
+    )
+
+
+def _operations(command: Command[Any]) -> Iterator[_Operation]:
+    """One after another, as the parts of a batch are run; those that only read leave no trace."""
+    kind = type(command)
+    if kind is Batch:
+        for part in command.commands:
+            yield from _operations(part)
+    elif kind is Verbose:
+        yield from _operations(command.command)
+    elif not command.only_reads:
+        yield _operation(command)
+
+
+def _operation(command: Command[Any]) -> _Operation:
+    # By exact type: of a subclass nobody knows what it does.
+    kind = type(command)
+    if kind is Reset:
+        return _RESET, 0, 0
+    if kind is ConsumeAsMuchAsPossible:
+        return _CONSUME_AS_MUCH_AS_POSSIBLE, _at_least_0(command.limit), 0
+    if kind is Reserve or kind is ConsumeIgnoringRateLimits:
+        return _RESERVE, _at_least_0(command.tokens), command.longest_wait_nanos
+    verb = _VERBS.get(kind)
+    if verb is None:
+        raise _UnknownCommandError
+    return verb, _at_least_0(command.tokens), 0
+
+
+_VERBS: Final[dict[type, int]] = {
+    TryConsume: _TRY_CONSUME,
+    TryConsumeAndReturnRemaining: _TRY_CONSUME,
+    GiveBack: _GIVE_BACK,
+    AddTokens: _ADD,
+    ForceAddTokens: _FORCE_ADD,
+}
+
+
+def _at_least_0(tokens: int) -> int:
+    if tokens < 0:  # no bucket asks for it
+        raise _UnknownCommandError
+    return tokens
+
+
+class _Fixed(NamedTuple):
+    configuration: BucketConfiguration  # kept, so that its id stays its own
+    rules: bytes
+    template: bytes | None  # of a new bucket; None: it depends on the time
+
+
+_FIXED_LIMIT: Final = 1024
+_fixed: Final[dict[tuple[int, int | None, str, int], _Fixed]] = {}
+
+
+def _fixed_part(plan: Plan, expiration: Expiration) -> tuple[bytes, bytes | None]:
+    """What does not depend on the time: by identity, as the hash of a configuration takes longer than all the rest."""
+    configuration, version, _ = plan
+    key = (id(configuration), version, expiration.kind, expiration.duration_millis)
+    found = _fixed.get(key)
+    if found is None:
+        rules = _PLAN.pack(
+            _EXPIRATIONS[expiration.kind], expiration.duration_millis, version is not None, version or 0
+        )
+        adaptive = any(bandwidth.adaptive_initial_tokens for bandwidth in configuration)
+        template = None if adaptive else codec.encode(BucketState.initial(configuration, version, 0))
+        if len(_fixed) >= _FIXED_LIMIT:
+            _fixed.clear()
+        found = _fixed[key] = _Fixed(configuration, rules, template)
+    return found.rules, found.template
