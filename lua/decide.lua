@@ -122,7 +122,8 @@ if before and (#before == 107 or #before == 116) and #request == 29 then
     end
 
     if exact then
-      local after = pack('>c71i4I4i8i8i4i8', before, last_high, last_low, size, unfinished, 1, consumed + tokens * times)
+      consumed = consumed + tokens * times
+      local after = pack('>c71i4I4i8i8i4i8', before, last_high, last_low, size, unfinished, 1, consumed)
       if format == 2 then
         after = after .. before:sub(108)
       end
@@ -138,8 +139,17 @@ end
 
 -- Every other case. Numbers are doubles below 2^53 or pairs {high, low}, never a pair that would fit into a double.
 
-local MAX = {2^31 - 1, 2^32 - 1}
-local MIN = {-2^31, 0}
+-- An operator on a pair gives not-a-number, so that one comparison finds both what is too large and what is a pair.
+local function not_a_number()
+  return 0 / 0
+end
+local function equal(x, y)  -- of two pairs; there is no number that could be a pair and a double
+  return x[1] == y[1] and x[2] == y[2]
+end
+local PAIR = {
+  __add = not_a_number, __sub = not_a_number, __mul = not_a_number, __mod = not_a_number,
+  __eq = equal,
+}
 
 local function whole(high, low)  -- what exceeds 64 bits is cut off
   high = (high + 2^31) % 2^32 - 2^31
@@ -147,8 +157,10 @@ local function whole(high, low)  -- what exceeds 64 bits is cut off
   if double > -2^53 and double < 2^53 then
     return double
   end
-  return {high, low}
+  return setmetatable({high, low}, PAIR)
 end
+
+local MAX, MIN = whole(2^31 - 1, 2^32 - 1), whole(-2^31, 0)
 
 local function halves(x)
   if type(x) == 'table' then
@@ -162,21 +174,24 @@ local function rounded(x)  -- as a double, half to even: the sum is the one oper
   return type(x) == 'table' and x[1] * 2^32 + x[2] or x
 end
 
-local function truncated(double)  -- as an integer, within 64 bits
+local function from_integral(double)  -- at most 2^63 either way
+  local high = floor(double / 2^32)
+  return whole(high, double - high * 2^32)
+end
+
+local function truncated(double)  -- within 64 bits
   if double >= 2^63 then
     return MAX
   elseif double <= -2^63 then
     return MIN
   end
-  double = double < 0 and -floor(-double) or floor(double)
-  local high = floor(double / 2^32)
-  return whole(high, double - high * 2^32)
+  return from_integral(double < 0 and -floor(-double) or floor(double))
 end
 
 local function less(x, y)
-  local x_rounded, y_rounded = rounded(x), rounded(y)
-  if x_rounded ~= y_rounded or type(x) == 'number' and type(y) == 'number' then
-    return x_rounded < y_rounded
+  local double = x - y
+  if double == double then
+    return double < 0
   end
   local x_high, x_low = halves(x)
   local y_high, y_low = halves(y)
@@ -184,11 +199,9 @@ local function less(x, y)
 end
 
 local function sum(x, y)
-  if type(x) == 'number' and type(y) == 'number' then
-    local double = x + y
-    if double > -2^53 and double < 2^53 then
-      return double
-    end
+  local double = x + y
+  if double > -2^53 and double < 2^53 then
+    return double
   end
   local x_high, x_low = halves(x)
   local y_high, y_low = halves(y)
@@ -197,11 +210,9 @@ local function sum(x, y)
 end
 
 local function difference(x, y)
-  if type(x) == 'number' and type(y) == 'number' then
-    local double = x - y
-    if double > -2^53 and double < 2^53 then
-      return double
-    end
+  local double = x - y
+  if double > -2^53 and double < 2^53 then
+    return double
   end
   local x_high, x_low = halves(x)
   local y_high, y_low = halves(y)
@@ -216,11 +227,9 @@ local function low_half(x, y)  -- of the product of two halves
 end
 
 local function product(x, y)
-  if type(x) == 'number' and type(y) == 'number' then
-    local double = x * y
-    if double > -2^53 and double < 2^53 then
-      return double
-    end
+  local double = x * y
+  if double > -2^53 and double < 2^53 then
+    return double
   end
   local x_high, x_low = halves(x)
   local y_high, y_low = halves(y)
@@ -233,31 +242,35 @@ local function product(x, y)
 end
 
 local function saturating_product(x, y)  -- MAX where it does not fit, also when it is too small
-  local wrapped, double = product(x, y), rounded(x) * rounded(y)
-  if double > -2^62 and double < 2^62 then
-    return wrapped
+  local double = x * y
+  if double > -2^53 and double < 2^53 then
+    return double
   end
-  -- Near the limits the sign tells whether it has wrapped; twice as far it would not.
-  if double >= 2^64 or double <= -2^64 or less(wrapped, 0) ~= (double < 0) then
+  double = rounded(x) * rounded(y)
+  if double >= 2^64 or double <= -2^64 then
     return MAX
   end
-  return wrapped
+  local wrapped = product(x, y)
+  -- Below twice what fits, one that has wrapped has the wrong sign.
+  return (double < 0) == less(wrapped, 0) and wrapped or MAX
 end
 
 -- x / y truncated toward zero, and x % y with the sign of x; y is above 0.
 local function divided(x, y)
-  if type(x) == 'number' and type(y) == 'number' then
-    local left = math.fmod(x, y)
+  local left = x % y
+  if left == left then
+    if x < 0 then
+      left = math.fmod(x, y)
+    end
     return (x - left) / y, left
   end
   -- The doubles tell the quotient nearly; the next round divides what was wrong with it.
-  local quotient, left = 0, x
+  local quotient
+  quotient, left = 0, x
   while less(left, 0) or not less(left, y) do
-    local estimate = floor(rounded(left) / rounded(y))
-    local high = floor(estimate / 2^32)
-    local part = whole(high, estimate - high * 2^32)
-    quotient = sum(quotient, part)
-    left = difference(left, product(part, y))
+    local estimate = from_integral(floor(rounded(left) / rounded(y)))
+    quotient = sum(quotient, estimate)
+    left = difference(left, product(estimate, y))
   end
   if less(x, 0) and left ~= 0 then
     return sum(quotient, 1), difference(left, y)
@@ -268,24 +281,19 @@ end
 local now = whole(unpack('>i4I4', request))
 local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low = unpack('>Bi4I4Bi4I4', plan)
 
--- The state, or nil where it cannot be read; each bandwidth holds its three numbers too.
+-- The state, or nil where it cannot be read. A bandwidth holds its numbers too; the configuration stays in bytes.
 local function decode(bytes)
-  local position = 1
-  local function fits(length)
-    return position + length - 1 <= #bytes
-  end
-
-  if not fits(12) then
+  local length, position = #bytes, 13
+  if length < position - 1 then
     return nil
   end
   local state_format, configuration_format, n = unpack('>i4i4i4', bytes)
   if state_format < 1 or state_format > 2 or configuration_format ~= 1 or n < 1 then
     return nil
   end
-  position = 13
   local bandwidths, ids = {}, {}
   for i = 1, n do
-    if not fits(47) then
+    if length < position + 46 then
       return nil
     end
     local format, capacity_high, capacity_low, initial_high, initial_low, period_high, period_low,
@@ -296,38 +304,30 @@ local function decode(bytes)
       initial = whole(initial_high, initial_low),
       period = whole(period_high, period_low),
       tokens = whole(tokens_high, tokens_low),
-      intervally = intervally ~= 0,
+      intervally = intervally == 1,
       aligned = first_high ~= -2^31 or first_low ~= 0,
-      adaptive = adaptive ~= 0,
+      adaptive = adaptive == 1,
+      last = 0, size = 0, rounding_error = 0,
     }
-    if format ~= 1 or less(bandwidth.capacity, 1) or less(bandwidth.period, 1) or less(bandwidth.tokens, 1) then
+    if format ~= 1 or intervally > 1 or adaptive > 1 or has_id > 1
+      or less(bandwidth.capacity, 1) or less(bandwidth.period, 1) or less(bandwidth.tokens, 1) then
       return nil
     end
-    local numbers, first = bytes:sub(position, position + 35), bytes:sub(position + 37, position + 44)
-    bandwidth.bytes = numbers .. pack('B', intervally ~= 0 and 1 or 0) .. first .. pack('B', adaptive ~= 0 and 1 or 0)
     position = position + 47
-    if has_id == 0 then
-      bandwidth.bytes = bandwidth.bytes .. '\0'
-    else
-      if not fits(2) then
-        return nil
-      end
-      local length = unpack('>I2', bytes, position)
-      if not fits(2 + length) then
-        return nil
-      end
-      local id = bytes:sub(position, position + 1 + length)
-      if ids[id] or id:find('[^\1-\127]', 3) then
+    if has_id == 1 then
+      local id_end = length > position and position + 1 + unpack('>I2', bytes, position)
+      local id = id_end and id_end <= length and bytes:sub(position + 2, id_end)
+      if not id or ids[id] or id:find('[^\1-\127]') then
         return nil
       end
       ids[id] = true
-      bandwidth.bytes = bandwidth.bytes .. '\1' .. id
-      position = position + 2 + length
+      position = id_end + 1
     end
     bandwidths[i] = bandwidth
   end
+  local configuration = bytes:sub(5, position - 1)
 
-  if not fits(12 + 24 * n + 12) then
+  if length < position + 12 + 24 * n + 12 - 1 then
     return nil
   end
   local arithmetic, numbers_format, count = unpack('>i4i4i4', bytes, position)
@@ -344,23 +344,23 @@ local function decode(bytes)
   end
 
   local statistics_format, consumed_high, consumed_low = unpack('>i4i4I4', bytes, position)
-  if statistics_format ~= 1 then
-    return nil
-  end
   position = position + 12
-  local version
+  local has_version, version = 0, nil
   if state_format == 2 then
-    if not fits(1) then
-      return nil
-    end
-    if bytes:byte(position) ~= 0 then
-      if not fits(9) then
-        return nil
-      end
+    has_version = bytes:byte(position)
+    if has_version == 1 and length >= position + 8 then
       version = whole(unpack('>i4I4', bytes, position + 1))
     end
   end
-  return {bandwidths = bandwidths, consumed = whole(consumed_high, consumed_low), version = version}
+  if statistics_format ~= 1 or state_format == 2 and has_version ~= 0 and not version then
+    return nil
+  end
+  return {
+    configuration = configuration,
+    bandwidths = bandwidths,
+    consumed = whole(consumed_high, consumed_low),
+    version = version,
+  }
 end
 
 local function i64(x)
@@ -368,16 +368,13 @@ local function i64(x)
 end
 
 local function encode(state)
-  local configuration, numbers = {}, {}
-  for i, bandwidth in ipairs(state.bandwidths) do
-    configuration[i] = bandwidth.bytes
-    numbers[i] = i64(bandwidth.last) .. i64(bandwidth.size) .. i64(bandwidth.rounding_error)
+  local format, count = state.version and 2 or 1, 3 * #state.bandwidths
+  local parts = {pack('>i4', format), state.configuration, pack('>i4i4i4', 3, 1, count)}
+  for _, bandwidth in ipairs(state.bandwidths) do
+    parts[#parts + 1] = i64(bandwidth.last) .. i64(bandwidth.size) .. i64(bandwidth.rounding_error)
   end
-  local n = #configuration
-  local version = state.version
-  return pack('>i4i4i4', version and 2 or 1, 1, n) .. table.concat(configuration)
-    .. pack('>i4i4i4', 3, 1, 3 * n) .. table.concat(numbers)
-    .. pack('>i4', 1) .. i64(state.consumed) .. (version and '\1' .. i64(version) or '')
+  parts[#parts + 1] = pack('>i4', 1) .. i64(state.consumed) .. (state.version and '\1' .. i64(state.version) or '')
+  return table.concat(parts)
 end
 
 local state = decode(before or ARGV[3])
@@ -431,7 +428,7 @@ local function refill(bandwidth)
   local gained = saturating_product(tokens, elapsed)
   local unfinished = sum(gained, bandwidth.rounding_error)
   local whole_tokens
-  if not less(gained, MAX) or less(unfinished, 0) then
+  if gained == MAX or less(unfinished, 0) then
     whole_tokens, unfinished = truncated(rounded(elapsed) / rounded(period) * rounded(tokens)), 0
   else
     whole_tokens, unfinished = divided(unfinished, period)
@@ -447,7 +444,7 @@ local function wait_for(bandwidth, missing)
   local period, tokens = bandwidth.period, bandwidth.tokens
   if not bandwidth.intervally then
     local needed = saturating_product(period, missing)
-    if not less(needed, MAX) then
+    if needed == MAX then
       return truncated(rounded(missing) / rounded(tokens) * rounded(period))
     end
     return (divided(difference(needed, bandwidth.rounding_error), tokens))
@@ -463,14 +460,14 @@ local function wait_for(bandwidth, missing)
   local periods, left = divided(missing, tokens)
   local further = saturating_product(left == 0 and periods or sum(periods, 1), period)
   local wait = sum(further, to_next_refill)
-  return less(further, MAX) and not less(wait, 0) and wait or MAX
+  return further ~= MAX and not less(wait, 0) and wait or MAX
 end
 
 local function largest_wait(wait_of, tokens)
-  local largest = MIN
+  local largest
   for _, bandwidth in ipairs(state.bandwidths) do
     local wait = wait_of(bandwidth, tokens)
-    if less(largest, wait) then
+    if not largest or less(largest, wait) then
       largest = wait
     end
   end
@@ -495,9 +492,9 @@ end
 -- The operations. Each tells whether it has changed the state; one that has not would not the next time either.
 
 local function available_tokens()
-  local smallest = MAX
+  local smallest
   for _, bandwidth in ipairs(state.bandwidths) do
-    if less(bandwidth.size, smallest) then
+    if not smallest or less(bandwidth.size, smallest) then
       smallest = bandwidth.size
     end
   end
@@ -529,7 +526,7 @@ end
 
 local function reserve(tokens, longest_wait)
   local wait = largest_wait(wait_until, tokens)
-  return less(wait, MAX) and not less(longest_wait, wait) and consume(tokens)
+  return wait ~= MAX and not less(longest_wait, wait) and consume(tokens)
 end
 
 local function give_back(tokens)
@@ -601,10 +598,10 @@ local function run(verb, times, tokens, longest_wait)
   return changed
 end
 
-local function as_when_new()
+local function same_when_new()
   for _, bandwidth in ipairs(state.bandwidths) do
     local capacity, initial = bandwidth.capacity, bandwidth.initial
-    if less(initial, capacity) or less(capacity, initial) or less(capacity, bandwidth.size) or bandwidth.adaptive then
+    if initial ~= capacity or less(capacity, bandwidth.size) or bandwidth.adaptive then
       return false
     end
   end
@@ -626,7 +623,8 @@ local function ttl_millis()
   if less(full, 0) then
     full = MAX  -- it has wrapped
   end
-  return divided(full, NANOS_PER_MILLISECOND) + (as_when_new() and MARGIN_MILLIS or IDLE_MILLIS)
+  full = divided(full, NANOS_PER_MILLISECOND)
+  return full + (same_when_new() and MARGIN_MILLIS or IDLE_MILLIS)
 end
 
 for _, bandwidth in ipairs(state.bandwidths) do
@@ -639,7 +637,7 @@ for position = 9, #request, 21 do
 end
 if changed then
   local ttl = ttl_millis()
-  if less(LONGEST_TTL, ttl) then
+  if not less(ttl, LONGEST_TTL) then
     ttl = LONGEST_TTL
   end
   if less(0, ttl) then

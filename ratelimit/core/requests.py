@@ -87,32 +87,30 @@ def _packed(command: Command[Any]) -> bytes:
 
 def _operations(command: Command[Any]) -> Iterator[_Operation]:
     """One after another, as the parts of a batch are run; those that only read leave no trace."""
-    kind = type(command)
-    if kind is Batch:
+    # By exact type, as below: of a subclass nobody knows what it does.
+    if type(command) is Batch:
         for part in command.commands:
             yield from _operations(part)
-    elif kind is Verbose:
+    elif type(command) is Verbose:
         yield from _operations(command.command)
     elif not command.only_reads:
         yield _operation(command)
 
 
 def _operation(command: Command[Any]) -> _Operation:
-    # By exact type: of a subclass nobody knows what it does.
-    kind = type(command)
-    if kind is Reset:
+    if type(command) is Reset:
         return _RESET, 0, 0
-    if kind is ConsumeAsMuchAsPossible:
+    if type(command) is ConsumeAsMuchAsPossible:
         return _CONSUME_AS_MUCH_AS_POSSIBLE, _at_least_0(command.limit), 0
-    if kind is Reserve or kind is ConsumeIgnoringRateLimits:
+    if type(command) is Reserve or type(command) is ConsumeIgnoringRateLimits:
         return _RESERVE, _at_least_0(command.tokens), command.longest_wait_nanos
-    verb = _VERBS.get(kind)
+    verb = _VERBS.get(type(command))
     if verb is None:
         raise _UnknownCommandError
-    return verb, _at_least_0(command.tokens), 0
+    return verb, _at_least_0(command.tokens), 0  # type: ignore[attr-defined]  # all of _VERBS have them
 
 
-_VERBS: Final[dict[type, int]] = {
+_VERBS: Final[dict[type[Command[Any]], int]] = {
     TryConsume: _TRY_CONSUME,
     TryConsumeAndReturnRemaining: _TRY_CONSUME,
     GiveBack: _GIVE_BACK,
@@ -143,9 +141,7 @@ def _fixed_part(plan: Plan, expiration: Expiration) -> tuple[bytes, bytes | None
     key = (id(configuration), version, expiration.kind, expiration.duration_millis)
     found = _fixed.get(key)
     if found is None:
-        rules = _PLAN.pack(
-            _EXPIRATIONS[expiration.kind], expiration.duration_millis, version is not None, version or 0
-        )
+        rules = _PLAN.pack(_EXPIRATIONS[expiration.kind], expiration.duration_millis, version is not None, version or 0)
         adaptive = any(bandwidth.adaptive_initial_tokens for bandwidth in configuration)
         template = None if adaptive else codec.encode(BucketState.initial(configuration, version, 0))
         if len(_fixed) >= _FIXED_LIMIT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -55,17 +56,17 @@ OLD_TTL = 10**12  # far from anything that the script sets
 
 # The script, telling also the time to live that it sets: -1 for none, -2 where it stores nothing.
 TELLING = b"""
-local ttl = -2
+local told = -2
 local real = redis
 local redis = {call = function(command, ...)
   local reply = real.call(command, ...)
   if command == 'SET' then
-    ttl = select(4, ...) or '-1'
+    told = select(4, ...) or '-1'
   end
   return reply
 end}
-""" + SCRIPT.text.replace(b"return {1, before}", b"return {1, before, ttl}").replace(
-    b"return {0, before}", b"return {0, before, ttl}"
+""" + SCRIPT.text.replace(b"return {1, before}", b"return {1, before, told}").replace(
+    b"return {0, before}", b"return {0, before, told}"
 )
 
 
@@ -123,7 +124,7 @@ def by_the_core(case: Case) -> Outcome | None:
 
 # Cases at random. `everyday` numbers are those of services; the others are whatever 64 bits can hold.
 
-EDGES = [0, 1, 2, 2**31, 2**32, 2**52, 2**53, 2**62, 2**63 - 1, *(10**exponent for exponent in range(19))]
+EDGES: list[int] = [0, 1, 2, 2**31, 2**32, 2**52, 2**53, 2**62, 2**63 - 1, *(10**exponent for exponent in range(19))]
 EVERYDAY_CAPACITIES = [1, 2, 3, 5, 7, 10, 60, 100, 1000, 3600, 5000, 10**5, 10**6, 36 * 10**5, 10**8, 10**9]
 EVERYDAY_PERIODS = [
     *(MILLISECOND, 100 * MILLISECOND, SECOND, 7 * SECOND, 10 * SECOND, 60 * SECOND, 900 * SECOND, HOUR, DAY),
@@ -149,7 +150,7 @@ def edge(rng: random.Random, smallest: int = MIN) -> int:
 
 
 def log_uniform(rng: random.Random, largest: int) -> int:
-    return min(largest, int(2 ** rng.uniform(0, largest.bit_length())))
+    return min(largest, int(math.exp2(rng.uniform(0, largest.bit_length()))))
 
 
 def everyday_bandwidth(rng: random.Random, now: int, id: str | None) -> Bandwidth:
@@ -198,31 +199,30 @@ def edge_bandwidth(rng: random.Random, id: str | None) -> Bandwidth:
 
 def everyday_command(rng: random.Random, capacity: int) -> Command[Any]:
     tokens = rng.choice([1, 1, 1, 2, rng.randint(1, capacity), rng.randint(1, 2 * capacity)])
-    match rng.randrange(16):
-        case 0 | 1 | 2 | 3:
-            return TryConsume(tokens)
-        case 4 | 5:
-            return TryConsumeAndReturnRemaining(tokens)
-        case 6:
-            return ConsumeAsMuchAsPossible(rng.choice([MAX, tokens]))
-        case 7:
-            return Reserve(tokens)
-        case 8:
-            return Reserve(tokens, log_uniform(rng, 10 * DAY))
-        case 9:
-            return ConsumeIgnoringRateLimits(tokens)
-        case 10:
-            return GiveBack(tokens)
-        case 11:
-            return AddTokens(tokens)
-        case 12:
-            return ForceAddTokens(tokens)
-        case 13:
-            return Reset()
-        case 14:
-            return Verbose(everyday_command(rng, capacity))
-        case _:
-            return everyday_batch(rng, capacity)
+    kind = rng.random()
+    if kind < 0.4:
+        return TryConsume(tokens)
+    if kind < 0.5:
+        return Verbose(everyday_command(rng, capacity))
+    if kind < 0.6:
+        return everyday_batch(rng, capacity)
+    return any_of_the_kinds(rng, tokens, log_uniform(rng, 10 * DAY))
+
+
+def any_of_the_kinds(rng: random.Random, tokens: int, longest_wait: int) -> Command[Any]:
+    kinds: list[Command[Any]] = [
+        TryConsume(tokens),
+        TryConsumeAndReturnRemaining(tokens),
+        ConsumeAsMuchAsPossible(rng.choice([MAX, tokens])),
+        Reserve(tokens),
+        Reserve(tokens, longest_wait),
+        ConsumeIgnoringRateLimits(tokens),
+        GiveBack(tokens),
+        AddTokens(tokens),
+        ForceAddTokens(tokens),
+        Reset(),
+    ]
+    return rng.choice(kinds)
 
 
 def everyday_batch(rng: random.Random, capacity: int) -> Batch:
@@ -235,19 +235,7 @@ def everyday_batch(rng: random.Random, capacity: int) -> Batch:
 
 
 def edge_command(rng: random.Random) -> Command[Any]:
-    tokens = edge(rng, 0)
-    kinds: list[Command[Any]] = [
-        TryConsume(tokens),
-        TryConsumeAndReturnRemaining(tokens),
-        ConsumeAsMuchAsPossible(tokens),
-        Reserve(tokens, edge(rng)),
-        ConsumeIgnoringRateLimits(tokens),
-        GiveBack(tokens),
-        AddTokens(tokens),
-        ForceAddTokens(tokens),
-        Reset(),
-    ]
-    command = rng.choice(kinds)
+    command = any_of_the_kinds(rng, edge(rng, 0), edge(rng))
     return command if rng.random() < 0.8 else Batch((command, command, edge_command(rng)))
 
 
@@ -354,13 +342,13 @@ class Tally:
         if not decided:
             assert not case.everyday or expected is None, case
             assert (stored, ttl) == (case.before, -2), case
-        elif expected is not None and expected.ttl is None:
-            assert (stored, ttl) == (expected.stored, -2), case
-            self.left += 1
-        elif expected is not None:
-            assert (stored, int(ttl)) == expected, (case, expected)
+        elif expected is not None and expected.ttl is not None:
+            assert Outcome(stored, int(ttl)) == expected, (case, expected)
             self.stored += 1
             assert pttl == -1 if expected.ttl == -1 else expected.ttl - 60_000 <= pttl <= expected.ttl, case
+        elif expected is not None:
+            assert (stored, ttl) == (expected.stored, -2), case
+            self.left += 1
         if int(ttl) == -2:
             assert pttl == -2 if stored is None else OLD_TTL - 60_000 <= pttl <= OLD_TTL, case
 
@@ -385,3 +373,256 @@ def test_script_and_core_agree_to_the_byte_on_random_cases(client: redis.Redis) 
             tally.check(case, next(replies), next(replies), next(replies))
     print(tally)
     assert tally.undecided < 0.02 * tally.cases, tally
+
+
+def decided(client: redis.Redis, case: Case) -> list[Any]:
+    """The reply of the script itself, on the state of the case."""
+    client.delete("key")
+    if case.before is not None:
+        client.execute_command("SET", "key", case.before, "PX", OLD_TTL)
+    reply = client.execute_command("EVAL", SCRIPT.text, 1, "key", *case.request())
+    assert isinstance(reply, list)
+    assert reply[1] == case.before
+    return reply
+
+
+def after(client: redis.Redis, case: Case) -> BucketState:
+    """What is stored where the script has decided, which has to be what the core stores, and for as long."""
+    begin = time.monotonic()
+    assert decided(client, case)[0] == 1
+    stored, pttl = client.get("key"), client.pttl("key")
+    assert isinstance(stored, bytes)
+    expected = by_the_core(case)
+    assert expected is not None
+    assert stored == expected.stored
+    assert isinstance(pttl, int)
+    ttl = OLD_TTL if expected.ttl is None else expected.ttl
+    passed = int((time.monotonic() - begin) * 1000) + 2
+    assert pttl == -1 if ttl == -1 else ttl - passed <= pttl <= ttl
+    return codec.decode(stored)
+
+
+def case(
+    bandwidth: Bandwidth | str,
+    *numbers: tuple[int, int, int],
+    command: Command[Any] | None = None,
+    expiration: Expiration | None = None,
+    version: int | None = None,
+    wanted: int | None = None,
+    must_exist: bool = False,
+) -> Case:
+    """A command, by default one that consumes a token, on a bucket with these numbers; none: it is missing."""
+    configuration = BucketConfiguration.of(bandwidth)
+    states = tuple(BandwidthState(*three) for three in numbers)
+    before = codec.encode(BucketState(configuration, version, 0, states)) if states else None
+    return Case(
+        before,
+        command or TryConsume(1),
+        Plan(configuration, wanted),
+        expiration or Expiration.automatic(),
+        NOW,
+        must_exist,
+        everyday=True,
+    )
+
+
+def sizes(state: BucketState) -> list[int]:
+    return [one.current_size for one in state.bandwidth_states]
+
+
+MONTH = 30 * DAY
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "before", "left"),
+    [
+        ("10/second", (NOW - SECOND // 4, 0, 0), (NOW, 1, SECOND // 2)),
+        ("10/second", (NOW + SECOND, 5, 3), (NOW + SECOND, 4, 3)),  # of a clock that went ahead
+        ("1000000/day", (NOW - HOUR, 0, 7), (NOW, 41665, 57600 * 10**9 + 7)),
+        ("1000000/day", (NOW - 3 * HOUR, 0, 7), (NOW, 124999, 0)),  # in doubles, as the product overflows
+        ("100/hour burst 1000000000", (NOW - 4 * MONTH, -5, 0), (NOW, 287_994, 0)),
+        ("1000000000/second", (NOW - 1, 0, 0), (NOW, 0, 0)),
+        ("1000/365d", (NOW - 2 * MONTH, 0, 1), (NOW, 163, 12_096_000 * SECOND + 1)),
+        ("5/hour intervally", (NOW - 3 * HOUR // 2, 1, 0), (NOW - HOUR // 2, 5 - 1, 0)),
+        ("5/hour burst 100 intervally", (NOW - 3 * MONTH - 1, -20, 0), (NOW - 1, 99, 0)),
+        ("7/minute", (NOW, 9, 4), (NOW, 8, 4)),  # above the capacity
+    ],
+)
+def test_a_bandwidth_is_refilled_and_a_token_taken(
+    client: redis.Redis, bandwidth: str, before: tuple[int, int, int], left: tuple[int, int, int]
+) -> None:
+    state = after(client, case(bandwidth, before))
+    assert state.bandwidth_states == (BandwidthState(*left),)
+    assert state.consumed_tokens == 1
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_an_aligned_bandwidth_begins_where_its_calendar_does(client: redis.Redis, adaptive: bool) -> None:
+    day = Bandwidth.intervally_aligned(
+        1000, 86_400, first_refill=datetime(2023, 11, 15, tzinfo=UTC), adaptive_initial_tokens=adaptive
+    )
+    (state,) = after(client, case(day)).bandwidth_states
+    assert state.last_refill_time_nanos == NOW // DAY * DAY
+    assert state.current_size == (74 if adaptive else 1000) - 1  # what is left of the day, which ends at 00:00
+
+
+def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> None:
+    several = BucketConfiguration.parse("10/second; 100/hour; 1000/day intervally")
+    states = [BandwidthState(NOW, size, 0) for size in (8, 3, 500)]
+    before = codec.encode(BucketState(several, None, 0, tuple(states)))
+    command = ConsumeAsMuchAsPossible(5)
+    everything = Case(before, command, Plan(several), Expiration.automatic(), NOW, must_exist=False, everyday=True)
+    assert sizes(after(client, everything)) == [5, 0, 497]
+
+
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        (Reserve(25), -22),
+        (Reserve(25, SECOND), 3),
+        (ConsumeIgnoringRateLimits(1000), -997),
+        (GiveBack(4), 7),
+        (GiveBack(100), 10),
+        (AddTokens(100), 10),
+        (ForceAddTokens(100), 103),
+        (Reset(), 10),
+        (TryConsume(4), 3),
+        (TryConsumeAndReturnRemaining(3), 0),
+        (Verbose(TryConsume(2)), 1),
+        (Batch((TryConsume(2), TryConsume(2), GetAvailableTokens(), TryConsume(1))), 0),
+        (Batch((TryConsume(1),) * 1000), 0),
+        (Batch((ForceAddTokens(900), *(TryConsume(1),) * 1000, Reserve(7))), -7),
+    ],
+)
+def test_each_operation(client: redis.Redis, command: Command[Any], size: int) -> None:
+    assert sizes(after(client, case("10/second", (NOW, 3, 0), command=command))) == [size]
+
+
+@pytest.mark.parametrize(
+    ("rules", "ttl"),
+    [
+        (Expiration.none(), -1),
+        (Expiration.fixed(1.5), 1500),
+        (Expiration.after_refill(60), 60_000 + 9_600_000),
+        (Expiration.automatic(), 10_000 + 9_600_000),
+        (Expiration("fixed", 2**60), 2**53),
+        (Expiration("fixed", -3), -1),
+        (Expiration("after_refill", MAX), 1),
+    ],
+)
+@pytest.mark.parametrize("limits", ["9/hour", "9/hour burst 9 intervally"])
+def test_the_time_to_live_of_what_is_stored(client: redis.Redis, rules: Expiration, ttl: int, limits: str) -> None:
+    one = case("9/hour", (NOW, -14, 0), command=Reserve(1), expiration=rules)
+    outcome = by_the_core(one)
+    assert outcome is not None
+    assert outcome.ttl == ttl
+    if ttl != 1:  # gone before it is looked at
+        after(client, one)
+        after(client, case(limits, (NOW, 9, 0), expiration=rules))
+
+
+def test_a_bucket_that_would_not_come_back_as_it_was_is_kept(client: redis.Redis) -> None:
+    poor = Bandwidth.greedy(10, 1, initial_tokens=1)
+    after(client, case(poor, (NOW, 10, 0)))
+    ttl = client.pttl("key")
+    assert isinstance(ttl, int)
+    assert 30 * 86_400_000 <= ttl + 60_000 <= 30 * 86_400_000 + 61_000
+
+
+def test_a_missing_bucket_is_made_even_for_a_rejection(client: redis.Redis) -> None:
+    state = after(client, case("10/second", command=TryConsume(11), wanted=4))
+    assert (sizes(state), state.configuration_version) == ([10], 4)
+    assert sizes(after(client, case("10/second", command=Batch((GetAvailableTokens(),))))) == [10]
+
+
+def test_a_rejection_stores_not_even_the_refill(client: redis.Redis) -> None:
+    rejected = case("10/second", (NOW - SECOND // 2, 0, 0), command=TryConsume(6))
+    assert decided(client, rejected)[0] == 1
+    assert client.get("key") == rejected.before
+    ttl = client.pttl("key")
+    assert isinstance(ttl, int)
+    assert ttl > OLD_TTL - 60_000
+
+
+def assert_handed_back(client: redis.Redis, handed_back: Case) -> None:
+    assert decided(client, handed_back)[0] == 0
+    assert client.get("key") == handed_back.before
+
+
+def test_a_missing_bucket_that_must_exist_is_handed_back(client: redis.Redis) -> None:
+    assert_handed_back(client, case("10/second", must_exist=True))
+    assert client.exists("key") == 0
+
+
+@pytest.mark.parametrize(("version", "wanted"), [(None, 1), (1, 2), (-(2**60), 1 - 2**60), (2**60, 2**60 + 1)])
+def test_a_configuration_to_be_replaced_is_handed_back(client: redis.Redis, version: int | None, wanted: int) -> None:
+    assert_handed_back(client, case("10/second", (NOW, 3, 0), version=version, wanted=wanted))
+
+
+@pytest.mark.parametrize(("version", "wanted"), [(1, None), (None, None), (2, 1), (2**60, 2**60), (2**60 + 1, 2**60)])
+def test_a_version_that_is_wanted_or_higher_will_do(
+    client: redis.Redis, version: int | None, wanted: int | None
+) -> None:
+    state = after(client, case("10/second", (NOW, 3, 0), version=version, wanted=wanted))
+    assert (sizes(state), state.configuration_version) == ([2], version)
+
+
+@pytest.mark.parametrize("version", [None, 3])
+def test_every_shorter_part_of_a_state_is_handed_back(client: redis.Redis, version: int | None) -> None:
+    whole = case(Bandwidth.greedy(10, 1, id="one"), (NOW, 3, 0), version=version)
+    assert whole.before is not None
+    for length in range(len(whole.before)):
+        assert_handed_back(client, whole._replace(before=whole.before[:length]))
+
+
+@pytest.mark.parametrize(
+    ("position", "byte"),
+    [(3, 0), (3, 3), (7, 2), (11, 0), (15, 2), (62, 4), (66, 2), (70, 4), (98, 2), (48, 2), (57, 7), (58, 9)],
+)
+def test_another_format_and_odd_bytes_are_handed_back(client: redis.Redis, position: int, byte: int) -> None:
+    sound = case("10/second", (NOW, 3, 0))
+    assert sound.before is not None
+    odd = bytearray(sound.before)
+    odd[position] = byte
+    assert_handed_back(client, sound._replace(before=bytes(odd)))
+
+
+def test_garbage_is_handed_back(client: redis.Redis) -> None:
+    for garbage in (b"", b"5", b"\0" * 107, b"\xff" * 116, b"{}" * 60):
+        assert_handed_back(client, case("10/second", (NOW, 3, 0))._replace(before=garbage))
+
+
+@pytest.mark.parametrize("ids", [("é",), ("\0",), ("same", "same")])
+def test_ids_that_might_be_written_differently_or_clash_are_handed_back(
+    client: redis.Redis, ids: tuple[str, ...]
+) -> None:
+    bandwidths = [Bandwidth.greedy(10, 1, id=f"{id}{place}") for place, id in enumerate(ids)]
+    configuration = BucketConfiguration(*bandwidths)
+    states = tuple(BandwidthState(NOW, 3, 0) for _ in ids)
+    before = codec.encode(BucketState(configuration, None, 0, states)).replace(b"same1", b"same0")
+    assert_handed_back(client, case("10/second", (NOW, 3, 0))._replace(before=before))
+
+
+def test_bytes_after_the_end_are_lost_at_the_next_write(client: redis.Redis) -> None:
+    for version in (None, 3):
+        for rest in (b"\0", b"more of it"):
+            sound = case("10/second", (NOW, 3, 0), version=version)
+            assert sound.before is not None
+            assert sizes(after(client, sound._replace(before=sound.before + rest))) == [2]
+            assert client.strlen("key") == len(sound.before)
+
+
+def test_another_type_is_an_error(client: redis.Redis) -> None:
+    client.hset("key", "field", "value")
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        client.eval(SCRIPT.text.decode(), 1, "key", *case("10/second").request())
+
+
+def test_sizes_wrap_as_everywhere(client: redis.Redis) -> None:
+    largest = case("10/second", (NOW, MIN, 0), command=ConsumeIgnoringRateLimits(2))
+    assert client.exists("key") == 0
+    assert sizes(after(client, largest._replace(command=ForceAddTokens(MAX)))) == [-1]
+    full = case("10/second", (NOW, MAX, 0))
+    assert sizes(after(client, full._replace(command=ForceAddTokens(1)))) == [MAX]
+    assert sizes(after(client, full._replace(command=AddTokens(1)))) == [10]
+    assert sizes(after(client, full._replace(command=TryConsume(MAX)))) == [0]

@@ -1,0 +1,167 @@
+"""Commands as the arguments of the script that decides."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from ratelimit import Bandwidth, BucketConfiguration, Expiration
+from ratelimit.core import codec, requests
+from ratelimit.core.commands import (
+    AddTokens,
+    Batch,
+    Command,
+    ConsumeAsMuchAsPossible,
+    ConsumeIgnoringRateLimits,
+    EstimateAbilityToConsume,
+    ForceAddTokens,
+    GetAvailableTokens,
+    GiveBack,
+    Plan,
+    ReplaceConfiguration,
+    Reserve,
+    Reset,
+    TakeSnapshot,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+    Verbose,
+)
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import MAX
+from ratelimit.core.requests import request
+from ratelimit.core.state import BucketState
+
+NOW = 1_700_000_000_000_000_000
+CONFIGURATION = BucketConfiguration.parse("10/second; 100/hour")
+AUTOMATIC = Expiration.automatic()
+REPLACE = ReplaceConfiguration(CONFIGURATION, TokensInheritance.AS_IS)
+
+Operation = tuple[int, int, int, int]
+
+
+def operations(command: Command[Any]) -> list[Operation] | None:
+    """Verb, times, tokens and longest wait of each; the time goes first."""
+    arguments = request(command, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
+    if arguments is None:
+        return None
+    assert arguments[0][:8] == struct.pack(">q", NOW)
+    return list(struct.iter_unpack(">BIqq", arguments[0][8:]))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (TryConsume(3), (1, 1, 3, 0)),
+        (TryConsumeAndReturnRemaining(3), (1, 1, 3, 0)),
+        (ConsumeAsMuchAsPossible(), (2, 1, MAX, 0)),
+        (Reserve(3, 5), (3, 1, 3, 5)),
+        (ConsumeIgnoringRateLimits(3), (3, 1, 3, MAX)),
+        (GiveBack(3), (4, 1, 3, 0)),
+        (AddTokens(3), (5, 1, 3, 0)),
+        (ForceAddTokens(3), (6, 1, 3, 0)),
+        (Reset(), (7, 1, 0, 0)),
+    ],
+)
+def test_each_command_is_an_operation(command: Command[Any], expected: Operation) -> None:
+    assert operations(command) == [expected]
+    assert operations(Verbose(command)) == [expected]
+    assert operations(Batch((command,))) == [expected]
+
+
+@pytest.mark.parametrize("command", [GetAvailableTokens(), EstimateAbilityToConsume(1), TakeSnapshot()])
+def test_what_only_reads_is_no_request_and_leaves_no_trace_in_a_batch(command: Command[Any]) -> None:
+    assert operations(command) is None
+    assert operations(Verbose(command)) is None
+    assert operations(Batch((command,))) == []
+    assert operations(Batch((TryConsume(1), Verbose(command), TryConsume(1)))) == [(1, 2, 1, 0)]
+
+
+class TryConsumeTwice(TryConsume):
+    """What a subclass does is unknown."""
+
+
+@pytest.mark.parametrize(
+    "command", [REPLACE, TryConsumeTwice(1), TryConsume(-1), Reserve(-1), TryConsume(MAX + 1), Reserve(1, MAX + 1)]
+)
+def test_an_unknown_command_is_no_request_wherever_it_stands(command: Command[Any]) -> None:
+    assert operations(command) is None
+    assert operations(Verbose(command)) is None
+    assert operations(Batch((TryConsume(1), Batch((Verbose(command),))))) is None
+
+
+def test_equal_neighbours_are_one_operation_with_a_count() -> None:
+    batch = Batch((*(TryConsume(1),) * 999, Batch((Verbose(TryConsumeAndReturnRemaining(1)), Reset())), TryConsume(1)))
+    assert operations(batch) == [(1, 1000, 1, 0), (7, 1, 0, 0), (1, 1, 1, 0)]
+    assert operations(Batch(())) == []
+
+
+@pytest.mark.parametrize(
+    ("expiration", "version", "expected"),
+    [
+        (Expiration.none(), None, (0, 0, 0, 0)),
+        (Expiration.fixed(2), 7, (1, 2000, 1, 7)),
+        (Expiration.after_refill(3), -1, (2, 3000, 1, -1)),
+        (AUTOMATIC, 0, (3, 0, 1, 0)),
+    ],
+)
+def test_the_expiration_and_the_wanted_version(
+    expiration: Expiration, version: int | None, expected: tuple[int, ...]
+) -> None:
+    for _ in range(2):  # the second time from the cache
+        arguments = request(TryConsume(1), Plan(CONFIGURATION, version), expiration, NOW, must_exist=False)
+        assert arguments is not None
+        assert struct.unpack(">BqBq", arguments[1]) == expected
+
+
+def test_a_new_bucket_is_made_from_a_template_without_the_time() -> None:
+    plan = Plan(CONFIGURATION, 7)
+    arguments = [request(TryConsume(1), plan, AUTOMATIC, now, must_exist=False) for now in (NOW, NOW + 1)]
+    assert arguments[0] is not None
+    assert arguments[1] is not None
+    assert arguments[0][2] == codec.encode(BucketState.initial(CONFIGURATION, 7, 0))
+    assert arguments[0][1:] == arguments[1][1:]
+
+
+def test_initial_tokens_that_adapt_to_the_time_are_those_of_this_time() -> None:
+    adaptive = Bandwidth(
+        capacity=10,
+        refill_tokens=10,
+        refill_period_nanos=10**9,
+        refill_intervally=True,
+        first_refill_millis=NOW // 10**6,
+        adaptive_initial_tokens=True,
+    )
+    configuration = BucketConfiguration(adaptive)
+    for now in (NOW - 10**9, NOW - 10**8):
+        arguments = request(TryConsume(1), Plan(configuration), AUTOMATIC, now, must_exist=False)
+        assert arguments is not None
+        assert arguments[2] == codec.encode(BucketState.initial(configuration, None, now))
+
+
+def test_a_bucket_that_must_exist_is_made_from_nothing() -> None:
+    arguments = request(TryConsume(1), Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=True)
+    assert arguments is not None
+    assert arguments[2] == b""
+
+
+def test_numbers_of_more_than_64_bits_are_no_request() -> None:
+    for plan, expiration, now in (
+        (Plan(CONFIGURATION, MAX + 1), AUTOMATIC, NOW),
+        (Plan(CONFIGURATION), Expiration("fixed", MAX + 1), NOW),
+        (Plan(CONFIGURATION), AUTOMATIC, MAX + 1),
+    ):
+        assert request(TryConsume(1), plan, expiration, now, must_exist=False) is None
+        assert request(Reset(), plan, expiration, now, must_exist=False) is None
+
+
+def test_plans_are_told_apart_however_many_there_are() -> None:
+    seen = set()
+    for capacity in range(1, 2 * requests._FIXED_LIMIT):
+        plan = Plan(BucketConfiguration(Bandwidth.greedy(capacity, 1)))
+        arguments = request(TryConsume(1), plan, AUTOMATIC, NOW, must_exist=False)
+        assert arguments is not None
+        seen.add(arguments[2])
+        assert len(requests._fixed) <= requests._FIXED_LIMIT
+    assert len(seen) == 2 * requests._FIXED_LIMIT - 1
