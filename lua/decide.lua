@@ -1,30 +1,32 @@
 -- Runs operations on a bucket where it is stored: refills it, changes it, and stores what comes of it with its expiry.
 --
 -- KEYS[1]  key of the bucket
--- ARGV[1]  time in nanoseconds since the epoch (i64); then for each operation its verb (u8, see VERB), how often it is
---          repeated (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64, of reserve only)
--- ARGV[2]  kind of expiration (u8, see TTL) and its milliseconds (i64); whether a configuration version is wanted (u8,
---          0 or 1) and which one (i64)
+-- ARGV[1]  time in nanoseconds since the epoch (i64); then for each operation its verb (u8), how many times it is run
+--          (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64, of reserve only)
+-- ARGV[2]  kind of expiration (u8) and its milliseconds (i64); whether a configuration version is wanted (u8, 0 or 1)
+--          and which one (i64)
 -- ARGV[3]  state from which a missing bucket is made, with its initial sizes; its bandwidths begin at the time of
 --          ARGV[1] unless they are aligned. Empty: a missing bucket is not made
 --
 -- Reply: {1, before} when the operations were run on the state `before`; nil: on a new bucket;
---        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, its
---        configuration version is lower than the wanted one or there is none, or its bytes are not what this script
---        writes itself (another format, ids that are not plain ASCII, limits below 1).
+--        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, it has
+--        no configuration version or a lower one than is wanted, or its bytes are not those of a state as they would
+--        be written again (another format or length, a flag other than 0 and 1, a count of numbers that is not three
+--        per bandwidth), or are but have an id of other than ASCII characters, two equal ids, or a capacity, period
+--        or number of refill tokens below 1.
 --
 -- As in ARGV, numbers are big-endian. What is stored after `before` follows from it and from the arguments: the state
 -- with all operations applied, if one of them has changed it or if the bucket is new, and else still `before`.
 --
 -- Numbers. Lua has doubles only, which hold every integer up to 2^53, whereas the state is made of signed 64-bit
 -- integers that wrap. First comes the everyday case, in plain doubles: every integer in it, also between two steps, is
--- below 2^53, or else the case is left to the second part. There a number is either a double below 2^53 or a pair
--- {high, low} = high * 2^32 + low, with high signed and low not, and the functions that compute with them take and give
--- both kinds. A time is always in halves when it is read: only differences of times fit into a double.
+-- below 2^53, or else the case is left to the second part. There a number is a double if it is below 2^53 and else a
+-- pair {high, low} for high * 2^32 + low, with high signed and low not; the functions that compute with numbers take
+-- and give both kinds. Times are read in halves, as only differences of times fit into a double.
 -- A quotient of integers below 2^53, rounded as doubles are, does not reach the next integer: floor() of it is exact.
 
-local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET = 1, 2, 3, 4, 5, 6, 7  -- VERB
-local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- TTL; else 3, automatic
+local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET = 1, 2, 3, 4, 5, 6, 7
+local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- and 3, automatic
 local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic expiration: as new when full, or not
 local LONGEST_TTL = 2^53  -- a server adds it to the present time
 local NANOS_PER_MILLISECOND = 1000000
@@ -137,19 +139,17 @@ if before and (#before == 107 or #before == 116) and #request == 29 then
   end
 end
 
--- Every other case. Numbers are doubles below 2^53 or pairs {high, low}, never a pair that would fit into a double.
+-- Every other case. First the arithmetic of doubles and pairs.
 
 -- An operator on a pair gives not-a-number, so that one comparison finds both what is too large and what is a pair.
 local function not_a_number()
   return 0 / 0
 end
-local function equal(x, y)  -- of two pairs; there is no number that could be a pair and a double
+local PAIR = {__add = not_a_number, __sub = not_a_number, __mul = not_a_number, __mod = not_a_number}
+
+function PAIR.__eq(x, y)  -- a pair never equals a double, as whole() makes pairs only of what does not fit into one
   return x[1] == y[1] and x[2] == y[2]
 end
-local PAIR = {
-  __add = not_a_number, __sub = not_a_number, __mul = not_a_number, __mod = not_a_number,
-  __eq = equal,
-}
 
 local function whole(high, low)  -- what exceeds 64 bits is cut off
   high = (high + 2^31) % 2^32 - 2^31

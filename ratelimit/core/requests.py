@@ -61,7 +61,7 @@ def request(
     :param must_exist: a missing bucket is not made.
     """
     try:
-        if type(command) is TryConsume and command.tokens >= 0:
+        if (type(command) is TryConsume or type(command) is TryConsumeAndReturnRemaining) and command.tokens >= 0:
             operations = _ONE_OPERATION.pack(now, _TRY_CONSUME, 1, command.tokens, 0)
         elif command.only_reads:
             return None

@@ -521,6 +521,36 @@ def test_the_time_to_live_of_what_is_stored(client: redis.Redis, rules: Expirati
         after(client, case(limits, (NOW, 9, 0), expiration=rules))
 
 
+@pytest.mark.parametrize("unfinished", [0, 1, 10**12 - 1, 10**12])
+@pytest.mark.parametrize("missing", [500, 5000, 106_750, 106_751, 106_752, 200_000])
+@pytest.mark.parametrize("limits", ["1000000/day", "1000000/day; 1000000/day"])
+def test_the_time_to_live_where_a_wait_is_a_whole_number_of_milliseconds_or_just_not(
+    client: redis.Redis, limits: str, missing: int, unfinished: int
+) -> None:
+    numbers = (NOW, 1_000_001 - missing, unfinished)
+    one = case(limits, *[numbers] * (1 + limits.count(";")))
+    expected = by_the_core(one)
+    assert expected is not None
+    assert told_ttl(client, one) == expected.ttl
+
+
+def test_the_time_to_live_of_a_bucket_that_has_been_full_for_a_while_by_its_numbers(client: redis.Redis) -> None:
+    unsound = (NOW, 9, 2 * SECOND + 15_000_001)  # the two missing tokens were due 1.5000001 ms ago
+    one = case("10/second", unsound, expiration=Expiration.after_refill(60))
+    assert told_ttl(client, one) == 60_000 - 1
+    assert told_ttl(client, one._replace(expiration=Expiration.automatic())) == 10_000 + MAX // MILLISECOND
+
+
+def told_ttl(client: redis.Redis, one: Case) -> int:
+    """What the script gives as the time to live, exactly."""
+    assert one.before is not None
+    client.set("key", one.before)
+    reply = client.execute_command("EVAL", TELLING, 1, "key", *one.request())
+    assert isinstance(reply, list)
+    assert reply[:2] == [1, one.before]
+    return int(reply[2])
+
+
 def test_a_bucket_that_would_not_come_back_as_it_was_is_kept(client: redis.Redis) -> None:
     poor = Bandwidth.greedy(10, 1, initial_tokens=1)
     after(client, case(poor, (NOW, 10, 0)))
