@@ -1,12 +1,12 @@
 -- Runs operations on a bucket where it is stored: refills it, changes it, and stores what comes of it with its expiry.
 --
 -- KEYS[1]  key of the bucket
--- ARGV[1]  time in nanoseconds since the epoch (i64); then for each operation its verb (u8), how many times it is run
---          (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64, of reserve only)
+-- ARGV[1]  state from which a missing bucket is made, with its initial sizes; its bandwidths begin at the present time
+--          unless they are aligned. Empty: a missing bucket is not made
 -- ARGV[2]  kind of expiration (u8) and its milliseconds (i64); whether a configuration version is wanted (u8, 0 or 1)
---          and which one (i64)
--- ARGV[3]  state from which a missing bucket is made, with its initial sizes; its bandwidths begin at the time of
---          ARGV[1] unless they are aligned. Empty: a missing bucket is not made
+--          and which one (i64); the present time in nanoseconds since the epoch (i64); then for each operation its verb
+--          (u8), how many times it is run (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64,
+--          of reserve only)
 --
 -- Reply: {1, before} when the operations were run on the state `before`; nil: on a new bucket;
 --        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, it has
@@ -31,16 +31,16 @@ local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic
 local LONGEST_TTL = 2^53  -- a server adds it to the present time
 local NANOS_PER_MILLISECOND = 1000000
 
-local key, request, plan = KEYS[1], ARGV[1], ARGV[2]
+local key, request = KEYS[1], ARGV[2]
 local unpack, pack, floor = struct.unpack, struct.pack, math.floor
 
 local before = redis.call('GET', key)
 
 -- The everyday case: tokens that are consumed if they are there, from one greedy bandwidth without id.
 
-if before and (#before == 107 or #before == 116) and #request == 29 then
-  local now_high, now_low, verb, times, tokens = unpack('>i4I4BI4i8', request)
-  local expiration, duration, wanted, wanted_version = unpack('>Bi8Bi8', plan)
+if before and (#before == 107 or #before == 116) and #request == 47 then
+  local expiration, duration, wanted, wanted_version, now_high, now_low, verb, times, tokens =
+    unpack('>Bi8Bi8i4I4BI4i8', request)
   local state_format, configuration_format, bandwidths, bandwidth_format,
     capacity, initial, period, rate, intervally, first, adaptive, has_id,
     arithmetic, numbers_format, count, last_high, last_low, size, unfinished, statistics_format, consumed =
@@ -278,8 +278,9 @@ local function divided(x, y)
   return quotient, left
 end
 
-local now = whole(unpack('>i4I4', request))
-local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low = unpack('>Bi4I4Bi4I4', plan)
+local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low, now_high, now_low =
+  unpack('>Bi4I4Bi4I4i4I4', request)
+local now = whole(now_high, now_low)
 
 -- The state, or nil where it cannot be read. A bandwidth holds its numbers too; the configuration stays in bytes.
 local function decode(bytes)
@@ -377,7 +378,7 @@ local function encode(state)
   return table.concat(parts)
 end
 
-local state = decode(before or ARGV[3])
+local state = decode(before or ARGV[1])
 if not state then
   return {0, before}
 end
@@ -631,7 +632,7 @@ for _, bandwidth in ipairs(state.bandwidths) do
   refill(bandwidth)
 end
 local changed = not before
-for position = 9, #request, 21 do
+for position = 27, #request, 21 do
   local verb, times, tokens_high, tokens_low, wait_high, wait_low = unpack('>BI4i4I4i4I4', request, position)
   changed = run(verb, times, whole(tokens_high, tokens_low), whole(wait_high, wait_low)) or changed
 end

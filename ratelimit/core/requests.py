@@ -74,7 +74,7 @@ def request(
             template = codec.encode(BucketState.initial(plan.configuration, plan.version, now))
     except (_UnknownCommandError, struct.error):  # struct.error: a number of more than 64 bits
         return None
-    return operations, rules, template
+    return template, rules + operations
 
 
 def _packed(command: Command[Any]) -> bytes:

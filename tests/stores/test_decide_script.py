@@ -505,6 +505,7 @@ def test_each_operation(client: redis.Redis, command: Command[Any], size: int) -
         (Expiration.fixed(1.5), 1500),
         (Expiration.after_refill(60), 60_000 + 9_600_000),
         (Expiration.automatic(), 10_000 + 9_600_000),
+        (Expiration("fixed", 2**53), 2**53),
         (Expiration("fixed", 2**60), 2**53),
         (Expiration("fixed", -3), -1),
         (Expiration("after_refill", MAX), 1),
