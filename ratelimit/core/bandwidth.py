@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import Any
 
 from ratelimit.core import limit_text, modified_utf8
 from ratelimit.core.duration import Duration, to_nanos
@@ -105,8 +106,8 @@ class Bandwidth:
         return bandwidth
 
     def _set(self, *values: int | str | bool | None) -> None:
-        for field, value in zip(fields(self), values, strict=True):
-            object.__setattr__(self, field.name, value)
+        for named, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, named.name, value)
 
     @classmethod
     def greedy(
@@ -204,7 +205,7 @@ class Bandwidth:
                 return f"Bandwidth.parse({str(self)!r})"
         except InvalidConfigurationError:
             pass  # a stored bandwidth with values that no text form has
-        return f"Bandwidth({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in fields(self))})"
+        return f"Bandwidth({', '.join(f'{named.name}={getattr(self, named.name)!r}' for named in fields(self))})"
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -217,6 +218,7 @@ class BucketConfiguration:
     """
 
     bandwidths: tuple[Bandwidth, ...]
+    _hash: int = field(init=False, repr=False, compare=False)  # kept, because every decision looks something up by it
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
         if not bandwidths:
@@ -229,6 +231,13 @@ class BucketConfiguration:
             if id in ids[:position]:
                 raise InvalidConfigurationError(f"two bandwidths have the id {id!r}", "id")
         object.__setattr__(self, "bandwidths", bandwidths)
+        object.__setattr__(self, "_hash", hash(bandwidths))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BucketConfiguration, self.bandwidths  # in another process strings have other hashes
 
     @classmethod
     def parse(cls, text: str) -> BucketConfiguration:

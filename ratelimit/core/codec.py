@@ -19,6 +19,12 @@ _SHORT: Final = struct.Struct(">H")
 _BANDWIDTH: Final = struct.Struct(">iqqqqBqBB")  # format, capacity, initial, period, tokens, ..., has id
 _NUMBERS_HEADER: Final = struct.Struct(">iii")  # kind of arithmetic, format, count
 _STATISTICS: Final = struct.Struct(">iq")  # format, consumed tokens
+_VERSION: Final = struct.Struct(">Bq")  # whether there is one, version
+
+_KNOWN_PREFIXES: Final = 1024
+_FORMAT_AT: Final = 3  # the last byte of the format of a state
+_BANDWIDTHS_AT: Final = 11  # the last byte of the number of bandwidths
+_NUMBERS_OF_ONE: Final = 24  # bytes of the numbers of a bandwidth
 
 _FORMAT_WITHOUT_VERSION: Final = 1
 _FORMAT_WITH_VERSION: Final = 2
@@ -29,17 +35,27 @@ _NOT_ALIGNED: Final = MIN
 def encode(state: BucketState) -> bytes:
     """The bytes of a state."""
     configuration, version, consumed, states = state
-    numbers = [number for bandwidth in states for number in bandwidth]
-    parts = [
-        _INT.pack(_FORMAT_WITHOUT_VERSION if version is None else _FORMAT_WITH_VERSION),
-        _encode_configuration(configuration),
-        _NUMBERS_HEADER.pack(_INTEGERS_OF_64_BITS, 1, len(numbers)),
-        struct.pack(f">{len(numbers)}q", *numbers),
-        _STATISTICS.pack(1, consumed),
-    ]
-    if version is not None:
-        parts += [b"\1", _LONG.pack(version)]
-    return b"".join(parts)
+    prefix, numbers = _layout(configuration, version is not None)
+    values = [number for one in states for number in one]
+    if version is None:
+        return prefix + numbers.pack(*values, 1, consumed)
+    return prefix + numbers.pack(*values, 1, consumed, 1, version)
+
+
+@lru_cache(maxsize=1024)
+def _layout(configuration: BucketConfiguration, has_version: bool) -> tuple[bytes, struct.Struct]:
+    """The bytes of a state up to its numbers, and the numbers: those of the bandwidths, statistics, and version."""
+    count = 3 * len(configuration)
+    prefix = (
+        _INT.pack(_FORMAT_WITH_VERSION if has_version else _FORMAT_WITHOUT_VERSION)
+        + _encode_configuration(configuration)
+        + _NUMBERS_HEADER.pack(_INTEGERS_OF_64_BITS, 1, count)
+    )
+    return prefix, struct.Struct(f">{count}qiqBq" if has_version else f">{count}qiq")
+
+
+_known_prefixes: dict[bytes, tuple[BucketConfiguration, struct.Struct]] = {}
+"""Nearly all states of a service begin with the same few configurations."""
 
 
 @lru_cache(maxsize=1024)
@@ -72,6 +88,21 @@ def decode(state: bytes, key: Key = "") -> BucketState:
     :param key: where the bytes were found, for the error.
     :raises CorruptStateError: where the bytes hold none; UnsupportedStateError for a format that is not known.
     """
+    if len(state) > _BANDWIDTHS_AT and state[_BANDWIDTHS_AT] > 0:
+        has_version = state[_FORMAT_AT] == _FORMAT_WITH_VERSION
+        tail = _NUMBERS_OF_ONE * state[_BANDWIDTHS_AT] + _STATISTICS.size + (_VERSION.size if has_version else 0)
+        known = _known_prefixes.get(state[:-tail])
+        if known is not None:
+            configuration, numbers = known
+            values = numbers.unpack_from(state, len(state) - tail)
+            count = 3 * len(configuration.bandwidths)
+            if values[count] == 1 and (not has_version or values[count + 2] == 1):
+                states = tuple([BandwidthState(*values[i : i + 3]) for i in range(0, count, 3)])
+                return BucketState(configuration, values[-1] if has_version else None, values[count + 1], states)
+    return _decode(state, key)
+
+
+def _decode(state: bytes, key: Key) -> BucketState:
     reader = _Reader(state, key)
     format = reader.format("a state", latest=_FORMAT_WITH_VERSION)
     begin = reader.position
@@ -92,6 +123,10 @@ def decode(state: bytes, key: Key = "") -> BucketState:
     if format == _FORMAT_WITH_VERSION and reader.read(_BYTE) != (0,):
         (version,) = reader.read(_LONG)
     states = tuple(BandwidthState(*numbers[i : i + 3]) for i in range(0, 3 * bandwidths, 3))
+    prefix, layout = _layout(configuration, version is not None)
+    if len(_known_prefixes) >= _KNOWN_PREFIXES:
+        _known_prefixes.clear()
+    _known_prefixes[prefix] = configuration, layout
     return BucketState(configuration, version, consumed, states)
 
 

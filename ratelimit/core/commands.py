@@ -34,6 +34,10 @@ class Command(ABC, Generic[T]):
     def decide(self, state: BucketState, now: int) -> Decision[T]:
         """What to store (None: nothing), and the answer; the state has been refilled at this time."""
 
+    def refill_and_decide(self, state: BucketState, now: int) -> Decision[T]:
+        """Refill the state at this time, and decide."""
+        return self.decide(state.refilled(now), now)
+
     @abstractmethod
     def answer_without_limit(self) -> T:
         """The answer for a key that is not limited."""
@@ -46,26 +50,29 @@ class Plan(NamedTuple):
     version: int | None = None
     inheritance: TokensInheritance = TokensInheritance.RESET
 
+    def replaces(self, state: BucketState) -> bool:
+        """Whether the configuration of the plan is newer than that of the state."""
+        if self.version is None:
+            return False
+        return state.configuration_version is None or state.configuration_version < self.version
+
 
 def execute(command: Command[T], plan: Plan, state: BucketState | None, now: int) -> Decision[T]:
     """Run a command against what is stored (None: nothing) at this time.
 
     A bucket that had to be made, or given another configuration, is stored even where the command stores nothing.
     """
-    fresh = _prepared(plan, state, now)
-    refilled = (fresh or state or BucketState.initial(plan.configuration, plan.version, now)).refilled(now)
+    if state is not None and (plan.version is None or not plan.replaces(state)):
+        return command.refill_and_decide(state, now)
+    refilled = _made(plan, state, now).refilled(now)
     after, answer = command.decide(refilled, now)
-    return after if after is not None or fresh is None else refilled, answer
+    return refilled if after is None else after, answer
 
 
-def _prepared(plan: Plan, state: BucketState | None, now: int) -> BucketState | None:
-    """The state that the plan puts in the place of the stored one; None: the stored one may stay."""
+def _made(plan: Plan, state: BucketState | None, now: int) -> BucketState:
+    """The state that the plan puts in the place of the stored one."""
     if state is None:
         return BucketState.initial(plan.configuration, plan.version, now)
-    if plan.version is None:
-        return None
-    if state.configuration_version is not None and state.configuration_version >= plan.version:
-        return None
     state = replaced(state.refilled(now), plan.configuration, plan.inheritance, now)
     return state._replace(configuration_version=plan.version)
 
@@ -80,6 +87,10 @@ class TryConsume(Command[bool]):
         if self.tokens > state.available_tokens:
             return None, False
         return state.consumed(self.tokens), True
+
+    def refill_and_decide(self, state: BucketState, now: int) -> Decision[bool]:
+        after = state.refilled_and_consumed(self.tokens, now)
+        return after, after is not None
 
     def answer_without_limit(self) -> bool:
         return True
@@ -97,10 +108,18 @@ class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
             wait = state.nanos_until(self.tokens, now, check_capacity=True)
             return None, ConsumptionProbe(False, max(0, available), wait, state.nanos_until_full(now))
         after = state.consumed(self.tokens)
-        return after, ConsumptionProbe(True, max(0, available - self.tokens), 0, after.nanos_until_full(now))
+        return after, _consumed_probe(after, now)
+
+    def refill_and_decide(self, state: BucketState, now: int) -> Decision[ConsumptionProbe]:
+        after = state.refilled_and_consumed(self.tokens, now)
+        return self.decide(state.refilled(now), now) if after is None else (after, _consumed_probe(after, now))
 
     def answer_without_limit(self) -> ConsumptionProbe:
         return ConsumptionProbe(True, MAX, 0, 0)
+
+
+def _consumed_probe(after: BucketState, now: int) -> ConsumptionProbe:
+    return ConsumptionProbe(True, max(0, after.available_tokens), 0, after.nanos_until_full(now))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, Duration, to_nanos
@@ -25,6 +25,14 @@ class Expiration:
 
     kind: Literal["none", "fixed", "after_refill", "automatic"]
     duration_millis: int = 0
+
+    shortest_ttl_nanos: int = field(init=False, repr=False, compare=False)
+    """What no time to live is below, in nanoseconds."""
+
+    def __post_init__(self) -> None:
+        shortest = {"automatic": _MARGIN_MILLIS, "fixed": self.duration_millis, "after_refill": 1}.get(self.kind)
+        nanos = NEVER if shortest is None else shortest * NANOS_PER_MILLISECOND
+        object.__setattr__(self, "shortest_ttl_nanos", nanos)
 
     @classmethod
     def none(cls) -> Expiration:
@@ -81,11 +89,13 @@ class Expiration:
 
 
 def _same_when_new(state: BucketState) -> bool:
-    return all(
-        bandwidth.initial_tokens == bandwidth.capacity >= bandwidth_state.current_size
-        and not bandwidth.adaptive_initial_tokens
-        for bandwidth, bandwidth_state in zip(state.configuration, state.bandwidth_states, strict=True)
-    )
+    for bandwidth, bandwidth_state in zip(state.configuration.bandwidths, state.bandwidth_states, strict=True):
+        capacity = bandwidth.capacity
+        if bandwidth.initial_tokens != capacity or bandwidth_state.current_size > capacity:
+            return False
+        if bandwidth.adaptive_initial_tokens:
+            return False
+    return True
 
 
 def _whole_millis(duration: Duration) -> int:

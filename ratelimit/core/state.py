@@ -13,6 +13,8 @@ from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.int64 import MAX, NEVER, quotient, remainder, saturating_product, truncated, wrap
 
+_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+
 
 class BandwidthState(NamedTuple):
     """What is kept of one bandwidth: nanoseconds since the epoch, tokens (a debt when negative), unfinished token."""
@@ -37,26 +39,39 @@ class BucketState(NamedTuple):
 
     def refilled(self, now: int) -> BucketState:
         """The state with everything that has come in until this time; a clock that went back changes nothing."""
-        return self._replace(
-            bandwidth_states=tuple(
-                _refilled(bandwidth, state, now)
-                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
-            )
-        )
+        configuration, version, consumed, states = self
+        refilled = tuple([_refilled(*pair, now) for pair in zip(configuration.bandwidths, states, strict=True)])
+        return BucketState(configuration, version, consumed, refilled)
+
+    def refilled_and_consumed(self, tokens: int, now: int) -> BucketState | None:
+        """``refilled`` and then ``consumed``, in one; None where the tokens are not all there."""
+        configuration, version, consumed, states = self
+        if len(states) == 1:
+            last, size, error = _refilled(configuration.bandwidths[0], states[0], now)
+            if tokens > size:
+                return None
+            one = (_new(BandwidthState, (last, wrap(size - tokens), error)),)
+            return _new(BucketState, (configuration, version, wrap(consumed + tokens), one))
+        after = []
+        for bandwidth, state in zip(configuration.bandwidths, states, strict=True):
+            last, size, error = _refilled(bandwidth, state, now)
+            if tokens > size:
+                return None
+            after.append(_new(BandwidthState, (last, wrap(size - tokens), error)))
+        return _new(BucketState, (configuration, version, wrap(consumed + tokens), tuple(after)))
 
     @property
     def available_tokens(self) -> int:
         """The tokens that can be consumed, those of the scarcest bandwidth; negative in debt."""
-        return min(state.current_size for state in self.bandwidth_states)
+        if len(self.bandwidth_states) == 1:
+            return self.bandwidth_states[0].current_size
+        return min([state.current_size for state in self.bandwidth_states])
 
     def consumed(self, tokens: int) -> BucketState:
         """The state less these tokens, whether they are there or not."""
-        return self._replace(
-            consumed_tokens=wrap(self.consumed_tokens + tokens),
-            bandwidth_states=tuple(
-                state._replace(current_size=wrap(state.current_size - tokens)) for state in self.bandwidth_states
-            ),
-        )
+        configuration, version, consumed, states = self
+        after = tuple([BandwidthState(last, wrap(size - tokens), error) for last, size, error in states])
+        return BucketState(configuration, version, wrap(consumed + tokens), after)
 
     def given_back(self, tokens: int) -> BucketState:
         """The state as if these tokens had not been consumed, up to the capacity; no size gets smaller."""
@@ -97,19 +112,18 @@ class BucketState(NamedTuple):
 
         :param check_capacity: NEVER also where more is wanted than a bandwidth can hold.
         """
-        return max(
+        waits = [
             _nanos_until(bandwidth, state, tokens, now, check_capacity)
-            for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
-        )
+            for bandwidth, state in zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
+        ]
+        return max(waits)
 
     def nanos_until_full(self, now: int) -> int:
         """How long until every bandwidth is full, in nanoseconds."""
-        return max(
-            0
-            if state.current_size >= bandwidth.capacity
-            else _nanos_to_gain(bandwidth, state, wrap(bandwidth.capacity - state.current_size), now)
-            for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
-        )
+        bandwidths, states = self.configuration.bandwidths, self.bandwidth_states
+        if len(states) == 1:
+            return _nanos_until_full(bandwidths[0], states[0], now)
+        return max([_nanos_until_full(*pair, now) for pair in zip(bandwidths, states, strict=True)])
 
 
 def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
@@ -138,6 +152,17 @@ def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> Bandwidt
             return state
     if size >= capacity:
         return BandwidthState(now, size, error)
+    total = (now - last) * tokens + error
+    if total >= MAX or tokens < 1 or not 0 <= error < period:
+        return _refilled_near_overflow(bandwidth, state, now)
+    size += total // period
+    return _new(BandwidthState, (now, size, total % period) if size < capacity else (now, capacity, 0))
+
+
+def _refilled_near_overflow(bandwidth: Bandwidth, state: BandwidthState, now: int) -> BandwidthState:
+    """The same step by step, as the format defines it for numbers that do not fit; now is after the last refill."""
+    last, size, error = state
+    capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     full = BandwidthState(now, capacity, 0)
     elapsed = wrap(now - last)
     new_size = size
@@ -180,10 +205,18 @@ def _nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: 
     return _nanos_to_gain(bandwidth, state, missing, now) if missing > 0 else NEVER
 
 
+def _nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> int:
+    missing = bandwidth.capacity - state.current_size
+    return _nanos_to_gain(bandwidth, state, wrap(missing), now) if missing > 0 else 0
+
+
 def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, now: int) -> int:
     """The wait for the missing tokens; rounded down, so that a greedy bandwidth may need one more nanosecond."""
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if not bandwidth.refill_intervally:
+        needed = period * missing
+        if 0 <= state.rounding_error <= needed < MAX and tokens > 0:  # what follows, where nothing overflows
+            return (needed - state.rounding_error) // tokens
         needed = saturating_product(period, missing)
         if needed == MAX:
             return truncated(float(missing) / float(tokens) * float(period))
