@@ -4,15 +4,11 @@
 -- ARGV[1]  expected state
 -- ARGV[2]  new state
 --
--- Reply: {1, seconds, microseconds} when the new state was stored,
---        {state, seconds, microseconds} with the state that is there instead, nil where there is none;
---        seconds and microseconds are the server's time.
+-- Reply: 1 when the new state was stored, else the state that is there instead, nil where there is none.
 
--- The time first: a user without permission for it must fail before anything is written.
-local time = redis.call('TIME')
 local current = redis.call('GET', KEYS[1])
 if current == ARGV[1] then
   redis.call('SET', KEYS[1], ARGV[2])
-  return {1, time[1], time[2]}
+  return 1
 end
-return {current, time[1], time[2]}
+return current

@@ -5,15 +5,11 @@
 -- ARGV[2]  new state
 -- ARGV[3]  time to live in milliseconds, above 0
 --
--- Reply: {1, seconds, microseconds} when the new state was stored,
---        {state, seconds, microseconds} with the state that is there instead, nil where there is none;
---        seconds and microseconds are the server's time.
+-- Reply: 1 when the new state was stored, else the state that is there instead, nil where there is none.
 
--- The time first: a user without permission for it must fail before anything is written.
-local time = redis.call('TIME')
 local current = redis.call('GET', KEYS[1])
 if current == ARGV[1] then
   redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-  return {1, time[1], time[2]}
+  return 1
 end
-return {current, time[1], time[2]}
+return current

@@ -372,7 +372,7 @@ async def test_the_callers_client_outlives_the_manager(
         connection = await settled(client.client_id())
         async with closing(face.over(client)) as manager:
             await settled(manager.try_consume("user:42"))
-        assert await settled(client.client_id()) == connection
+        assert connection in [int(one["id"]) for one in await settled(client.client_list())]
         assert await settled(face.over(client).configuration("user:42")) == LIMITS
 
 
@@ -383,7 +383,7 @@ async def test_the_callers_cluster_client_outlives_the_manager(face: Face, clust
             await settled(manager.try_consume("user:42"))
         before = [connections(node) for node in cluster.nodes]
         assert await settled(client.get("user:42"))
-        assert [connections(node) for node in cluster.nodes] == before
+        assert all(connections(node) >= count for node, count in zip(cluster.nodes, before, strict=True))
 
 
 async def until_served(manager: Manager) -> None:

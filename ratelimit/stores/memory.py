@@ -5,11 +5,61 @@ from __future__ import annotations
 import heapq
 import time
 from threading import Lock
+from typing import TypeVar
 
 from ratelimit.clock import Clock
+from ratelimit.core import codec
+from ratelimit.core.commands import Command, Plan, execute
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.int64 import NEVER
+from ratelimit.core.state import BucketState
 from ratelimit.errors import Key
 from ratelimit.stores.protocol import Lost
+
+T = TypeVar("T")
+
+
+class _Entry:
+    """What is held under a key: bytes, or a bucket that has not been needed as bytes yet.
+
+    :ivar surely_until: before this time it has not expired; whether it has afterwards, ``deadline`` tells.
+    :ivar written: what the deadline of a bucket is to be computed from, once that is asked for: never, while the bucket
+        is in use. The expiration, the time of the decision, and that of the store.
+    """
+
+    __slots__ = ("bucket", "deadline", "state", "surely_until", "written")
+
+    def __init__(self, state: bytes | None = None, deadline: int | None = None) -> None:
+        self.state = state
+        self.bucket: BucketState | None = None
+        self.deadline = deadline
+        self.surely_until = NEVER if deadline is None else deadline
+        self.written: tuple[Expiration, int, int] | None = None
+
+    def as_bytes(self) -> bytes:
+        if self.state is None:
+            self.state = codec.encode(self.bucket)  # type: ignore[arg-type]  # it holds one of them
+        return self.state
+
+    def as_bucket(self, key: bytes) -> BucketState:
+        if self.bucket is None:
+            self.bucket = codec.decode(self.state, key)  # type: ignore[arg-type]  # the same
+        return self.bucket
+
+    def has_expired(self, now: int) -> bool:
+        if now < self.surely_until:
+            return False
+        if self.written is not None:
+            expiration, decided_at, written_at = self.written
+            self.deadline = _deadline(written_at, expiration.ttl_millis(self.as_bucket(b""), decided_at))
+            self.surely_until = NEVER if self.deadline is None else self.deadline
+            self.written = None
+        return self.deadline is not None and self.deadline <= now
+
+
+def _deadline(now: int, ttl_millis: int) -> int | None:
+    return now + ttl_millis * NANOS_PER_MILLISECOND if ttl_millis > 0 else None
 
 
 class MemoryStore:
@@ -24,7 +74,7 @@ class MemoryStore:
     def __init__(self, *, clock: Clock | None = None) -> None:
         begin = time.time_ns() - time.monotonic_ns()
         self._now = clock.now_nanos if clock is not None else lambda: begin + time.monotonic_ns()
-        self._states: dict[bytes, tuple[bytes, int | None]] = {}
+        self._entries: dict[bytes, _Entry] = {}
         self._queue: list[tuple[int, bytes]] = []
         self._queued: set[bytes] = set()
         self._lock = Lock()
@@ -32,31 +82,71 @@ class MemoryStore:
     def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""
         with self._lock:
-            return self._get(_bytes(key))
+            entry = self._live(_bytes(key), self._now())
+            return None if entry is None else entry.as_bytes()
 
     def put(self, key: Key, state: bytes) -> None:
         """Store a state, whatever is there, without expiry: for tests."""
         with self._lock:
-            self._states[_bytes(key)] = (state, None)
+            self._entries[_bytes(key)] = _Entry(state)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
         with self._lock:
-            current = self._get(key)
+            now = self._now()
+            entry = self._live(key, now)
+            current = None if entry is None else entry.as_bytes()
             if current != before:
                 return Lost(current)
-            deadline = self._now() + ttl_millis * NANOS_PER_MILLISECOND if ttl_millis > 0 else None
-            self._states[key] = (after, deadline)
-            if deadline is not None and key not in self._queued:
-                self._queued.add(key)
-                heapq.heappush(self._queue, (deadline, key))
-            self._drop_expired(2)
+            entry = self._entries[key] = _Entry(after, _deadline(now, ttl_millis))
+            self._tidy(key, entry, now)
             return None
+
+    @property
+    def executes(self) -> bool:
+        """Whether :meth:`execute` does what ``get`` and ``swap`` would do, which a subclass may have made its own."""
+        return type(self).get is MemoryStore.get and type(self).swap is MemoryStore.swap
+
+    def execute(
+        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
+    ) -> tuple[T, bool] | None:
+        """Decide a command, at once and without bytes: nobody else can come in between.
+
+        :param now: None: the time by this store's clock.
+        :param must_exist: answer None where there is no bucket.
+        :returns: the answer, and whether the bucket was made, or its configuration replaced.
+        """
+        with self._lock:
+            written_at = self._now()
+            if now is None:
+                now = written_at
+            entry = self._entries.get(key)
+            if entry is not None and written_at >= entry.surely_until:
+                entry = self._live(key, written_at)
+            if entry is None:
+                if must_exist:
+                    return None
+                before = None
+            else:
+                before = entry.bucket or entry.as_bucket(key)
+            try:
+                after, answer = execute(command, plan, before, now)
+            except ArithmeticError as error:
+                raise codec.out_of_range(b"" if entry is None else entry.as_bytes(), key) from error
+            if after is None:
+                return answer, False
+            if entry is None:
+                entry = self._entries[key] = _Entry()
+            entry.state, entry.bucket, entry.written = None, after, (expiration, now, written_at)
+            entry.surely_until = written_at + expiration.shortest_ttl_nanos
+            if key not in self._queued or self._queue[0][0] <= written_at:
+                self._tidy(key, entry, written_at)
+            return answer, before is None or before.configuration_version != after.configuration_version
 
     def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
         with self._lock:
-            self._states.pop(key, None)
+            self._entries.pop(key, None)
 
     def now_nanos(self, key: bytes) -> int:
         """The time by this store's clock."""
@@ -67,31 +157,36 @@ class MemoryStore:
 
     def __len__(self) -> int:
         """Keys that are held, among them some that have expired."""
-        return len(self._states)
+        return len(self._entries)
 
-    def _get(self, key: bytes) -> bytes | None:
-        state, deadline = self._states.get(key, (None, None))
-        if deadline is not None and deadline <= self._now():
-            del self._states[key]
+    def _live(self, key: bytes, now: int) -> _Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.has_expired(now):
+            del self._entries[key]
             return None
-        return state
+        return entry
 
-    def _drop_expired(self, most: int) -> None:
-        """Each key has at most one place in the queue, by a deadline that may have been put off since."""
-        now = self._now()
-        for _ in range(most):
+    def _tidy(self, key: bytes, entry: _Entry, now: int) -> None:
+        """Queue what has been written, and drop a few of those that have expired.
+
+        Each key has at most one place in the queue, by a time until which it has surely not expired.
+        """
+        if key not in self._queued and entry.surely_until < NEVER:
+            self._queued.add(key)
+            heapq.heappush(self._queue, (entry.surely_until, key))
+        for _ in range(2):
             if not self._queue or self._queue[0][0] > now:
                 return
-            _, key = heapq.heappop(self._queue)
-            self._queued.discard(key)
-            _, deadline = self._states.get(key, (None, None))
-            if deadline is None:
+            _, due = heapq.heappop(self._queue)
+            self._queued.discard(due)
+            found = self._entries.get(due)
+            if found is None:
                 continue
-            if deadline <= now:
-                del self._states[key]
-            else:
-                self._queued.add(key)
-                heapq.heappush(self._queue, (deadline, key))
+            if found.has_expired(now):
+                del self._entries[due]
+            elif found.surely_until < NEVER:
+                self._queued.add(due)
+                heapq.heappush(self._queue, (found.surely_until, due))
 
 
 def _bytes(key: Key) -> bytes:
@@ -119,6 +214,18 @@ class AsyncMemoryStore:
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
         return self._store.swap(key, before, after, ttl_millis)
+
+    @property
+    def executes(self) -> bool:
+        """See :attr:`MemoryStore.executes`."""
+        own = AsyncMemoryStore
+        return self._store.executes and type(self).get is own.get and type(self).swap is own.swap
+
+    def execute(
+        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
+    ) -> tuple[T, bool] | None:
+        """See :meth:`MemoryStore.execute`; there is nothing to await."""
+        return self._store.execute(key, command, plan, expiration, now, must_exist=must_exist)
 
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""

@@ -6,13 +6,25 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from ratelimit.core.commands import Command, Plan
+from ratelimit.core.expiration import Expiration
+
+T = TypeVar("T")
 
 
 class Lost(NamedTuple):
     """The answer to a swap that lost: what is stored instead, None where nothing is."""
 
     state: bytes | None
+
+
+class Decided(NamedTuple):
+    """The answer of a store that decides: whether it has, and what was stored before."""
+
+    done: bool
+    before: bytes | None
 
 
 class Store(Protocol):
@@ -44,6 +56,46 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Close what the store itself has opened."""
+        ...
+
+
+@runtime_checkable
+class DecidingStore(Protocol):
+    """A store that can also decide by itself, which spares a bucket under contention the swaps that are lost.
+
+    Its methods are awaited where the store is an ``AsyncStore``.
+    """
+
+    def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Any:
+        """Carry out what :func:`ratelimit.core.requests.request` says, as the ``Decided`` that it answers with tells.
+
+        What it cannot do exactly it leaves untouched. Not to be repeated when the reply was lost.
+        """
+        ...
+
+    def known_now(self, key: bytes) -> int | None:
+        """The time as ``now_nanos`` tells it; None where that would have to ask for it. A ``get`` brings it along."""
+        ...
+
+
+@runtime_checkable
+class ExecutingStore(Protocol):
+    """A store in this process, which carries out commands itself: there is nothing to swap, and nothing to await."""
+
+    @property
+    def executes(self) -> bool:
+        """Whether it does, at present."""
+        ...
+
+    def execute(
+        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
+    ) -> tuple[T, bool] | None:
+        """Decide a command.
+
+        :param now: None: the time by this store's clock.
+        :param must_exist: answer None where there is no bucket.
+        :returns: the answer, and whether the bucket was made, or its configuration replaced.
+        """
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -13,86 +14,135 @@ from redis.exceptions import NoScriptError, ResponseError
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
 from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel, Replies
 from ratelimit.stores.redis_errors import translated
 from ratelimit.stores.scripts import Script, load
-from ratelimit.stores.server_time import STALE_NANOS, UNUSABLE_NANOS, ServerTime
+from ratelimit.stores.server_time import ServerTime
 
 _SET_NX: Final = load("set_nx")
 _SET_NX_PX: Final = load("set_nx_px")
 _COMPARE_AND_SWAP: Final = load("compare_and_swap")
 _COMPARE_AND_SWAP_PX: Final = load("compare_and_swap_px")
 
+_DECIDE: Final = load("decide")
+
+_TIME: Final = ("TIME",)
+_PROBE: Final = (b"", "IFEQ", secrets.token_bytes(32), "GET")  # of what follows SET and the key
+
 _LONGEST_TTL_MILLIS: Final = 2**53  # servers add it to the present time and refuse, or wrap, what gets too large
 
 
+class _Node:
+    """What is known of a server: its time, the scripts that it should know, and whether it swaps without one."""
+
+    __slots__ = ("scripts", "swaps_natively", "time")
+
+    def __init__(self) -> None:
+        self.time = ServerTime()
+        self.scripts: set[str] = set()
+        self.swaps_natively: bool | None = None  # None: not tried yet
+
+
 class _RedisSteps:
-    """The conversation with a server, for both faces: what is sent, and what the replies mean."""
+    """The conversation with a server, for both faces: what is sent, and what the replies mean.
+
+    A swap is one command: ``SET`` with ``IFEQ`` and ``GET`` where a server has that, a script where it has not. The
+    first swap brings along a probe that can change nothing, and that a server without ``IFEQ`` refuses. The server's
+    time is asked for in the same round trip, when what is known of it is a second old.
+    """
 
     def __init__(self, channel: Channel, monotonic: Callable[[], int], *, owns_client: bool = False) -> None:
         self._channel = channel
         self._monotonic = monotonic
-        self._times: dict[str, ServerTime] = {}
-        self._sent_once: set[str] = set()  # scripts that servers should know by now
+        self._nodes: dict[str, _Node] = {}
         self._owns_client = owns_client
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
+        node = self._node_of(key)
+        if not node.time.is_stale(self._monotonic()):
+            return (yield from self._asked(key, "GET", key))  # type: ignore[no-any-return]  # as the server sent it
         sent = self._monotonic()
-        age = self._time_of(key).age(sent)
-        if age is not None and age < STALE_NANOS:
-            state = yield from self._asked(key, "GET", key)
-            return state  # type: ignore[no-any-return]  # as the server sent it
-        state, now = yield from self._send(key, ("GET", key), ("TIME",))
+        state, now = yield from self._send(key, ("GET", key), _TIME)
+        _checked(state, key)
         self._learn_time(key, _checked(now, key), sent)
-        return _checked(state, key)  # type: ignore[no-any-return]  # as the server sent it
+        return state  # type: ignore[no-any-return]  # as the server sent it
 
     def _swapped(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
-        ttl = () if ttl_millis <= 0 else (min(ttl_millis, _LONGEST_TTL_MILLIS),)
+        node = self._node_of(key)
+        ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
+        if node.swaps_natively:
+            condition = ("NX",) if before is None else ("IFEQ", before)
+            expiry = ("PX", ttl) if ttl > 0 else ()
+            state = yield from self._accompanied(node, key, ("SET", key, after, *condition, "GET", *expiry))
+            if not _is_refused_as_unknown(state):
+                return None if _checked(state, key) == before else Lost(state)
+            node.swaps_natively = False  # another server has taken its place
+        arguments: tuple[Any, ...]
         if before is None:
-            script, arguments = (_SET_NX_PX if ttl else _SET_NX), (after, *ttl)
+            script, arguments = (_SET_NX_PX, (after, ttl)) if ttl > 0 else (_SET_NX, (after,))
+        elif ttl > 0:
+            script, arguments = _COMPARE_AND_SWAP_PX, (before, after, ttl)
         else:
-            script, arguments = (_COMPARE_AND_SWAP_PX if ttl else _COMPARE_AND_SWAP), (before, after, *ttl)
-        sent = self._monotonic()
-        state, *now = yield from self._run(script, key, arguments)
-        self._learn_time(key, now, sent)
+            script, arguments = _COMPARE_AND_SWAP, (before, after)
+        state = yield from self._run(node, script, key, arguments)
         return None if state == 1 else Lost(state)
 
-    def _run(self, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
+    def _decided(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+        done, before = yield from self._run(self._node_of(key), _DECIDE, key, arguments)
+        return Decided(done == 1, before)
+
+    def _run(self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
-        if script.sha in self._sent_once:
-            (reply,) = yield from self._send(key, ("EVALSHA", script.sha, 1, key, *arguments))
+        if script.sha in node.scripts:
+            reply = yield from self._accompanied(node, key, ("EVALSHA", script.sha, 1, key, *arguments))
             if not isinstance(reply, NoScriptError):
                 return _checked(reply, key)
-        reply = yield from self._asked(key, "EVAL", script.text, 1, key, *arguments)
-        self._sent_once.add(script.sha)
+        reply = yield from self._accompanied(node, key, ("EVAL", script.text, 1, key, *arguments))
+        _checked(reply, key)
+        node.scripts.add(script.sha)
+        return reply
+
+    def _accompanied(self, node: _Node, key: bytes, command: Command) -> Steps[Any]:
+        """The reply to a command, which brings along what else has to be asked."""
+        stale, untried = node.time.is_stale(self._monotonic()), node.swaps_natively is None
+        if not stale and not untried:
+            (reply,) = yield self._channel.send(key, command)
+            return reply
+        questions = (_TIME,) * stale + (("SET", key, *_PROBE),) * untried
+        sent = self._monotonic()
+        *answers, reply = yield from self._send(key, *questions, command)
+        # An error among the answers is for who needs them, not for a command that is carried out.
+        if stale and not isinstance(answers[0], ResponseError):
+            self._learn_time(key, answers[0], sent)
+        if untried and not isinstance(answers[-1], ResponseError):
+            node.swaps_natively = True
+        elif untried and _is_refused_as_unknown(answers[-1]):
+            node.swaps_natively = False
         return reply
 
     def _deleted(self, key: bytes) -> Steps[None]:
         yield from self._asked(key, "DEL", key)
 
-    def _usable_time(self, key: bytes) -> int | None:
-        """The server's time by the estimate, where that is good enough for a decision."""
-        local = self._monotonic()
-        times = self._time_of(key)
-        age = times.age(local)
-        return times.estimate(local) if age is not None and age < UNUSABLE_NANOS else None
+    def known_now(self, key: bytes) -> int | None:
+        """The server's time by the estimate; None where it is too old for a decision."""
+        return self._node_of(key).time.usable_estimate(self._monotonic())
 
     def _asked_time(self, key: bytes) -> Steps[int]:
         sent = self._monotonic()
-        reply = yield from self._asked(key, "TIME")
+        reply = yield from self._asked(key, *_TIME)
         self._learn_time(key, reply, sent)
-        estimate = self._usable_time(key)
+        estimate = self.known_now(key)
         return time_nanos(reply) if estimate is None else estimate
 
     def _learn_time(self, key: bytes, time_reply: Any, sent: int) -> None:
         received = self._monotonic()
-        self._time_of(key).observe(time_nanos(time_reply), sent, received)  # of the node that has answered: keys move
+        self._node_of(key).time.observe(time_nanos(time_reply), sent, received)  # of who has answered: keys move
 
     def clock_error_nanos(self, key: bytes) -> int | None:
-        """How wrong the estimate of the server's time may be at present, either way; None before the first reply."""
-        return self._time_of(key).error_bound(self._monotonic())
+        """How far the estimate of the server's time may be behind at present; None before the first reply."""
+        return self._node_of(key).time.error_bound(self._monotonic())
 
     def _asked(self, key: bytes, *command: Any) -> Steps[Any]:
         (reply,) = yield from self._send(key, command)
@@ -101,8 +151,14 @@ class _RedisSteps:
     def _send(self, key: bytes, *commands: Command) -> Steps[Replies]:
         return (yield self._channel.send(key, *commands))  # type: ignore[no-any-return]
 
-    def _time_of(self, key: bytes) -> ServerTime:
-        return self._times.setdefault(self._channel.node(key), ServerTime())
+    def _node_of(self, key: bytes) -> _Node:
+        name = self._channel.node(key)
+        return self._nodes.get(name) or self._nodes.setdefault(name, _Node())
+
+
+def _is_refused_as_unknown(reply: Any) -> bool:
+    """Whether a server has refused a command whose options it does not know."""
+    return isinstance(reply, ResponseError) and "syntax error" in str(reply)
 
 
 def _checked(reply: Any, key: bytes) -> Any:
@@ -119,9 +175,9 @@ def time_nanos(time_reply: Any) -> int:
 
 def _channel(client: redis.Redis | redis.RedisCluster) -> Channel:
     if isinstance(client, redis.RedisCluster):
-        return ClusterChannel(lambda: client)
+        return ClusterChannel(lambda: client, shared=True)
     if isinstance(client, redis.Redis):
-        return PoolChannel(client)
+        return PoolChannel(client, shared=True)
     raise InvalidArgumentError(
         f"RedisStore takes a redis.Redis or redis.RedisCluster, not {client!r}"
         " (for a client of redis.asyncio there is AsyncRedisStore)"
@@ -167,13 +223,17 @@ class RedisStore(_RedisSteps):
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
         return drive(self._swapped(key, before, after, ttl_millis))
 
+    def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
+        """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
+        return drive(self._decided(key, arguments))
+
     def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
         drive(self._deleted(key))
 
     def now_nanos(self, key: bytes) -> int:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
-        now = self._usable_time(key)
+        now = self.known_now(key)
         return drive(self._asked_time(key)) if now is None else now
 
     def ask(self, key: bytes, *command: Any) -> Any:
@@ -181,9 +241,11 @@ class RedisStore(_RedisSteps):
         return drive(self._asked(key, *command))
 
     def close(self) -> None:
-        """Close what a URL has opened; a client of the caller's stays open."""
+        """Close what a URL has opened; a client of the caller's stays open, and gets its connections back."""
         if self._owns_client:
             self._channel.close()
+        else:
+            self._channel.release()
 
 
 class AsyncRedisStore(_RedisSteps):
@@ -217,13 +279,17 @@ class AsyncRedisStore(_RedisSteps):
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
         return await adrive(self._swapped(key, before, after, ttl_millis))
 
+    async def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
+        """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
+        return await adrive(self._decided(key, arguments))
+
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
         await adrive(self._deleted(key))
 
     def now_nanos(self, key: bytes) -> int | Awaitable[int]:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
-        now = self._usable_time(key)
+        now = self.known_now(key)
         return adrive(self._asked_time(key)) if now is None else now
 
     async def aclose(self) -> None:

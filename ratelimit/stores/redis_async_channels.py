@@ -44,6 +44,9 @@ class AsyncPoolChannel:
         finally:
             await pool.release(connection)
 
+    async def release(self) -> None:
+        """Nothing is held."""
+
     async def close(self) -> None:
         """Close the client and its connections."""
         for client in (self._client, *self._sentinels):
@@ -89,6 +92,9 @@ class AsyncClusterChannel:
             except FOREIGN as error:
                 raise translated(error, key, in_doubt=True) from error
         return replies
+
+    async def release(self) -> None:
+        """Nothing is held."""
 
     async def close(self) -> None:
         """Close the client."""

@@ -8,13 +8,26 @@ the client's own connections; connecting is left to redis-py with all its settin
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import redis
-from redis.exceptions import ResponseError
+from hiredis import pack_command
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    ResponseError,
+    TryAgainError,
+)
 
+from ratelimit.errors import StoreError
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 Command = tuple[Any, ...]
@@ -35,48 +48,123 @@ class Channel(Protocol):
         """Send commands to the server of this key, in one round trip if it can be, and give their replies."""
         ...
 
+    def release(self) -> Any:
+        """Give up what is held of the client's, or in its place."""
+        ...
+
     def close(self) -> Any:
-        """Close the client."""
+        """Close the client as well."""
         ...
 
 
-class PoolChannel:
-    """``redis.Redis``: a single server, or the master that Sentinel names.
+class _KeptConnections:
+    """Connections of a pool that are kept from one request to the next.
 
-    :param sentinels: clients to close together with this one.
+    To take a connection from redis-py's pool and to give it back costs as much as the request. The pool does what a
+    connection needs, though (connect, try whether the server has closed it, renew credentials, find the master again),
+    so that a connection is kept for a second at most, goes back after a pause, and goes back at once where somebody
+    waits for the pool or would find it empty. The order of the list makes threads reuse what was used last.
     """
 
-    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = ()) -> None:
-        self._client = client
-        self._sentinels = sentinels
+    def __init__(self, pool: Any, most: float) -> None:
+        self.pool = pool
+        self._most = most
+        self._kept: list[_Kept] = []
+        self._waiting = 0
+        self._lock = threading.Lock()
+        _all_kept.add(self)
 
-    def node(self, key: bytes) -> str:
-        """There is one server at a time."""
-        return ""
+    def take(self) -> _Kept:
+        """A connection that is ready for a request."""
+        try:
+            kept = self._kept.pop()
+        except IndexError:
+            return self._from_pool()
+        now = time.monotonic()
+        if now - kept.used_at < _LONGEST_PAUSE and now - kept.taken_at < _LONGEST_KEPT:
+            return kept
+        self.pool.release(kept.connection)
+        return self._from_pool()
 
-    def send(self, key: bytes, *commands: Command) -> Replies:
-        """Send commands over one connection, in one write."""
-        pool = self._client.connection_pool
+    def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
+        """After the request; a broken connection has been disconnected."""
+        if broken or len(self._kept) >= self._most:
+            self.pool.release(kept.connection)
+            return
+        kept.used_at = time.monotonic()
+        self._kept.append(kept)
+        if self._waiting:  # looked at last, as those who wait look here last
+            self.clear()
+
+    def clear(self) -> None:
+        """Give all that is kept back to the pool."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self.pool.release(self._kept.pop().connection)
+
+    def forget(self) -> None:
+        """In a forked process these are the parent's; the pool notices that by itself."""
+        self._kept = []
+        self._waiting = 0
+        self._lock = threading.Lock()
+
+    def _from_pool(self) -> _Kept:
+        with self._lock:
+            self._waiting += 1
         try:
-            connection = pool.get_connection()
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=False) from error
-        try:
-            connection.send_packed_command(connection.pack_commands(commands))
-            return [_read(connection) for _ in commands]
-        except BaseException as error:
-            connection.disconnect()  # with a reply outstanding it would serve it to somebody else
-            if isinstance(error, FOREIGN):
-                raise translated(error, key, in_doubt=True) from error
-            raise
+            self.clear()  # before it is asked for: the pool may be full of what is kept here
+            connection = self.pool.get_connection()
         finally:
-            pool.release(connection)
+            with self._lock:
+                self._waiting -= 1
+        now = time.monotonic()
+        return _Kept(connection, now, now)
 
-    def close(self) -> None:
-        """Close the client and its connections."""
-        for client in (self._client, *self._sentinels):
-            client.close()
-            client.connection_pool.disconnect()
+
+class _Kept:
+    """A connection, when it came from its pool, and when it was last used."""
+
+    __slots__ = ("connection", "taken_at", "used_at")
+
+    def __init__(self, connection: Any, taken_at: float, used_at: float) -> None:
+        self.connection = connection
+        self.taken_at = taken_at
+        self.used_at = used_at
+
+
+_LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
+_LONGEST_KEPT: Final = 1.0
+
+_all_kept: weakref.WeakSet[_KeptConnections] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for kept in list(_all_kept):
+        kept.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Command]) -> Replies:
+    """Send commands in one write, and read their replies."""
+    try:
+        kept = connections.take()
+    except FOREIGN as error:
+        raise translated(error, key, in_doubt=False) from error
+    connection = kept.connection
+    try:
+        connection.send_packed_command([pack_command(command) for command in commands])
+        replies = [_read(connection) for _ in commands]
+    except BaseException as error:
+        connection.disconnect()  # with a reply outstanding it would serve it to somebody else
+        connections.give_back(kept, broken=True)
+        if isinstance(error, FOREIGN):
+            raise translated(error, key, in_doubt=True) from error
+        raise
+    connections.give_back(kept)
+    return replies
 
 
 def _read(connection: Any) -> Any:
@@ -86,15 +174,60 @@ def _read(connection: Any) -> Any:
         return error
 
 
+class PoolChannel:
+    """``redis.Redis``: a single server, or the master that Sentinel names.
+
+    :param sentinels: clients to close together with this one.
+    """
+
+    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = (), *, shared: bool = False) -> None:
+        self._client = client
+        self._sentinels = sentinels
+        self._connections = _KeptConnections(client.connection_pool, _most_kept(client.connection_pool, shared=shared))
+
+    def node(self, key: bytes) -> str:
+        """There is one server at a time."""
+        return ""
+
+    def send(self, key: bytes, *commands: Command) -> Replies:
+        """Send commands over one connection, in one write."""
+        return _send_over(self._connections, key, commands)
+
+    def release(self) -> None:
+        """Give all connections back to the pool."""
+        self._connections.clear()
+
+    def close(self) -> None:
+        """Close the client and its connections."""
+        self.release()
+        for client in (self._client, *self._sentinels):
+            client.close()
+            client.connection_pool.disconnect()
+
+
+def _most_kept(pool: Any, *, shared: bool) -> float:
+    """Of a pool that the caller uses as well, at most half is kept."""
+    return pool.max_connections // 2 if shared else float("inf")
+
+
+_REDIRECTIONS: Final = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
+
+
 class ClusterChannel:
-    """``redis.RedisCluster``; naming the node keeps redis-py from repeating, and leaves it MOVED and ASK.
+    """``redis.RedisCluster``: over the connections of the node that serves the key, as far as the client knows.
+
+    Where the node answers that it does not, or a connection to it fails, redis-py takes over, follows MOVED and ASK and
+    learns the slots anew; that a node is named keeps it from repeating the command.
 
     :param connect: gives the client when it is first needed: making one asks the servers already.
     """
 
-    def __init__(self, connect: Callable[[], redis.RedisCluster]) -> None:
+    def __init__(self, connect: Callable[[], redis.RedisCluster], *, shared: bool = False) -> None:
         self._connect = connect
+        self._shared = shared
         self._connected: redis.RedisCluster | None = None
+        self._connections: dict[str, _KeptConnections] = {}
+        self._failed: set[str] = set()
         self._lock = threading.Lock()
 
     def _client(self) -> redis.RedisCluster:
@@ -112,23 +245,54 @@ class ClusterChannel:
         return "" if node is None else str(node.name)
 
     def send(self, key: bytes, *commands: Command) -> Replies:
-        """Send commands one by one."""
+        """Send commands to the node of the key, in one write unless it has to be found first."""
         try:
             client = self._client()
             node = client.get_node_from_key(key)
+            connections = None if node is None else self._connections_to(client, node)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
-        replies: Replies = []
-        for command in commands:
-            try:
-                replies.append(client.execute_command(*command, target_nodes=node, **RAW))
-            except ResponseError as error:
-                replies.append(error)
-            except FOREIGN as error:
-                raise translated(error, key, in_doubt=True) from error
-        return replies
+        if connections is None:
+            return [self._find_and_send(client, node, key, command) for command in commands]
+        try:
+            replies = _send_over(connections, key, commands)
+        except StoreError:
+            self._failed.add(node.name)
+            raise
+        return [
+            self._find_and_send(client, node, key, command) if isinstance(reply, _REDIRECTIONS) else reply
+            for command, reply in zip(commands, replies, strict=True)
+        ]
+
+    def _connections_to(self, client: redis.RedisCluster, node: Any) -> _KeptConnections | None:
+        """None after a failure: the node may have left the cluster."""
+        if node.name in self._failed:
+            return None
+        pool = client.get_redis_connection(node).connection_pool
+        connections = self._connections.get(node.name)
+        if connections is None or connections.pool is not pool:
+            connections = _KeptConnections(pool, _most_kept(pool, shared=self._shared))
+            self._connections[node.name] = connections
+        return connections
+
+    def _find_and_send(self, client: redis.RedisCluster, node: Any, key: bytes, command: Command) -> Any:
+        try:
+            reply = client.execute_command(*command, target_nodes=node, **RAW)
+        except ResponseError as error:
+            reply = error
+        except FOREIGN as error:
+            raise translated(error, key, in_doubt=True) from error
+        if node is not None:
+            self._failed.discard(node.name)
+        return reply
+
+    def release(self) -> None:
+        """Give all connections back to their pools."""
+        for connections in list(self._connections.values()):
+            connections.clear()
 
     def close(self) -> None:
         """Close the client, if it was ever made."""
+        self.release()
         if self._connected is not None:
             self._connected.close()

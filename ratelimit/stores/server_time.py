@@ -2,8 +2,8 @@
 
 A reply that carries the server's time T, asked for at local time a and received at b, says that the server is between
 T - b and T - a ahead of the local clock. What is known is that interval: it is cut down by every reply, and grows with
-time by what two crystals may drift apart. Half its width bounds the error of its middle. Nothing here reads the wall
-clock, so that setting that changes nothing.
+time by what two crystals may drift apart. The estimate is its lower end, which is never ahead of the server, so that no
+token comes before its time. Nothing here reads the wall clock, so that setting that changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STALE_NANOS = 1_000_000_000
 """An estimate this old is renewed where that costs no round trip of its own."""
 
 UNUSABLE_NANOS = 60_000_000_000
-"""An estimate this old is renewed before a decision; the drift assumed makes 30 ms of it."""
+"""An estimate this old is renewed before a decision; the drift assumed has put it back by 30 ms."""
 
 _RESOLUTION_NANOS = 1_000  # the server tells whole microseconds, rounded down
 
@@ -47,19 +47,26 @@ class ServerTime:
         self._interval = _Interval(low, high, received)
 
     def estimate(self, local: int) -> int | None:
-        """The server's time at this local time; None before the first reply."""
+        """The server's time at this local time, at the earliest; None before the first reply."""
         known = self._interval
-        return None if known is None else local + (known.low + known.high) // 2
+        return None if known is None else local + known.low - _drift(local - known.at)
 
-    def age(self, local: int) -> int | None:
-        """How long ago the last reply was; None before the first."""
+    def usable_estimate(self, local: int) -> int | None:
+        """The same; None also where the last reply is so old that it has to be asked for again."""
         known = self._interval
-        return None if known is None else local - known.at
+        if known is None or local - known.at >= UNUSABLE_NANOS:
+            return None
+        return local + known.low - _drift(local - known.at)
+
+    def is_stale(self, local: int) -> bool:
+        """Whether the last reply is so old that the time should be asked for along with something else."""
+        known = self._interval
+        return known is None or local - known.at >= STALE_NANOS
 
     def error_bound(self, local: int) -> int | None:
-        """How wrong the estimate may be, either way; None before the first reply."""
+        """How far the estimate may be behind; None before the first reply."""
         known = self._interval
-        return None if known is None else (known.high - known.low) // 2 + _drift(local - known.at)
+        return None if known is None else known.high - known.low + 2 * _drift(local - known.at)
 
 
 def _drift(nanos: int) -> int:
