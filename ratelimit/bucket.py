@@ -11,8 +11,6 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GetAvailableTokens,
     Reset,
-    TryConsume,
-    TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.duration import Duration
@@ -21,7 +19,7 @@ from ratelimit.core.int64 import MAX
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import Key, shown
-from ratelimit.handle import Handle, replacement, token_count
+from ratelimit.handle import Handle, replacement, token_count, try_consume, try_consume_and_return_remaining
 
 
 class Bucket:
@@ -52,15 +50,15 @@ class Bucket:
 
     def try_consume(self, tokens: int = 1) -> bool:
         """Consume the tokens if all of them are there; whether they were."""
-        return drive(self._handle.run(TryConsume(token_count(tokens))))
+        return self._handle.answer(try_consume(tokens))
 
     def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
         """Consume the tokens if all of them are there; with what is left, and how long to wait."""
-        return drive(self._handle.run(TryConsumeAndReturnRemaining(token_count(tokens))))
+        return self._handle.answer(try_consume_and_return_remaining(tokens))
 
     def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
         """Consume what is there, at most ``limit``; how many tokens that was."""
-        return drive(self._handle.run(ConsumeAsMuchAsPossible(_limit(limit))))
+        return self._handle.answer(ConsumeAsMuchAsPossible(_limit(limit)))
 
     def consume_ignoring_rate_limits(self, tokens: int) -> int:
         """Consume the tokens, in debt if need be; nanoseconds until they would have been there.
@@ -82,27 +80,27 @@ class Bucket:
 
     def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
         """Whether the tokens could be consumed now, and how long to wait for them."""
-        return drive(self._handle.run(EstimateAbilityToConsume(token_count(tokens))))
+        return self._handle.answer(EstimateAbilityToConsume(token_count(tokens)))
 
     def available_tokens(self) -> int:
         """The tokens that are there now; negative in debt."""
-        return drive(self._handle.run(GetAvailableTokens()))
+        return self._handle.answer(GetAvailableTokens())
 
     def add_tokens(self, tokens: int) -> None:
         """Put tokens in, up to the capacity."""
-        drive(self._handle.run(AddTokens(token_count(tokens))))
+        self._handle.answer(AddTokens(token_count(tokens)))
 
     def force_add_tokens(self, tokens: int) -> None:
         """Put tokens in, above the capacity if need be."""
-        drive(self._handle.run(ForceAddTokens(token_count(tokens))))
+        self._handle.answer(ForceAddTokens(token_count(tokens)))
 
     def reset(self) -> None:
         """Fill the bucket to its capacity; a debt is forgotten."""
-        drive(self._handle.run(Reset()))
+        self._handle.answer(Reset())
 
     def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
         """Put other limits in the place of the stored ones; see :class:`TokensInheritance` for the tokens."""
-        drive(self._handle.run(replacement(configuration, inheritance)))
+        self._handle.answer(replacement(configuration, inheritance))
 
     def snapshot(self) -> Snapshot:
         """The state of the bucket now.
@@ -122,15 +120,15 @@ class VerboseBucket:
 
     def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
         """See :meth:`Bucket.try_consume`."""
-        return drive(self._handle.run(Verbose(TryConsume(token_count(tokens)))))
+        return self._handle.answer(Verbose(try_consume(tokens)))
 
     def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return drive(self._handle.run(Verbose(TryConsumeAndReturnRemaining(token_count(tokens)))))
+        return self._handle.answer(Verbose(try_consume_and_return_remaining(tokens)))
 
     def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return drive(self._handle.run(Verbose(ConsumeAsMuchAsPossible(_limit(limit)))))
+        return self._handle.answer(Verbose(ConsumeAsMuchAsPossible(_limit(limit))))
 
     def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
@@ -142,27 +140,27 @@ class VerboseBucket:
 
     def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return drive(self._handle.run(Verbose(EstimateAbilityToConsume(token_count(tokens)))))
+        return self._handle.answer(Verbose(EstimateAbilityToConsume(token_count(tokens))))
 
     def available_tokens(self) -> VerboseResult[int]:
         """See :meth:`Bucket.available_tokens`."""
-        return drive(self._handle.run(Verbose(GetAvailableTokens())))
+        return self._handle.answer(Verbose(GetAvailableTokens()))
 
     def add_tokens(self, tokens: int) -> VerboseResult[None]:
         """See :meth:`Bucket.add_tokens`."""
-        return drive(self._handle.run(Verbose(AddTokens(token_count(tokens)))))
+        return self._handle.answer(Verbose(AddTokens(token_count(tokens))))
 
     def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
-        return drive(self._handle.run(Verbose(ForceAddTokens(token_count(tokens)))))
+        return self._handle.answer(Verbose(ForceAddTokens(token_count(tokens))))
 
     def reset(self) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""
-        return drive(self._handle.run(Verbose(Reset())))
+        return self._handle.answer(Verbose(Reset()))
 
     def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return drive(self._handle.run(Verbose(replacement(configuration, inheritance))))
+        return self._handle.answer(Verbose(replacement(configuration, inheritance)))
 
     def snapshot(self) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
@@ -192,11 +190,11 @@ class AsyncBucket:
 
     async def try_consume(self, tokens: int = 1) -> bool:
         """See :meth:`Bucket.try_consume`."""
-        return await adrive(self._handle.run(TryConsume(token_count(tokens))))
+        return await adrive(self._handle.run(try_consume(tokens)))
 
     async def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await adrive(self._handle.run(TryConsumeAndReturnRemaining(token_count(tokens))))
+        return await adrive(self._handle.run(try_consume_and_return_remaining(tokens)))
 
     async def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
@@ -249,11 +247,11 @@ class AsyncVerboseBucket:
 
     async def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
         """See :meth:`Bucket.try_consume`."""
-        return await adrive(self._handle.run(Verbose(TryConsume(token_count(tokens)))))
+        return await adrive(self._handle.run(Verbose(try_consume(tokens))))
 
     async def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await adrive(self._handle.run(Verbose(TryConsumeAndReturnRemaining(token_count(tokens)))))
+        return await adrive(self._handle.run(Verbose(try_consume_and_return_remaining(tokens))))
 
     async def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""

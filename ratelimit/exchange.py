@@ -1,18 +1,21 @@
 """The only compare-and-swap loop.
 
 It computes from what the manager remembers, swaps, and computes again from the winner's bytes whenever another writer
-got there first. It is about contention; the one failure that it repairs is a reply that was lost.
+got there first. Where that happens twice, the store is asked to decide by itself, if it can; and it is asked at once
+for as long as others are seen to write the bucket in between. Thus no decision takes more than three round trips.
 
-Three rules hold it together:
+The loop is about contention; the one failure that it repairs is a reply that was lost. Four rules hold it together:
 
 1. What is remembered never decides alone. An admission is decided by the swap; a rejection is computed again from a
    fresh read, or from bytes that this very exchange was shown by a swap that lost.
-2. A pause between attempts is followed by a fresh read. A client that swaps from bytes older than its pause loses to
-   those that did not pause, again and again.
-3. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded, provided
+2. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded, provided
    that nobody else can have written the same bytes; else nobody can tell any more what became of it, and the caller is
    told just that. Bytes are one's own where they hold one's own reading of a fine clock, as all greedy bandwidths do;
    tokens that come by whole periods leave no such trace, so that there nobody else must have been seen to write.
+3. A decision of the store whose reply was lost is not asked for again: nothing tells it from a second one. The error
+   says that it is in doubt.
+4. Where a store cannot decide, a pause between attempts is followed by a fresh read. A client that swaps from bytes
+   older than its pause loses to those that did not pause, again and again.
 """
 
 from __future__ import annotations
@@ -25,23 +28,30 @@ from inspect import isawaitable
 from typing import Any, Final, NamedTuple, TypeVar
 
 from ratelimit.core import codec
-from ratelimit.core.commands import Command, Decision, Plan, execute
+from ratelimit.core.commands import Command, Plan, execute
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.requests import request
 from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import (
     BucketNotFoundError,
     ContentionError,
+    CorruptStateError,
     Key,
     StoreError,
     StoreUnavailableError,
-    errors_named,
 )
 from ratelimit.remembered import Remembered, Seen
-from ratelimit.stores.protocol import AsyncStore, Lost, Store
+from ratelimit.stores.protocol import AsyncStore, Decided, Lost, Store
 
 T = TypeVar("T")
+
+_NOT_ASKED: Final = ()  # what the time is
+
+_LOST_BEFORE_DELEGATION: Final = 2  # swaps
+_TRIPS_BEFORE_DELEGATION: Final = 2  # of one exchange
+_UNDISTURBED_BEFORE_SWAPS: Final = 16  # decisions of the store
 
 _IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
@@ -52,10 +62,13 @@ _LONGEST_PAUSE_NANOS: Final = 16_000_000
 class Backend:
     """What all buckets of a manager have in common.
 
-    :param now: from the stored key to the time, in nanoseconds.
+    :param now: from the stored key to the time, in nanoseconds; None where a read has to bring it first.
     :param sleep: waits for a number of nanoseconds by the clock of the buckets.
     :param pause: waits for a number of nanoseconds between attempts, in real time.
     :param attempts: swaps that one decision may lose before it gives up.
+    :param decide: the store's own way to decide, if it has one.
+    :param executing: the store's own way to execute commands, if it has one, and the time to do it at, unless that is
+        the store's.
     """
 
     store: Store | AsyncStore
@@ -64,6 +77,8 @@ class Backend:
     pause: Callable[[int], Any]
     remembered: Remembered
     attempts: int
+    decide: Callable[[bytes, tuple[bytes, ...]], Any] | None
+    executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
 
 
 @dataclass(slots=True)
@@ -90,105 +105,186 @@ class Interruption:
     error: BaseException | None = None
 
 
-def exchange(
+def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would only hand its variables around
     backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None = None
 ) -> Steps[T]:
     """Decide a command for a bucket, and store what it changes.
 
-    :param interruption: where given, a cancellation of a swap in flight does not end the exchange with its outcome
-        unknown: the swap is seen through, and the cancellation is left in here.
+    :param interruption: where given, a cancellation of a request in flight does not end the exchange with its outcome
+        unknown: the request is seen through, and the cancellation is left in here.
     """
-    with errors_named(target.key):
-        return (yield from _exchange(backend, target, plan, command, interruption))
-
-
-def _exchange(
-    backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None
-) -> Steps[T]:
     store, key, remembered = backend.store, target.stored_key, backend.remembered
     must_exist = target.must_exist_once_made and target.made
-    before, by_others = remembered.get(key)
+    seen = remembered.get(key)
+    before, state, by_others, lost, _ = seen
     fresh = False  # whether ``before`` was shown to this very exchange
-    lost = 0
-    if command.only_reads or (before is None and must_exist):
-        before, fresh = (yield store.get(key)), True
-    while True:
-        if before is None and must_exist:
-            raise BucketNotFoundError(target.key)
-        now = yield backend.now(key)
-        state, (after, answer) = _decided(target, plan, command, before, now)
-        if after is None:
-            if fresh:
-                remembered.put(key, before, by_others=by_others)
-                return answer
-            known, before, fresh = before, (yield store.get(key)), True
-            by_others |= before != known
-            continue
-        new = codec.encode(after)
-        swap = _Swap(
-            before, new, target.expiration.ttl_millis(after, now), _holds_reading(state, after, now), by_others
-        )
-        loss = yield from _swapped(backend, target, swap, interruption)
-        if loss is None:
-            remembered.put(key, new, by_others=by_others)
-            target.made |= state is None or state.configuration_version != after.configuration_version
-            return answer
-        if interruption is not None and interruption.error is not None:
-            raise interruption.error  # nothing was consumed
-        before, fresh = loss.state, True
-        by_others |= before is not None
-        lost += 1
-        if lost >= backend.attempts:
-            remembered.put(key, before, by_others=by_others)
-            raise ContentionError(target.key, lost)
-        if lost >= _IMMEDIATE_ATTEMPTS:
-            yield backend.pause(_jittered_pause(lost - _IMMEDIATE_ATTEMPTS))
-            before = yield store.get(key)
-
-
-def _decided(
-    target: Target, plan: Plan, command: Command[T], before: bytes | None, now: int
-) -> tuple[BucketState | None, Decision[T]]:
-    """The state that the bytes hold, and what the command makes of it."""
-    state = None if before is None else codec.decode(before, target.key)
+    trips = attempts = 0
+    may_delegate = backend.decide is not None
+    now: Any = backend.now(key) if may_delegate else _NOT_ASKED
     try:
-        return state, execute(command, plan, state, now)
-    except ArithmeticError as error:
-        raise codec.out_of_range(before or b"", target.key) from error
+        if now is None or command.only_reads or (before is None and must_exist):
+            before, state, fresh = (yield store.get(key)), None, True
+            trips += 1
+        while True:
+            if before is None and must_exist:
+                raise BucketNotFoundError(target.key)
+            if not isinstance(now, int):
+                now = yield backend.now(key) or store.now_nanos(key)  # the latter only where a read has not brought it
+            if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or trips >= _TRIPS_BEFORE_DELEGATION):
+                may_delegate = False
+                arguments = request(command, plan, target.expiration, now, must_exist=must_exist)
+                if arguments is not None:
+                    done, before = yield from _delegated(backend, key, arguments, interruption)
+                    state, fresh = None, True
+                    if done:
+                        return _explained(backend, target, plan, command, seen, before, now)
+                    if interruption is not None and interruption.error is not None:
+                        raise interruption.error  # nothing was consumed
+                    now = _NOT_ASKED
+                    continue
+            if state is None and before is not None:
+                state = codec.decode(before, target.key)
+            try:
+                after, answer = execute(command, plan, state, now)
+            except ArithmeticError as error:
+                raise codec.out_of_range(before or b"", target.key) from error
+            if after is None:
+                if fresh:
+                    remembered.put(key, Seen(before, state, by_others, lost))
+                    return answer
+                known, before, state, fresh = before, (yield store.get(key)), None, True
+                by_others |= before != known
+                trips += 1
+                now = _NOT_ASKED
+                continue
+            new = codec.encode(after)
+            swap = (key, before, new, target.expiration.ttl_millis(after, now))
+            trips += 1
+            try:
+                if interruption is None:
+                    loss = yield store.swap(*swap)
+                else:
+                    loss = yield from _seen_through(store.swap(*swap), interruption)
+            except BaseException as error:  # noqa: BLE001  # raised again, unless it can be told what became of the swap
+                traces = _Traces(_holds_reading(state, after, now), by_others)
+                loss = yield from _repeated(backend, target, swap, traces, error, interruption)
+            if loss is None:
+                remembered.put(key, Seen(new, after, by_others, lost if attempts else 0))
+                if state is None or state.configuration_version != after.configuration_version:
+                    target.made = True
+                return answer
+            if interruption is not None and interruption.error is not None:
+                raise interruption.error  # nothing was consumed
+            before, state, fresh = loss.state, None, True
+            by_others |= before is not None
+            lost += 1
+            attempts += 1
+            if attempts >= backend.attempts:
+                remembered.put(key, Seen(before, None, by_others, lost))
+                raise ContentionError(target.key, attempts)
+            if attempts >= _IMMEDIATE_ATTEMPTS:
+                yield backend.pause(_jittered_pause(attempts - _IMMEDIATE_ATTEMPTS))
+                before = yield store.get(key)
+            now = _NOT_ASKED
+    except (StoreError, CorruptStateError) as error:
+        error.key = target.key
+        raise
 
 
-class _Swap(NamedTuple):
-    before: bytes | None
-    after: bytes
-    ttl_millis: int
-    holds_reading: bool
+def exchange_in_process(
+    backend: Backend, target: Target, plan: Plan, command: Command[T], _interruption: Interruption | None = None
+) -> Steps[T]:
+    """The same with a store that executes commands itself: there is nothing to wait for, and no step to take."""
+    yield from ()
+    return executed(backend, target, plan, command)
+
+
+def executed(backend: Backend, target: Target, plan: Plan, command: Command[T]) -> T:
+    """What such a store answers."""
+    execute, now_nanos = backend.executing  # type: ignore[misc]  # there is one
+    now = None if now_nanos is None else now_nanos(target.stored_key)
+    try:
+        done = execute(
+            target.stored_key,
+            command,
+            plan,
+            target.expiration,
+            now,
+            must_exist=target.must_exist_once_made and target.made,
+        )
+    except CorruptStateError as error:
+        error.key = target.key
+        raise
+    if done is None:
+        raise BucketNotFoundError(target.key)
+    answer, made = done
+    if made:
+        target.made = True
+    return answer  # type: ignore[no-any-return]  # whatever the command answers
+
+
+def _delegated(
+    backend: Backend, key: bytes, arguments: tuple[bytes, ...], interruption: Interruption | None
+) -> Steps[Decided]:
+    """Let the store decide."""
+    pending = backend.decide(key, arguments)  # type: ignore[misc]  # it can
+    if interruption is None:
+        return (yield pending)  # type: ignore[no-any-return]
+    return (yield from _seen_through(pending, interruption))  # type: ignore[return-value]
+
+
+def _explained(  # noqa: PLR0917  # all that an exchange is about
+    backend: Backend, target: Target, plan: Plan, command: Command[T], seen: Seen, before: bytes | None, now: int
+) -> T:
+    """The answer to what the store has decided, which has told only what was there before.
+
+    The store goes on to decide until nobody else has written for a while.
+    """
+    state = None if before is None else codec.decode(before, target.key)
+    after, answer = execute(command, plan, state, now)
+    stored = before if after is None else codec.encode(after)
+    undisturbed = seen.undisturbed + 1 if before == seen.state else 0
+    by_others = seen.by_others or (before is not None and before != seen.state)
+    lost = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else _LOST_BEFORE_DELEGATION
+    backend.remembered.put(target.stored_key, Seen(stored, after or state, by_others, lost, undisturbed))
+    if state is None:
+        target.made = True
+    return answer
+
+
+class _Traces(NamedTuple):
+    """By what one's own bytes are known again: they hold one's own reading of the clock, or nobody else writes."""
+
+    hold_reading: bool
     by_others: bool
 
 
-def _swapped(backend: Backend, target: Target, swap: _Swap, interruption: Interruption | None) -> Steps[Lost | None]:
-    """Swap; and when the reply was lost, once more."""
-    key, before, after, ttl_millis = target.stored_key, swap.before, swap.after, swap.ttl_millis
+def _repeated(  # noqa: PLR0917  # the same
+    backend: Backend,
+    target: Target,
+    swap: tuple[bytes, bytes | None, bytes, int],
+    traces: _Traces,
+    failure: BaseException,
+    interruption: Interruption | None,
+) -> Steps[Lost | None]:
+    """After a swap whose reply was lost: swap once more."""
+    if isinstance(failure, StoreError):
+        if not failure.in_doubt:
+            raise failure
+    elif interruption is None or isinstance(failure, GeneratorExit):
+        raise failure
+    else:  # sync, or with a loop that is closing: there is no reply to wait for any more
+        interruption.error = failure
+    key, _, after, _ = swap
     try:
-        pending = backend.store.swap(key, before, after, ttl_millis)
-        if interruption is None:
-            return (yield pending)  # type: ignore[no-any-return]
-        return (yield from _seen_through(pending, interruption))
-    except StoreError as error:
-        if not error.in_doubt:
-            raise
-        failure: BaseException = error
-    except GeneratorExit:
-        raise
-    except BaseException as error:  # sync, or with a loop that is closing: there is no reply to wait for any more
-        if interruption is None:
-            raise
-        interruption.error = failure = error
-    try:
-        loss: Lost | None = yield backend.store.swap(key, before, after, ttl_millis)
+        loss: Lost | None = yield backend.store.swap(*swap)
     except StoreError as error:
         error.in_doubt = True
         raise
-    if loss is None or (loss.state == after and _is_ones_own(swap, backend.remembered.get(key))):
+    if loss is None:
+        return None
+    seen = backend.remembered.get(key)  # other threads here are others, too
+    if loss.state == after and (traces.hold_reading or not (traces.by_others or seen.by_others or seen.state == after)):
         return None
     raise StoreUnavailableError(
         target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
@@ -206,11 +302,6 @@ def _seen_through(pending: Any, interruption: Interruption) -> Steps[Lost | None
                 raise
             interruption.error = error
     return (yield pending)  # type: ignore[no-any-return]
-
-
-def _is_ones_own(swap: _Swap, seen: Seen) -> bool:
-    """Whether nobody else can have written the bytes that were found in place; other threads here are others, too."""
-    return swap.holds_reading or not (swap.by_others or seen.by_others or seen.state == swap.after)
 
 
 def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ratelimit.core import codec
@@ -16,13 +17,15 @@ from ratelimit.core.commands import (
     ReplaceConfiguration,
     Reserve,
     TakeSnapshot,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, NEVER
 from ratelimit.core.results import Snapshot, VerboseResult
-from ratelimit.drive import Steps
+from ratelimit.drive import Steps, drive
 from ratelimit.errors import (
     BucketNotFoundError,
     InvalidArgumentError,
@@ -32,7 +35,8 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Interruption, Target
+from ratelimit.exchange import Backend, Interruption, Target, exchange_in_process, executed
+from ratelimit.remembered import Seen
 
 T = TypeVar("T")
 
@@ -42,32 +46,46 @@ AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
 _logger = logging.getLogger("ratelimit")
 
 
+Exchange = Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
+"""How a command is decided: :func:`ratelimit.exchange.exchange`, or what goes before it."""
+
+
 @dataclass(slots=True)
 class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
-    :param exchange: the compare-and-swap loop, or what merges the commands that go through it.
     """
 
     backend: Backend
-    exchange: Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
+    exchange: Exchange
     target: Target
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
     inheritance: TokensInheritance
+    plan: Plan | None = field(init=False)  # None: it depends on what the callable answers
+
+    def __post_init__(self) -> None:
+        self.plan = self._planned(self.limits) if isinstance(self.limits, BucketConfiguration) else None
+
+    def _planned(self, limits: BucketConfiguration) -> Plan:
+        return Plan(limits, self.version, self.inheritance)
 
     def run(self, command: Command[T], interruption: Interruption | None = None) -> Steps[T]:
         """Decide a command; a key without limits is answered without the store."""
-        limits = self.limits
-        if not isinstance(limits, BucketConfiguration):
-            answer = yield limits(self.target.key)
-            if answer is None:
+        plan = self.plan
+        if plan is None:
+            limits = yield self.limits(self.target.key)  # type: ignore[operator]  # there is a plan for all others
+            if limits is None:
                 return command.answer_without_limit()
-            limits = BucketConfiguration.of(answer)
-        plan = Plan(limits, self.version, self.inheritance)
-        answer = yield from self.exchange(self.backend, self.target, plan, command, interruption)
-        return answer  # type: ignore[no-any-return]  # whatever the command answers
+            plan = self._planned(BucketConfiguration.of(limits))
+        return (yield from self.exchange(self.backend, self.target, plan, command, interruption))  # type: ignore[no-any-return]  # whatever the command answers
+
+    def answer(self, command: Command[T]) -> T:
+        """The same for sync code: driven, or without a step where there is nothing to wait for."""
+        if self.exchange is exchange_in_process and self.plan is not None:
+            return executed(self.backend, self.target, self.plan, command)
+        return drive(self.run(command))
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
@@ -138,7 +156,7 @@ def removed(backend: Backend, target: Target) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
         yield backend.store.delete(target.stored_key)
-    backend.remembered.put(target.stored_key, None)
+    backend.remembered.put(target.stored_key, Seen(None))
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
@@ -146,6 +164,28 @@ def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfig
     with errors_named(target.key):
         state = yield backend.store.get(target.stored_key)
     return None if state is None else codec.decode(state, target.key).configuration
+
+
+def try_consume(tokens: int) -> TryConsume:
+    """Check a number of tokens, and make a command of it; one that is asked for over and over is kept."""
+    return _try_consume(tokens) if type(tokens) is int else TryConsume(token_count(tokens))
+
+
+def try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaining:
+    """The same with a probe."""
+    if type(tokens) is int:
+        return _try_consume_and_return_remaining(tokens)
+    return TryConsumeAndReturnRemaining(token_count(tokens))
+
+
+@lru_cache(maxsize=1024)
+def _try_consume(tokens: int) -> TryConsume:
+    return TryConsume(token_count(tokens))
+
+
+@lru_cache(maxsize=1024)
+def _try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaining:
+    return TryConsumeAndReturnRemaining(token_count(tokens))
 
 
 def token_count(tokens: int, name: str = "tokens") -> int:

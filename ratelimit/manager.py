@@ -21,9 +21,10 @@ from ratelimit.core.int64 import MAX, MIN
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
-from ratelimit.exchange import Backend, Target, exchange
+from ratelimit.exchange import Backend, Target, exchange, exchange_in_process
 from ratelimit.handle import (
     AsyncLimitsOfKey,
+    Exchange,
     Handle,
     LimitsOfKey,
     checked_inheritance,
@@ -33,7 +34,7 @@ from ratelimit.handle import (
 )
 from ratelimit.merging import Merger, TaskWaiter, ThreadWaiter
 from ratelimit.remembered import Remembered
-from ratelimit.stores.protocol import AsyncStore, Store
+from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
 
 BucketT = TypeVar("BucketT")
@@ -73,8 +74,7 @@ class _Manager(Generic[StoreT, BucketT]):
         store: StoreT,
         limits: Limits | AsyncLimitsOfKey | None,
         *,
-        now: Callable[[bytes], Any],
-        sleep: Callable[[int], Any],
+        clock: Clock | None,
         pause: Callable[[int], Any],
         make: Callable[[Handle], BucketT],
         prefix: Key,
@@ -89,8 +89,22 @@ class _Manager(Generic[StoreT, BucketT]):
         if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
             raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {max_attempts!r}")
         self._store: StoreT = store
-        self._backend = Backend(store, now, sleep, pause, Remembered(memory_limit_bytes), max_attempts)
-        self._exchange = exchange if merger is None else merger.exchange
+        deciding = store if isinstance(store, DecidingStore) else None
+        executing = store if isinstance(store, ExecutingStore) and store.executes else None
+        self._backend = Backend(
+            store=store,
+            now=_by_clock(clock) if clock is not None else getattr(deciding, "known_now", store.now_nanos),
+            sleep=_sleep(clock, asynchronous=iscoroutinefunction(pause)),
+            pause=pause,
+            remembered=Remembered(memory_limit_bytes),
+            attempts=max_attempts,
+            decide=None if deciding is None else deciding.decide,
+            executing=None if executing is None else (executing.execute, None if clock is None else _by_clock(clock)),
+        )
+        if executing is not None:
+            self._exchange: Exchange = exchange_in_process
+        else:
+            self._exchange = exchange if merger is None else merger.exchange
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
@@ -99,10 +113,8 @@ class _Manager(Generic[StoreT, BucketT]):
         self._expiration = Expiration.automatic() if expiration is None else _checked_expiration(expiration)
         self._recovery = _checked_recovery(recovery)
         self._owns_store = False
-        # A handle knows whether it has made its bucket; the manager's own verbs have to know it, too, where it counts.
-        self._own_bucket = (
-            lru_cache(_HANDLES_OF_ITS_OWN, typed=True)(self.bucket) if recovery is Recovery.RAISE else self.bucket
-        )
+        # Kept, because to make one takes time, and because a handle knows whether it has made its bucket.
+        self._kept_bucket = lru_cache(_HANDLES_OF_ITS_OWN)(self.bucket)
 
     def bucket(
         self,
@@ -140,6 +152,12 @@ class _Manager(Generic[StoreT, BucketT]):
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
             )
         )
+
+    def _own_bucket(self, key: Key) -> BucketT:
+        try:
+            return self._kept_bucket(key)
+        except TypeError:  # not hashable, hence no key
+            return self.bucket(key)
 
     def _target(self, key: Key) -> Target:
         return Target(key, stored_key(self._prefix, key), self._expiration, self._recovery is Recovery.RAISE)
@@ -189,8 +207,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         super().__init__(
             _checked_store(store, asynchronous=False),
             configuration,
-            now=store.now_nanos if clock is None else _by_clock(clock),
-            sleep=(MonotonicSleep() if clock is None else clock).sleep,
+            clock=clock,
             pause=_pause,
             make=Bucket,
             prefix=prefix,
@@ -318,8 +335,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         super().__init__(
             _checked_store(store, asynchronous=True),
             configuration,
-            now=store.now_nanos if clock is None else _by_clock(clock),
-            sleep=(MonotonicSleep() if clock is None else clock).asleep,
+            clock=clock,
             pause=_apause,
             make=AsyncBucket,
             prefix=prefix,
@@ -429,6 +445,11 @@ def _by_clock(clock: Clock) -> Callable[[bytes], int]:
     if not isinstance(clock, Clock):
         raise InvalidArgumentError(f"a clock must have now_nanos, sleep and asleep, which {clock!r} has not")
     return lambda _key: clock.now_nanos()
+
+
+def _sleep(clock: Clock | None, *, asynchronous: bool) -> Callable[[int], Any]:
+    sleeper = MonotonicSleep() if clock is None else clock
+    return sleeper.asleep if asynchronous else sleeper.sleep
 
 
 def _checked_store(store: StoreT, *, asynchronous: bool) -> StoreT:

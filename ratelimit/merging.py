@@ -20,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps
@@ -51,7 +51,7 @@ class ThreadWaiter:
     @staticmethod
     def scope() -> Hashable:
         """Those who can wait for each other."""
-        return os.getpid()
+        return _process
 
     def wait(self) -> None:
         """Block until woken."""
@@ -60,6 +60,19 @@ class ThreadWaiter:
     def wake(self) -> None:
         """Let the thread go on."""
         self._event.set()
+
+
+_process = object()
+"""Stands for this process; another one after a fork."""
+
+
+def _become_another_process() -> None:
+    global _process  # noqa: PLW0603  # there is one process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_become_another_process)
 
 
 class TaskWaiter:
@@ -113,6 +126,10 @@ class _Entry(Generic[T]):
         self.waiter.wake()
 
 
+_NOBODY: Final[deque[_Entry[Any]]] = deque()
+"""The queue of a place where one leads and nobody has come yet; it stays empty."""
+
+
 class Merger:
     """The queues of a manager.
 
@@ -136,18 +153,23 @@ class Merger:
         if command.only_reads:
             return (yield from exchange(backend, target, plan, command, interruption))
         place = (self._waiter.scope(), target.stored_key)
-        with self._lock:
-            queue = self._queues.get(place)
-            entry = None if queue is None else _Entry(target, plan, command, self._waiter())
-            if queue is None or entry is None:
-                self._queues[place] = deque()
+        queues, lock = self._queues, self._lock
+        with lock:
+            leads = place not in queues
+            if leads:
+                queues[place] = _NOBODY
             else:
-                queue.append(entry)
-        if entry is None:
+                entry = self._enqueued(place, _Entry(target, plan, command, self._waiter()))
+        if leads:
             try:
                 return (yield from exchange(backend, target, plan, command, interruption))
             finally:
-                self._hand_over(place)
+                with lock:
+                    alone = queues[place] is _NOBODY
+                    if alone:
+                        del queues[place]
+                if not alone:
+                    self._hand_over(place)
         yield from self._wait(place, entry, interruption)
         if entry.led is not None:
             yield from self._lead(place, backend, entry.led, interruption)
@@ -155,6 +177,13 @@ class Merger:
             with errors_named(target.key):
                 raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
+
+    def _enqueued(self, place: Hashable, entry: _Entry[Any]) -> _Entry[Any]:
+        queue = self._queues[place]
+        if queue is _NOBODY:
+            queue = self._queues[place] = deque()
+        queue.append(entry)
+        return entry
 
     def _wait(self, place: Hashable, entry: _Entry[Any], interruption: Interruption | None) -> Steps[None]:
         """Until the entry is settled, or is to lead."""

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from threading import Lock
 from typing import NamedTuple
 
+from ratelimit.core.state import BucketState
+
 _OVERHEAD_BYTES = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
+_BUCKET_BYTES = 150  # of a state that is kept as numbers as well, and as many for each of its bandwidths, roughly
 
 
 class Seen(NamedTuple):
-    """What a manager knows of a key: the state, None if nothing, and whether others have been seen to write it."""
+    """What a manager knows of a key.
+
+    :param state: what was stored there, None if nothing.
+    :param bucket: the same as numbers, if they are at hand.
+    :param by_others: whether others have been seen to write it.
+    :param lost: swaps lost to others, since one was won at the first attempt.
+    :param undisturbed: decisions of the store itself, since one that others had come before.
+    """
 
     state: bytes | None
-    by_others: bool
+    bucket: BucketState | None = None
+    by_others: bool = False
+    lost: int = 0
+    undisturbed: int = 0
 
 
-_NOTHING = Seen(None, by_others=False)
+_NOTHING = Seen(None)
 
 
 class Remembered:
-    """The bytes last seen under each key, and whether others write it; the least recently used go first.
+    """The state last seen under each key, and how it was come by; the least recently used go first.
 
     What is remembered is only ever a guess that the store confirms: forgetting costs a round trip, no more. Safe for
     threads.
@@ -36,27 +50,28 @@ class Remembered:
 
     def get(self, key: bytes) -> Seen:
         """What was last seen."""
-        with self._lock:
-            seen = self._seen.get(key)
-            if seen is None:
-                return _NOTHING
+        seen = self._seen.get(key)
+        if seen is None:
+            return _NOTHING
+        with suppress(KeyError):  # it may just have been forgotten
             self._seen.move_to_end(key)
-            return seen
+        return seen
 
-    def put(self, key: bytes, state: bytes | None, *, by_others: bool = False) -> None:
-        """Remember a state; None: forget the key. Where others were seen to write once they are expected again."""
+    def put(self, key: bytes, seen: Seen) -> None:
+        """Remember what was seen; without a state: forget the key."""
         with self._lock:
-            old = self._seen.pop(key, None)
+            old = self._seen.get(key)
             if old is not None:
                 self._size -= _weight(key, old)
-                by_others = by_others or old.by_others
-            if state is None:
+            if seen.state is None:
+                self._seen.pop(key, None)
                 return
-            seen = self._seen[key] = Seen(state, by_others)
+            self._seen[key] = seen
             self._size += _weight(key, seen)
             while self._size > self._limit:
                 self._size -= _weight(*self._seen.popitem(last=False))
 
 
 def _weight(key: bytes, seen: Seen) -> int:
-    return len(key) + len(seen.state or b"") + _OVERHEAD_BYTES
+    numbers = 0 if seen.bucket is None else _BUCKET_BYTES * (1 + len(seen.bucket.bandwidth_states))
+    return len(key) + len(seen.state or b"") + _OVERHEAD_BYTES + numbers

@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from ratelimit import AsyncProxyManager, ProxyManager
+from ratelimit import AsyncMemoryStore, AsyncProxyManager, MemoryStore, ProxyManager
+from ratelimit.stores.protocol import Lost
 
 T = TypeVar("T")
 
@@ -28,6 +29,20 @@ async def closing(opened: T) -> AsyncGenerator[T]:
         yield opened
     finally:
         await settled(thing.aclose() if hasattr(thing, "aclose") else thing.close())
+
+
+class SwappingStore(MemoryStore):
+    """A store in memory that is asked by swaps, as those on other machines are."""
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        return super().swap(key, before, after, ttl_millis)
+
+
+class AsyncSwappingStore(AsyncMemoryStore):
+    """The same, awaited."""
+
+    def __init__(self) -> None:
+        super().__init__(SwappingStore())
 
 
 class Settled:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from ratelimit import (
     AsyncMemoryStore,
     AsyncProxyManager,
-    MemoryStore,
     ProxyManager,
     ReservationOverflowError,
     StoreUnavailableError,
@@ -27,6 +26,7 @@ from ratelimit.errors import Key
 from ratelimit.merging import Merger
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
+from tests.faces import AsyncSwappingStore, SwappingStore
 from tests.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9 + 1
@@ -93,7 +93,7 @@ calls = st.one_of(
 def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
     wanted: list[tuple[Any, ...]], known: bool
 ) -> None:
-    alone = ProxyManager(MemoryStore(), LIMITS, clock=ManualClock(NOW), merging=False)
+    alone = ProxyManager(SwappingStore(), LIMITS, clock=ManualClock(NOW), merging=False)
     if known:
         alone.try_consume("key")
     alone.try_consume("key", 30)
@@ -396,7 +396,7 @@ def test_a_leader_that_is_interrupted_lets_the_next_thread_lead() -> None:
 
 
 def test_several_loops_share_a_manager() -> None:
-    manager = AsyncProxyManager(AsyncMemoryStore(), "100000/day intervally")
+    manager = AsyncProxyManager(AsyncSwappingStore(), "100000/day intervally")
 
     async def hammer() -> int:
         return sum(await asyncio.gather(*(manager.try_consume("key") for _ in range(500))))
@@ -407,7 +407,7 @@ def test_several_loops_share_a_manager() -> None:
 
 
 def test_a_loop_that_was_left_in_the_middle_holds_up_no_other() -> None:
-    store = AsyncMemoryStore()
+    store = AsyncSwappingStore()
     manager = AsyncProxyManager(store, LIMITS, clock=ManualClock(NOW))
     loop = asyncio.new_event_loop()
 
@@ -429,6 +429,6 @@ def test_a_loop_that_was_left_in_the_middle_holds_up_no_other() -> None:
 
 
 def test_a_crowd_of_threads_does_not_fight() -> None:
-    manager = ProxyManager(MemoryStore(), "1000/day intervally", max_attempts=1)
+    manager = ProxyManager(SwappingStore(), "1000/day intervally", max_attempts=1)
     with ThreadPoolExecutor(16) as threads:
         assert sum(threads.map(lambda _: manager.try_consume("key"), range(2000))) == 1000

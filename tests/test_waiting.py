@@ -23,7 +23,7 @@ from ratelimit import (
 )
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Settled
+from tests.faces import AsyncSwappingStore, Settled, SwappingStore
 from tests.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9
@@ -105,7 +105,7 @@ async def test_the_verbose_form_shows_the_bucket_after_the_reservation(face: Set
 
 
 async def test_a_cancelled_waiter_gives_its_tokens_back() -> None:
-    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
     await manager.try_consume("key", 8)
     waiter = asyncio.create_task(manager.consume("key", 5))
     while await manager.available_tokens("key") != -3:
@@ -118,7 +118,7 @@ async def test_a_cancelled_waiter_gives_its_tokens_back() -> None:
 
 
 async def test_a_waiter_under_a_timeout_of_asyncio_gives_its_tokens_back() -> None:
-    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await manager.consume("key", 15)
@@ -167,7 +167,7 @@ async def test_a_waiter_that_is_cancelled_while_its_swap_is_in_flight_keeps_noth
 
 
 async def test_waiters_that_a_closing_loop_cancels_keep_nothing() -> None:
-    store = MemoryStore()
+    store = SwappingStore()
 
     async def wait_for_ever() -> None:
         manager = AsyncProxyManager(AsyncMemoryStore(store), "10/hour")
@@ -188,7 +188,7 @@ class InterruptedClock(ManualClock):
 
 
 def test_an_interrupted_sync_waiter_gives_its_tokens_back() -> None:
-    manager = ProxyManager(MemoryStore(), LIMITS, clock=InterruptedClock(NOW, advance_on_sleep=False))
+    manager = ProxyManager(SwappingStore(), LIMITS, clock=InterruptedClock(NOW, advance_on_sleep=False))
     with pytest.raises(KeyboardInterrupt):
         manager.consume("key", 15)
     assert manager.available_tokens("key") == 10
@@ -234,7 +234,7 @@ def test_an_interruption_passes_also_when_nothing_can_be_given_back(caplog: pyte
 
 
 async def test_a_coroutine_that_is_closed_while_it_waits_ends_quietly() -> None:
-    manager = AsyncProxyManager(AsyncMemoryStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
     await manager.available_tokens("key")
     coroutine: Any = manager.consume("key", 15)
     coroutine.send(None)  # until its swap is in flight
