@@ -185,16 +185,10 @@ def everyday_state(rng: random.Random, bandwidth: Bandwidth, now: int) -> Bandwi
 
 def edge_bandwidth(rng: random.Random, id: str | None) -> Bandwidth:
     smallest = 1 if rng.random() < 0.97 else MIN
-    return Bandwidth.unchecked(
-        edge(rng, smallest),
-        edge(rng, smallest),
-        edge(rng, smallest),
-        edge(rng),
-        rng.random() < 0.4,
-        edge(rng, 0) if rng.random() < 0.3 else None,
-        rng.random() < 0.1,
-        id,
-    )
+    first = edge(rng, 0) if rng.random() < 0.3 else None
+    adaptive = smallest == 1 and rng.random() < 0.1  # by 0 no initial size could be computed
+    capacity, tokens, period = edge(rng, smallest), edge(rng, smallest), edge(rng, smallest)
+    return Bandwidth.unchecked(capacity, tokens, period, edge(rng), rng.random() < 0.4, first, adaptive, id)
 
 
 def everyday_command(rng: random.Random, capacity: int) -> Command[Any]:
