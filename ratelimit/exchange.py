@@ -120,8 +120,8 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
     fresh = False  # whether ``before`` was shown to this very exchange
     trips = attempts = 0
     may_delegate = backend.decide is not None
-    now: Any = backend.now(key) if may_delegate else _NOT_ASKED
     try:
+        now: Any = backend.now(key) if may_delegate else _NOT_ASKED
         if now is None or command.only_reads or (before is None and must_exist):
             before, state, fresh = (yield store.get(key)), None, True
             trips += 1

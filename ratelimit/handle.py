@@ -36,7 +36,6 @@ from ratelimit.errors import (
     shown,
 )
 from ratelimit.exchange import Backend, Interruption, Target, exchange_in_process, executed
-from ratelimit.remembered import Seen
 
 T = TypeVar("T")
 
@@ -156,7 +155,7 @@ def removed(backend: Backend, target: Target) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
         yield backend.store.delete(target.stored_key)
-    backend.remembered.put(target.stored_key, Seen(None))
+    backend.remembered.forget(target.stored_key)
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:

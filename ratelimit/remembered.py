@@ -57,8 +57,12 @@ class Remembered:
             self._seen.move_to_end(key)
         return seen
 
+    def forget(self, key: bytes) -> None:
+        """Expect nothing there."""
+        self.put(key, _NOTHING)
+
     def put(self, key: bytes, seen: Seen) -> None:
-        """Remember what was seen; without a state: forget the key."""
+        """Remember what was seen; where that is nothing the key is forgotten."""
         with self._lock:
             old = self._seen.get(key)
             if old is not None:

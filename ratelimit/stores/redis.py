@@ -61,13 +61,7 @@ class _RedisSteps:
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
         node = self._node_of(key)
-        if not node.time.is_stale(self._monotonic()):
-            return (yield from self._asked(key, "GET", key))  # type: ignore[no-any-return]  # as the server sent it
-        sent = self._monotonic()
-        state, now = yield from self._send(key, ("GET", key), _TIME)
-        _checked(state, key)
-        self._learn_time(key, _checked(now, key), sent)
-        return state  # type: ignore[no-any-return]  # as the server sent it
+        return _checked((yield from self._accompanied(node, key, ("GET", key), untried=False)), key)  # type: ignore[no-any-return]  # as the server sent it
 
     def _swapped(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
         node = self._node_of(key)
@@ -104,9 +98,14 @@ class _RedisSteps:
         node.scripts.add(script.sha)
         return reply
 
-    def _accompanied(self, node: _Node, key: bytes, command: Command) -> Steps[Any]:
-        """The reply to a command, which brings along what else has to be asked."""
-        stale, untried = node.time.is_stale(self._monotonic()), node.swaps_natively is None
+    def _accompanied(self, node: _Node, key: bytes, command: Command, *, untried: bool | None = None) -> Steps[Any]:
+        """The reply to a command, which brings along what else has to be asked.
+
+        :param untried: whether the server is to be tried for the native swap; None: if it has not been yet.
+        """
+        stale = node.time.is_stale(self._monotonic())
+        if untried is None:
+            untried = node.swaps_natively is None
         if not stale and not untried:
             (reply,) = yield self._channel.send(key, command)
             return reply
