@@ -33,6 +33,7 @@ from ratelimit.errors import (
     shown,
 )
 from ratelimit.exchange import Backend, Interruption, Target
+from ratelimit.optimizing import Optimizer
 
 T = TypeVar("T")
 
@@ -47,7 +48,8 @@ class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
-    :param exchange: the compare-and-swap loop, or what merges the commands that go through it.
+    :param exchange: the compare-and-swap loop, or what merges the commands that go through it, or saves some of them.
+    :param optimizer: knows what its manager has handed out without telling the store.
     """
 
     backend: Backend
@@ -56,6 +58,7 @@ class Handle:
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
     inheritance: TokensInheritance
+    optimizer: Optimizer
 
     def run(self, command: Command[T], interruption: Interruption | None = None) -> Steps[T]:
         """Decide a command; a key without limits is answered without the store."""
@@ -119,6 +122,10 @@ class Handle:
             raise ReservationOverflowError("so many tokens could never be paid back")
         return answer
 
+    def sync(self) -> Steps[None]:
+        """Tell the store what was handed out without asking it, and learn what it holds."""
+        return self.optimizer.sync(self.backend, self.target.stored_key)
+
     def snapshot(self) -> Steps[Snapshot]:
         """The state at present."""
         snapshot = yield from self.run(TakeSnapshot())
@@ -134,11 +141,12 @@ class Handle:
         return result  # type: ignore[return-value]  # the value is not None
 
 
-def removed(backend: Backend, target: Target) -> Steps[None]:
+def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
         yield backend.store.delete(target.stored_key)
     backend.remembered.put(target.stored_key, None)
+    optimizer.forget(target.stored_key)
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
