@@ -152,7 +152,10 @@ class _Entry:
         self.samples = samples
 
     def consumed_by_others(self, optimization: Optimization, now: int) -> int | None:
-        """Tokens that others are expected to have consumed since the store was asked; None: who knows."""
+        """Tokens that others are expected to have consumed, which the store has not shown; None: who knows.
+
+        Others may be as late in telling the store as oneself, so that they are counted from the last exchange but one.
+        """
         samples = self.samples
         while samples and now - samples[0].at > optimization.max_sample_age_nanos:
             samples.popleft()
@@ -160,7 +163,7 @@ class _Entry:
             return None
         first, last = samples[0], samples[-1]
         others = max(0, last.consumed - first.consumed - (last.own - first.own))
-        return -(-others * (now - self.seen_at) // (last.at - first.at))
+        return -(-others * (now - samples[-2].at) // (last.at - first.at))
 
 
 class _Begun(NamedTuple):
