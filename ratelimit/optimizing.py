@@ -259,7 +259,7 @@ class Optimizer:
             entry = self._entries.get(key)
             if entry is None or entry.state is None or entry.plan != plan:
                 return ASK
-            if not 0 <= now - entry.seen_at < optimization.max_unsynchronized_nanos:
+            if abs(now - entry.seen_at) >= optimization.max_unsynchronized_nanos:  # a clock may go back a little
                 return ASK
             if type(command) is TryConsume and command.tokens >= entry.empty_tokens and now < entry.empty_until:
                 return False
@@ -348,8 +348,6 @@ class Optimizer:
                     self._drop(key)
                     continue
                 self._entries.move_to_end(key)
-                if entry.begun:
-                    return False
                 begun = _begin(entry, carrying=True)
             try:
                 yield from self._ask(backend, begun, TakeSnapshot(), None, 0)

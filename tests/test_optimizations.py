@@ -19,6 +19,7 @@ from ratelimit import (
     NEVER,
     AsyncMemoryStore,
     AsyncProxyManager,
+    BandwidthState,
     BucketNotFoundError,
     CorruptStateError,
     Expiration,
@@ -33,7 +34,10 @@ from ratelimit import (
     StoreUnavailableError,
     TokensInheritance,
 )
+from ratelimit.core import codec
 from ratelimit.core.commands import Command, ConsumeAsMuchAsPossible, TryConsume
+from ratelimit.core.int64 import MIN
+from ratelimit.drive import drive
 from ratelimit.errors import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
@@ -201,10 +205,14 @@ async def test_what_others_put_in_is_seen_after_the_recheck(make: Make, store: C
 async def test_what_the_manager_itself_puts_in_is_seen_at_once(make: Make) -> None:
     face = make(SKIP)
     await face.try_consume("key", 10)
+    assert not await face.try_consume("key")
+    assert not await face.try_consume("key")
     await face.add_tokens("key", 2)
     assert await face.try_consume("key", 2)
+    assert not await face.try_consume("key")
     await face.reset("key")
     assert await face.try_consume("key", 10)
+    assert not await face.try_consume("key")
     await face.replace_configuration("key", "99/hour", TokensInheritance.RESET)
     assert await face.try_consume("key", 99)
     assert not await face.try_consume("key")
@@ -224,8 +232,11 @@ async def test_reads_ask_the_store_where_only_refusals_are_skipped(make: Make, s
 async def test_a_clock_that_went_back_asks_the_store(make: Make, store: CountingStore, clock: ManualClock) -> None:
     face = make(SKIP)
     await face.try_consume("key", 10)
-    clock.set(NOW - SECOND)
     store.asked()
+    clock.set(NOW - 1000)  # as the estimate of a server's time may
+    assert not await face.try_consume("key")
+    assert store.asked() == (0, 0)
+    clock.set(NOW - SECOND)
     assert not await face.try_consume("key")
     assert store.asked() == (1, 0)
 
@@ -305,7 +316,8 @@ async def test_refusals_are_local_too(make: Make, store: CountingStore) -> None:
     await face.try_consume("key", 8)
     store.asked()
     assert not await face.try_consume("key", 3)
-    assert await face.try_consume_as_much_as_possible("key") == 2
+    assert await face.try_consume("key", 2)
+    assert not await face.try_consume("key")
     assert await face.try_consume_as_much_as_possible("key") == 0
     assert store.asked() == (0, 0)
 
@@ -578,6 +590,40 @@ async def test_a_debt_beyond_all_numbers_stays_a_debt(make: Make, store: Countin
     assert stored(store, clock) == (1000 - 900_000, 900_001)
 
 
+async def test_the_deepest_debt_is_no_wealth(make: Make, store: CountingStore, clock: ManualClock) -> None:
+    face = make(MANUAL)
+    for _ in range(4):
+        await face.try_consume("key")
+    state = codec.decode(store.get("key") or b"", "key")
+    deep = state._replace(bandwidth_states=(BandwidthState(NOW, MIN + 2, 0),))
+    store.put("key", codec.encode(deep))
+    await face.sync("key")
+    assert stored(store, clock) == (MIN, 3)
+
+
+async def test_numbers_that_cannot_be_are_an_error(make: Make, store: CountingStore, clock: ManualClock) -> None:
+    face = make(MANUAL, "10/10 seconds intervally")
+    await face.try_consume("key")
+    period = (10 * SECOND).to_bytes(8, "big")
+    store.put("key", (store.get("key") or b"").replace(period, bytes(8)))
+    await face.sync("key")
+    clock.advance(1)
+    with pytest.raises(CorruptStateError):
+        await face.try_consume("key")
+
+
+async def test_an_error_names_the_key_as_it_was_last_given(make: Make, store: CountingStore) -> None:
+    face = make(DELAYING)
+    await face.try_consume("key")
+    await face.try_consume(b"key", 9)
+    await face.add_tokens(b"key", 5)
+    await face.try_consume("key")
+    store.fail()
+    with pytest.raises(StoreUnavailableError) as caught:
+        await close(face)
+    assert caught.value.key == b"key"
+
+
 # Closing
 
 
@@ -688,6 +734,18 @@ async def test_samples_of_one_time_are_one_sample(make: Make, store: CountingSto
     for _ in range(5):
         assert await face.try_consume("key")
     assert store.asked() == (0, 5)
+
+
+async def test_samples_are_of_different_times(make: Make, store: CountingStore, clock: ManualClock) -> None:
+    face = make(Optimization.predicting(100, 60, min_samples=3), "1000/hour")
+    await face.try_consume("key")
+    await face.try_consume("key")
+    clock.advance(1)
+    await face.try_consume("key")
+    store.asked()
+    clock.advance(1)
+    await face.try_consume("key")
+    assert store.asked() == (0, 1)
 
 
 async def test_samples_grow_old(make: Make, store: CountingStore, clock: ManualClock) -> None:
@@ -853,7 +911,7 @@ class TickingClock(ManualClock):
 
 
 class Interleaved:
-    """Calls of three managers, driven by hand from one place where another may come between to the next."""
+    """Calls of some managers, driven by hand from one place where another may come between to the next."""
 
     def __init__(self, text: str, budgets: list[tuple[int, float, bool]]) -> None:
         self.clock = TickingClock(NOW)
@@ -875,12 +933,15 @@ class Interleaved:
         self.admitted = 0
         self.doubts = False
 
+    def manager(self, index: int) -> ProxyManager:
+        return self.managers[index % len(self.managers)]
+
     def call(self, index: int, tokens: int, greedy: bool) -> None:
         command: Command[Any] = ConsumeAsMuchAsPossible(tokens) if greedy else TryConsume(tokens)
-        self.running.append((self.managers[index].bucket("key")._handle.run(command), [None], tokens))
+        self.running.append((self.manager(index).bucket("key")._handle.run(command), [None], tokens))
 
     def sync(self, index: int) -> None:
-        self.running.append((self.managers[index].bucket("key")._handle.sync(), [None], 0))
+        self.running.append((self.manager(index).bucket("key")._handle.sync(), [None], 0))
 
     def step(self, index: int) -> None:
         if not self.running:
@@ -912,10 +973,10 @@ class Interleaved:
             manager.close()
 
 
-@settings(max_examples=300)
+@settings(max_examples=500)
 @given(
     limits,
-    budgets,
+    st.one_of(budgets, budgets.map(lambda them: them[:1])),
     st.lists(
         st.one_of(
             st.tuples(st.just("call"), st.integers(0, 2), counts, st.booleans()),
@@ -966,6 +1027,29 @@ async def test_a_newcomer_pays_for_one_that_is_forgotten(make: Make, store: Coun
     store.asked()
     await face.try_consume("one more")
     assert store.asked() == (0, 2)
+
+
+async def test_the_least_recently_used_is_forgotten(make: Make) -> None:
+    face = make(DELAYING, memory_limit_bytes=20_000)
+    for index in range(100):
+        await face.try_consume("used")
+        await face.try_consume(f"{index}")
+    known = unsynchronized(face)
+    assert b"used" in known
+    assert b"0" not in known
+
+
+def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
+    store = MemoryStore()
+    manager = ProxyManager(store, LIMITS, optimization=MANUAL, memory_limit_bytes=3_000)
+    assert manager.try_consume("old")
+    assert manager.try_consume("old")
+    steps = manager.bucket("new")._handle.run(TryConsume(1))
+    steps.send(steps.send(None))  # the store has been told, and its answer not been seen
+    assert manager.try_consume("old")
+    drive(steps)
+    manager.close()
+    assert manager.snapshot("old").consumed_tokens == 3
 
 
 async def test_where_nothing_can_be_forgotten_newcomers_ask_the_store(
