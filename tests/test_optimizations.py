@@ -928,7 +928,7 @@ class Interleaved:
             for tokens, time, _ in budgets
         ]
         self.text = text
-        self.overshoot = sum(sorted(tokens for tokens, *_ in budgets)[1:])
+        self.overshoot = sum(tokens for tokens, *_ in budgets)
         self.running: list[tuple[Generator[Any, Any, Any], list[Any], int]] = []
         self.admitted = 0
         self.doubts = False
