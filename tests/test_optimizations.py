@@ -1003,6 +1003,61 @@ def test_calls_that_run_at_once_keep_the_bound_and_lose_nothing(
     assert not any(entry.unsynchronized or entry.in_flight or entry.begun for entry in entries)
 
 
+class Overlapping:
+    """A manager that is telling the store of 2 of its 3 tokens, and is held where that is."""
+
+    def __init__(self, *, landed: bool) -> None:
+        self.store = CountingStore()
+        clock = TickingClock(NOW)
+        optimization = Optimization.delaying(5, 60)
+        self.manager = ProxyManager(self.store, "10/day", clock=clock, merging=False, optimization=optimization)
+        assert self.manager.try_consume("key")
+        assert self.manager.try_consume("key", 2)
+        self.steps = self.manager.bucket("key")._handle.sync()
+        self.value = self.steps.send(None)  # the time
+        if landed:
+            self.value = self.steps.send(self.value)
+        self.store.asked()
+
+    def end(self) -> None:
+        with pytest.raises(StopIteration):
+            while True:
+                self.value = self.steps.send(self.value)
+
+    def available(self) -> int:
+        self.store.asked()
+        available = self.manager.available_tokens("key")
+        assert self.store.asked() == (0, 0)
+        return available
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_what_is_handed_out_meanwhile_is_not_forgotten(landed: bool) -> None:
+    calls = Overlapping(landed=landed)
+    assert calls.manager.try_consume("key", 3)
+    assert calls.store.asked() == (0, 0)
+    calls.end()
+    assert calls.available() == 4
+
+
+def test_what_is_on_its_way_counts_against_what_may_be_handed_out() -> None:
+    calls = Overlapping(landed=False)
+    assert calls.manager.try_consume("key", 3)
+    assert calls.store.asked() == (0, 0)
+    assert calls.manager.try_consume("key", 1)
+    assert sum(calls.store.asked()) == 1
+
+
+@pytest.mark.parametrize(("landed", "meanwhile"), [(False, 2), (True, 0)])
+def test_what_the_store_showed_last_counts(landed: bool, meanwhile: int) -> None:
+    calls = Overlapping(landed=landed)
+    assert calls.manager.try_consume("key", 5)  # of 9 or 7, by the store
+    assert sum(calls.store.asked()) >= 1
+    assert calls.available() == meanwhile
+    calls.end()
+    assert calls.available() == 2
+
+
 # Memory
 
 
@@ -1029,14 +1084,15 @@ async def test_a_newcomer_pays_for_one_that_is_forgotten(make: Make, store: Coun
     assert store.asked() == (0, 2)
 
 
-async def test_the_least_recently_used_is_forgotten(make: Make) -> None:
-    face = make(DELAYING, memory_limit_bytes=20_000)
+async def test_the_least_recently_used_is_forgotten(make: Make, store: CountingStore) -> None:
+    face = make(MANUAL, memory_limit_bytes=20_000)
+    await face.try_consume("used")
     for index in range(100):
-        await face.try_consume("used")
         await face.try_consume(f"{index}")
-    known = unsynchronized(face)
-    assert b"used" in known
-    assert b"0" not in known
+        store.asked()
+        await face.available_tokens("used")
+        assert store.asked() == (0, 0)
+    assert b"0" not in unsynchronized(face)
 
 
 def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
