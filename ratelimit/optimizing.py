@@ -170,6 +170,7 @@ class _Begun(NamedTuple):
     """An exchange under way: the tokens that it carries or has to be told of, and how many had ended before."""
 
     entry: _Entry
+    target: Target
     plan: Plan
     carried: int
     not_carried: int
@@ -278,12 +279,12 @@ class Optimizer:
         samples: int,
     ) -> Steps[T]:
         """Ask the store; tokens on their way are seen through to the end, whoever is cancelled."""
-        carried, plan = begun.carried, begun.plan
+        carried = begun.carried
         held = interruption or (Interruption() if carried else None)
         booking = bool(carried) or not command.only_reads
         asked = _Synchronizing(carried if booking else begun.not_carried, command, booking=booking)
         try:
-            outcome: _Outcome[T] = yield from self._exchange(backend, begun.entry.target, plan, asked, held)
+            outcome: _Outcome[T] = yield from self._exchange(backend, begun.target, begun.plan, asked, held)
         except BaseException as error:
             self._failed(begun, error)
             if interruption is None and held is not None and held.error not in (None, error):
@@ -365,7 +366,7 @@ def _begin(entry: _Entry, *, carrying: bool) -> _Begun:
     entry.unsynchronized -= carried
     entry.in_flight += carried
     entry.begun += 1
-    return _Begun(entry, entry.plan, carried, entry.unsynchronized, entry.ended)
+    return _Begun(entry, entry.target, entry.plan, carried, entry.unsynchronized, entry.ended)
 
 
 def _decided(entry: _Entry, state: BucketState, optimization: Optimization, command: Command[Any], now: int) -> Any:

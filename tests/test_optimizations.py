@@ -35,7 +35,7 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.core import codec
-from ratelimit.core.commands import Command, ConsumeAsMuchAsPossible, TryConsume
+from ratelimit.core.commands import ConsumeAsMuchAsPossible, TryConsume
 from ratelimit.core.int64 import MIN
 from ratelimit.drive import drive
 from ratelimit.errors import Key
@@ -937,7 +937,7 @@ class Interleaved:
         return self.managers[index % len(self.managers)]
 
     def call(self, index: int, tokens: int, greedy: bool) -> None:
-        command: Command[Any] = ConsumeAsMuchAsPossible(tokens) if greedy else TryConsume(tokens)
+        command: Any = ConsumeAsMuchAsPossible(tokens) if greedy else TryConsume(tokens)
         self.running.append((self.manager(index).bucket("key")._handle.run(command), [None], tokens))
 
     def sync(self, index: int) -> None:
@@ -973,7 +973,7 @@ class Interleaved:
             manager.close()
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(
     limits,
     st.one_of(budgets, budgets.map(lambda them: them[:1])),
@@ -1163,7 +1163,7 @@ def test_threads_lose_nothing(merging: bool) -> None:
     store._script.clear()
     for manager in managers:
         manager.close()
-    assert 2900 <= admitted <= 3000 + 2 * 50
+    assert 2900 <= admitted <= 3000 + 3 * 50
     assert managers[0].bucket("key", "1/day").snapshot().consumed_tokens == admitted
     assert ProxyManager(store, "1/day").snapshot("key").consumed_tokens == admitted
 
