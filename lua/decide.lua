@@ -25,7 +25,7 @@
 -- and give both kinds. Times are read in halves, as only differences of times fit into a double.
 -- A quotient of integers below 2^53, rounded as doubles are, does not reach the next integer: floor() of it is exact.
 
-local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET = 1, 2, 3, 4, 5, 6, 7
+local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET, BOOK = 1, 2, 3, 4, 5, 6, 7, 8
 local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- and 3, automatic
 local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic expiration: as new when full, or not
 local LONGEST_TTL = 2^53  -- a server adds it to the present time
@@ -530,6 +530,15 @@ local function reserve(tokens, longest_wait)
   return wait ~= MAX and not less(longest_wait, wait) and consume(tokens)
 end
 
+local function book(tokens)  -- in debt if need be, down to MIN
+  local available = available_tokens()
+  if less(available, 0) then
+    local room = difference(available, MIN)
+    tokens = less(room, tokens) and room or tokens
+  end
+  return less(0, tokens) and consume(tokens)
+end
+
 local function give_back(tokens)
   state.consumed = difference(state.consumed, tokens)
   for _, bandwidth in ipairs(state.bandwidths) do
@@ -582,6 +591,7 @@ local verbs = {
   [ADD] = add,
   [FORCE_ADD] = force_add,
   [RESET] = reset,
+  [BOOK] = book,
 }
 
 local function run(verb, times, tokens, longest_wait)

@@ -17,6 +17,7 @@ from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import NEVER
+from ratelimit.core.optimization import Optimization
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.core.state import BandwidthState
 from ratelimit.errors import (
@@ -60,6 +61,7 @@ __all__ = [
     "InvalidConfigurationError",
     "Lost",
     "MemoryStore",
+    "Optimization",
     "ProxyManager",
     "RateLimitError",
     "Recovery",

@@ -102,6 +102,13 @@ class Bucket:
         """Put other limits in the place of the stored ones; see :class:`TokensInheritance` for the tokens."""
         self._handle.answer(replacement(configuration, inheritance))
 
+    def sync(self) -> None:
+        """Tell the store what was handed out without asking it, and learn what it holds; see :class:`Optimization`.
+
+        Without an optimization there is nothing to tell, and nothing is sent.
+        """
+        drive(self._handle.sync())
+
     def snapshot(self) -> Snapshot:
         """The state of the bucket now.
 
@@ -231,6 +238,10 @@ class AsyncBucket:
     async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
         """See :meth:`Bucket.replace_configuration`."""
         await adrive(self._handle.run(replacement(configuration, inheritance)))
+
+    async def sync(self) -> None:
+        """See :meth:`Bucket.sync`."""
+        await adrive(self._handle.sync())
 
     async def snapshot(self) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""

@@ -36,6 +36,7 @@ from ratelimit.errors import (
     shown,
 )
 from ratelimit.exchange import Backend, Interruption, Target, exchange_in_process, executed
+from ratelimit.optimizing import Exchange, Optimizer
 
 T = TypeVar("T")
 
@@ -45,15 +46,12 @@ AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
 _logger = logging.getLogger("ratelimit")
 
 
-Exchange = Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
-"""How a command is decided: :func:`ratelimit.exchange.exchange`, or what goes before it."""
-
-
 @dataclass(slots=True)
 class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
+    :param optimizer: knows what its manager has handed out without telling the store.
     """
 
     backend: Backend
@@ -62,6 +60,7 @@ class Handle:
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
     inheritance: TokensInheritance
+    optimizer: Optimizer
     plan: Plan | None = field(init=False)  # None: it depends on what the callable answers
 
     def __post_init__(self) -> None:
@@ -136,6 +135,10 @@ class Handle:
             raise ReservationOverflowError("so many tokens could never be paid back")
         return answer
 
+    def sync(self) -> Steps[None]:
+        """Tell the store what was handed out without asking it, and learn what it holds."""
+        return self.optimizer.sync(self.backend, self.target.stored_key)
+
     def snapshot(self) -> Steps[Snapshot]:
         """The state at present."""
         snapshot = yield from self.run(TakeSnapshot())
@@ -151,11 +154,12 @@ class Handle:
         return result  # type: ignore[return-value]  # the value is not None
 
 
-def removed(backend: Backend, target: Target) -> Steps[None]:
+def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
         yield backend.store.delete(target.stored_key)
     backend.remembered.forget(target.stored_key)
+    optimizer.forget(target.stored_key)
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:

@@ -18,13 +18,13 @@ from ratelimit.core.duration import NANOS_PER_SECOND, Duration
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, MIN
+from ratelimit.core.optimization import Optimization
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
 from ratelimit.exchange import Backend, Target, exchange, exchange_in_process
 from ratelimit.handle import (
     AsyncLimitsOfKey,
-    Exchange,
     Handle,
     LimitsOfKey,
     checked_inheritance,
@@ -33,6 +33,7 @@ from ratelimit.handle import (
     stored_key,
 )
 from ratelimit.merging import Merger, TaskWaiter, ThreadWaiter
+from ratelimit.optimizing import Exchange, Optimizer
 from ratelimit.remembered import Remembered
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
@@ -64,6 +65,7 @@ class Settings(TypedDict, total=False):
     max_attempts: int
     memory_limit_bytes: int
     merging: bool
+    optimization: Optimization | None
 
 
 class _Manager(Generic[StoreT, BucketT]):
@@ -85,6 +87,7 @@ class _Manager(Generic[StoreT, BucketT]):
         max_attempts: int,
         memory_limit_bytes: int,
         merger: Merger | None,
+        optimization: Optimization | None,
     ) -> None:
         if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
             raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {max_attempts!r}")
@@ -101,10 +104,9 @@ class _Manager(Generic[StoreT, BucketT]):
             decide=None if deciding is None else deciding.decide,
             executing=None if executing is None else (executing.execute, None if clock is None else _by_clock(clock)),
         )
-        if executing is not None:
-            self._exchange: Exchange = exchange_in_process
-        else:
-            self._exchange = exchange if merger is None else merger.exchange
+        asking: Exchange = exchange if merger is None else merger.exchange
+        self._optimizer = Optimizer(asking if executing is None else exchange_in_process, memory_limit_bytes)
+        self._exchange = self._optimizer.optimized(_checked_optimization(optimization))
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
@@ -125,6 +127,7 @@ class _Manager(Generic[StoreT, BucketT]):
         inheritance: TokensInheritance | None = None,
         expiration: Expiration | None = None,
         recovery: Recovery | None = None,
+        optimization: Optimization | None = None,
     ) -> BucketT:
         """A handle on the bucket of a key; cheap, nothing is sent before its first verb.
 
@@ -145,11 +148,14 @@ class _Manager(Generic[StoreT, BucketT]):
         return self._make(
             Handle(
                 self._backend,
-                self._exchange,
+                self._exchange
+                if optimization is None
+                else self._optimizer.optimized(_checked_optimization(optimization)),
                 target,
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
+                self._optimizer,
             )
         )
 
@@ -187,6 +193,7 @@ class ProxyManager(_Manager[Store, Bucket]):
     :param max_attempts: swaps that one decision may lose to others before ``ContentionError``; 1 or more.
     :param memory_limit_bytes: roughly the memory for states last seen; a key that does not fit costs a round trip.
     :param merging: whether calls that want the same bucket at the same time share a swap; it changes no answer.
+    :param optimization: what may be decided without the store; None: nothing.
     """
 
     def __init__(
@@ -203,6 +210,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
         merging: bool = True,
+        optimization: Optimization | None = None,
     ) -> None:
         super().__init__(
             _checked_store(store, asynchronous=False),
@@ -218,6 +226,7 @@ class ProxyManager(_Manager[Store, Bucket]):
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
             merger=Merger(ThreadWaiter) if merging else None,
+            optimization=optimization,
         )
 
     @classmethod
@@ -236,9 +245,15 @@ class ProxyManager(_Manager[Store, Bucket]):
         return manager
 
     def close(self) -> None:
-        """Close what :meth:`from_url` has opened; a store of the caller's stays open."""
-        if self._owns_store:
-            self._store.close()
+        """Close what :meth:`from_url` has opened; a store of the caller's stays open.
+
+        Tokens that an optimization has handed out without telling the store are told to it before that.
+        """
+        try:
+            drive(self._optimizer.sync_all(self._backend))
+        finally:
+            if self._owns_store:
+                self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -254,7 +269,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
     def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        drive(removed(self._backend, self._target(key)))
+        drive(removed(self._backend, self._target(key), self._optimizer))
 
     def try_consume(self, key: Key, tokens: int = 1) -> bool:
         """See :meth:`Bucket.try_consume`."""
@@ -300,6 +315,10 @@ class ProxyManager(_Manager[Store, Bucket]):
         """See :meth:`Bucket.replace_configuration`."""
         self._own_bucket(key).replace_configuration(configuration, inheritance)
 
+    def sync(self, key: Key) -> None:
+        """See :meth:`Bucket.sync`."""
+        drive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
+
     def snapshot(self, key: Key) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
         return self._own_bucket(key).snapshot()
@@ -331,6 +350,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
         merging: bool = True,
+        optimization: Optimization | None = None,
     ) -> None:
         super().__init__(
             _checked_store(store, asynchronous=True),
@@ -346,6 +366,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
             merger=Merger(TaskWaiter) if merging else None,
+            optimization=optimization,
         )
 
     @classmethod
@@ -364,9 +385,12 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         return manager
 
     async def aclose(self) -> None:
-        """Close what :meth:`from_url` has opened; a store of the caller's stays open."""
-        if self._owns_store:
-            await self._store.aclose()
+        """See :meth:`ProxyManager.close`."""
+        try:
+            await adrive(self._optimizer.sync_all(self._backend))
+        finally:
+            if self._owns_store:
+                await self._store.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -382,7 +406,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
 
     async def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        await adrive(removed(self._backend, self._target(key)))
+        await adrive(removed(self._backend, self._target(key), self._optimizer))
 
     async def try_consume(self, key: Key, tokens: int = 1) -> bool:
         """See :meth:`AsyncBucket.try_consume`."""
@@ -427,6 +451,10 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     async def replace_configuration(self, key: Key, configuration: Limits, inheritance: TokensInheritance) -> None:
         """See :meth:`AsyncBucket.replace_configuration`."""
         await self._own_bucket(key).replace_configuration(configuration, inheritance)
+
+    async def sync(self, key: Key) -> None:
+        """See :meth:`AsyncBucket.sync`."""
+        await adrive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
 
     async def snapshot(self, key: Key) -> Snapshot:
         """See :meth:`AsyncBucket.snapshot`."""
@@ -475,6 +503,12 @@ def _checked_expiration(expiration: Expiration) -> Expiration:
     if not isinstance(expiration, Expiration):
         raise InvalidArgumentError(f"expiration must be an Expiration, not {expiration!r}")
     return expiration
+
+
+def _checked_optimization(optimization: Optimization | None) -> Optimization | None:
+    if optimization is not None and not isinstance(optimization, Optimization):
+        raise InvalidArgumentError(f"optimization must be an Optimization, not {optimization!r}")
+    return optimization
 
 
 def _checked_recovery(recovery: Recovery) -> Recovery:

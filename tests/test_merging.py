@@ -130,7 +130,7 @@ def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
 
 
 def queues(manager: Any) -> dict[Any, Any]:
-    merger = manager._exchange.__self__
+    merger = manager._optimizer._exchange.__self__
     assert isinstance(merger, Merger)
     return merger._queues
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.inheritance import TokensInheritance, replaced
-from ratelimit.core.int64 import MAX, NEVER
+from ratelimit.core.int64 import MAX, MIN, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.core.state import BucketState
 
@@ -310,3 +310,53 @@ class Verbose(Command[VerboseResult[T]]):
 
     def answer_without_limit(self) -> VerboseResult[T]:
         return VerboseResult(self.command.answer_without_limit(), 0, MAX, (), 0, None, ())
+
+
+@dataclass(frozen=True, slots=True)
+class Book(Command[None]):
+    """Consume tokens that were handed out, whatever the bucket holds; in debt, but not beyond what 64 bits hold."""
+
+    tokens: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        tokens = min(self.tokens, state.available_tokens - MIN)
+        return (state.consumed(tokens) if tokens else None), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+class Synchronized(NamedTuple, Generic[T]):
+    """What a Synchronize has shown: the answer, the bucket after it, when, and what the other command consumed."""
+
+    answer: T
+    state: BucketState
+    now: int
+    consumed: int
+
+
+class Synchronize(Command[Synchronized[T]]):
+    """Book tokens that were handed out elsewhere, then do another command, and show the bucket after both.
+
+    :param booking: whether the tokens are stored; otherwise the command only reads, and sees the bucket without them.
+    """
+
+    __slots__ = ("booking", "command", "only_reads", "tokens")
+
+    def __init__(self, tokens: int, command: Command[T], *, booking: bool) -> None:
+        self.tokens = tokens
+        self.command = command
+        self.booking = booking
+        self.only_reads = not booking and command.only_reads  # type: ignore[misc]  # per instance here
+
+    def decide(self, state: BucketState, now: int) -> Decision[Synchronized[T]]:
+        booked = Book(self.tokens).decide(state, now)[0] or state
+        after, answer = self.command.decide(booked, now)
+        if not self.booking:
+            return None, Synchronized(answer, state, now, 0)
+        shown = booked if after is None else after
+        consumed = wrap(shown.consumed_tokens - booked.consumed_tokens)
+        return (after if booked is state else shown), Synchronized(answer, shown, now, consumed)
+
+    def answer_without_limit(self) -> Synchronized[T]:
+        raise NotImplementedError  # such keys have been answered before

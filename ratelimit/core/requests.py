@@ -16,6 +16,7 @@ from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
+    Book,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -24,6 +25,7 @@ from ratelimit.core.commands import (
     Plan,
     Reserve,
     Reset,
+    Synchronize,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -38,6 +40,7 @@ _GIVE_BACK: Final = 4
 _ADD: Final = 5
 _FORCE_ADD: Final = 6
 _RESET: Final = 7
+_BOOK: Final = 8
 
 _EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
 
@@ -93,6 +96,10 @@ def _operations(command: Command[Any]) -> Iterator[_Operation]:
             yield from _operations(part)
     elif type(command) is Verbose:
         yield from _operations(command.command)
+    elif type(command) is Synchronize and command.booking:
+        if command.tokens:
+            yield _BOOK, _at_least_0(command.tokens), 0
+        yield from _operations(command.command)
     elif not command.only_reads:
         yield _operation(command)
 
@@ -116,6 +123,7 @@ _VERBS: Final[dict[type[Command[Any]], int]] = {
     GiveBack: _GIVE_BACK,
     AddTokens: _ADD,
     ForceAddTokens: _FORCE_ADD,
+    Book: _BOOK,
 }
 
 

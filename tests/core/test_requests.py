@@ -12,6 +12,7 @@ from ratelimit.core import codec, requests
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
+    Book,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -23,6 +24,7 @@ from ratelimit.core.commands import (
     ReplaceConfiguration,
     Reserve,
     Reset,
+    Synchronize,
     TakeSnapshot,
     TryConsume,
     TryConsumeAndReturnRemaining,
@@ -62,6 +64,7 @@ def operations(command: Command[Any]) -> list[Operation] | None:
         (AddTokens(3), (5, 1, 3, 0)),
         (ForceAddTokens(3), (6, 1, 3, 0)),
         (Reset(), (7, 1, 0, 0)),
+        (Book(3), (8, 1, 3, 0)),
     ],
 )
 def test_each_command_is_an_operation(command: Command[Any], expected: Operation) -> None:
@@ -76,6 +79,13 @@ def test_what_only_reads_is_no_request_and_leaves_no_trace_in_a_batch(command: C
     assert operations(Verbose(command)) is None
     assert operations(Batch((command,))) == []
     assert operations(Batch((TryConsume(1), Verbose(command), TryConsume(1)))) == [(1, 2, 1, 0)]
+
+
+def test_tokens_are_booked_before_what_is_done_besides() -> None:
+    assert operations(Synchronize(3, Verbose(TryConsume(1)), booking=True)) == [(8, 1, 3, 0), (1, 1, 1, 0)]
+    assert operations(Synchronize(3, TakeSnapshot(), booking=True)) == [(8, 1, 3, 0)]
+    assert operations(Synchronize(0, TryConsume(1), booking=True)) == [(1, 1, 1, 0)]
+    assert operations(Synchronize(3, TakeSnapshot(), booking=False)) is None
 
 
 class TryConsumeTwice(TryConsume):

@@ -19,6 +19,7 @@ from ratelimit.core import codec
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
+    Book,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -28,6 +29,7 @@ from ratelimit.core.commands import (
     Plan,
     Reserve,
     Reset,
+    Synchronize,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -215,6 +217,8 @@ def any_of_the_kinds(rng: random.Random, tokens: int, longest_wait: int) -> Comm
         AddTokens(tokens),
         ForceAddTokens(tokens),
         Reset(),
+        Book(tokens),
+        Synchronize(tokens, TryConsume(tokens), booking=True),
     ]
     return rng.choice(kinds)
 
@@ -480,6 +484,9 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
         (AddTokens(100), 10),
         (ForceAddTokens(100), 103),
         (Reset(), 10),
+        (Book(1000), -997),
+        (Synchronize(4, Verbose(TryConsume(1)), booking=True), -1),
+        (Synchronize(2, TryConsume(1), booking=True), 0),
         (TryConsume(4), 3),
         (TryConsumeAndReturnRemaining(3), 0),
         (Verbose(TryConsume(2)), 1),
