@@ -189,6 +189,8 @@ class RedisStore(_RedisSteps):
 class AsyncRedisStore(_RedisSteps):
     """Buckets in Redis, over an asyncio client that the caller made and closes.
 
+    All tasks share one connection to each server, which is made as the client makes them, and is none of its pool.
+
     :param client: a ``redis.asyncio.Redis`` (also one that Sentinel's ``master_for`` gives) or a
         ``redis.asyncio.RedisCluster``; for its settings see :class:`RedisStore`.
     :param monotonic: the local clock that follows the server's, in nanoseconds; for tests.
@@ -203,10 +205,10 @@ class AsyncRedisStore(_RedisSteps):
         super().__init__(_async_channel(client), monotonic)
 
     @classmethod
-    def owning(cls, channel: Channel) -> AsyncRedisStore:
-        """A store that closes the client behind this channel when it is closed itself."""
+    def over(cls, channel: Channel) -> AsyncRedisStore:
+        """A store over a channel, which it closes with itself."""
         store = cls.__new__(cls)
-        _RedisSteps.__init__(store, channel, time.monotonic_ns, owns_client=True)
+        _RedisSteps.__init__(store, channel, time.monotonic_ns)
         return store
 
     async def get(self, key: bytes) -> bytes | None:
@@ -227,6 +229,5 @@ class AsyncRedisStore(_RedisSteps):
         return adrive(self._asked_time(key)) if now is None else now
 
     async def aclose(self) -> None:
-        """Close what a URL has opened; a client of the caller's stays open."""
-        if self._owns_client:
-            await self._channel.close()
+        """Close the store's own connections, and the client that a URL has made; one of the caller's stays open."""
+        await self._channel.close()
