@@ -1,8 +1,8 @@
 """One connection to a server for all tasks of an event loop.
 
-Commands of one turn of the loop leave in one write, and replies come back in the order of the commands. Connecting, with
-all that belongs to it (TLS, authentication, RESP3, database, Sentinel), is redis-py's. Once it is done, the connection
-of redis-py is taken over: its transport, and its parser, which may hold the beginning of what comes next.
+Commands of one turn of the loop leave in one write, and replies come back in the order of the commands. Connecting,
+with all that belongs to it (TLS, authentication, RESP3, database, Sentinel), is redis-py's. Once it is done, the
+connection of redis-py is taken over: its transport, and its parser, which may hold the beginning of what comes next.
 
 Nothing is ever sent twice. A connection on which anything goes wrong is given up, and its place is taken by a new one
 when the next command comes.
@@ -19,16 +19,16 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, NamedTuple, Protocol
 
 import hiredis
+from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
-from redis.exceptions import AuthenticationError, ConnectionError, ReadOnlyError, ResponseError, TimeoutError
 
 from ratelimit.stores.redis_channels import Command, Replies
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
 
-_OUTDATED: Final = (AuthenticationError, ReadOnlyError)
+_OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
 """Replies of a server that one would not be connected to, or not so, if one connected now: it is no master any more, or
 does not know any longer who this is."""
 
@@ -106,12 +106,15 @@ class _Link:
     def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None) -> None:
         self.usable = True
         self.ended = False
-        self.retired = [] if before is None else [link for link in (*before.retired, before) if not link.ended]
+        self.retired: list[_Link] = (
+            [] if before is None else [link for link in (*before.retired, before) if not link.ended]
+        )
         self._loop = loop
         self._timeout: float | None = connection.socket_timeout
         self._waiters: deque[_Waiter] = deque()
         self._unsent: list[bytes] = []  # one for each of the last waiters
         self._replies: Replies = []  # of the first waiter, as far as they have come
+        self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
         self._timer: asyncio.TimerHandle | None = None
         self._heard = loop.time()
         self._transport: _Transport | None = None
@@ -150,27 +153,27 @@ class _Link:
         except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
             self.end(error)
         except asyncio.CancelledError:
-            self.end(ConnectionError(_CLOSED_HERE))
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
             raise
         finally:
             if self.ended:
                 await connection.disconnect(nowait=True)
 
     async def _take_over(self, connection: Any) -> None:
-        stream, writer, parser = connection._reader, connection._writer, connection._parser
+        stream, writer, parser = connection._reader, connection._writer, connection._parser  # noqa: SLF001
         if isinstance(writer, StreamWriter) and isinstance(parser, _AsyncHiredisParser):
-            connection._reader = connection._writer = None  # it is not to close or to report anything any more
+            connection._reader = connection._writer = None  # noqa: SLF001  # or it would report them as left open
             writer.transport.set_protocol(_Receiver(self))
-            self._parser = parser._reader
+            self._parser = parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             self._transport = writer.transport
         else:
             self._transport = _Turns(self, connection)
         self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
         await anext(self._end_of_loop)
         if self._parser is not None:
-            self.received(bytes(stream._buffer))
+            self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
             if stream.at_eof() or writer.is_closing():
-                raise ConnectionError(_CLOSED)
+                raise exceptions.ConnectionError(_CLOSED)
         self._heard = self._loop.time()
         unsent = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
         self._waiters, self._unsent = deque(waiter for waiter, _ in unsent), [packed for _, packed in unsent]
@@ -188,14 +191,14 @@ class _Link:
 
     def take(self, reply: Any) -> None:
         """Give a reply to whom it belongs; raises where it belongs to nobody."""
+        if len(self._waiters) <= len(self._unsent):
+            raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
+        waiter = self._waiters[0]
         if isinstance(reply, Exception):
-            if not isinstance(reply, ResponseError):  # such as that there are too many clients
-                raise reply
             if isinstance(reply, _OUTDATED):
                 self.usable = False
-        if len(self._waiters) <= len(self._unsent):
-            raise ConnectionError("the server sent a reply that nobody had asked for")
-        waiter = self._waiters[0]
+            if not isinstance(reply, exceptions.ResponseError):
+                self._refusal = reply
         if waiter.replies == 1:
             replies = [reply]
         else:
@@ -205,10 +208,14 @@ class _Link:
                 return
             self._replies = []
         self._waiters.popleft()
+        refusal, self._refusal = self._refusal, None
         if not waiter.future.done():
-            waiter.future.set_result(replies)
+            if refusal is None:
+                waiter.future.set_result(replies)
+            else:
+                _fail(waiter.future, refusal, waiter.key, in_doubt=False)
         if not (self.usable or self._waiters):
-            self.end(ConnectionError(_CLOSED))
+            self.end(exceptions.ConnectionError(_CLOSED))
 
     @property
     def awaits_replies(self) -> bool:
@@ -228,13 +235,13 @@ class _Link:
             in_doubt = place < sent
             if in_doubt and self._heard <= deadline - (self._timeout or 0):
                 self.usable = False
-            _fail(future, TimeoutError(f"no reply within {self._timeout:g} s"), key, in_doubt=in_doubt)
+            _fail(future, exceptions.TimeoutError(f"no reply within {self._timeout:g} s"), key, in_doubt=in_doubt)
         if not self.usable:
-            self.end(ConnectionError(_CLOSED))
+            self.end(exceptions.ConnectionError(_CLOSED))
 
     def lost(self, error: Exception | None) -> None:
         """The connection is gone."""
-        self.end(ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
+        self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
 
     def close(self) -> None:
         """Close the connection, from whatever thread."""
@@ -245,9 +252,9 @@ class _Link:
         except RuntimeError:
             here = False
         if here:
-            self.end(ConnectionError(_CLOSED_HERE))
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
         else:
-            self._loop.call_soon_threadsafe(self.end, ConnectionError(_CLOSED_HERE))
+            self._loop.call_soon_threadsafe(self.end, exceptions.ConnectionError(_CLOSED_HERE))
 
     def end(self, error: Exception) -> None:
         """Give the connection up, and fail all who wait."""
@@ -273,6 +280,7 @@ class _Link:
 
 def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bool) -> None:
     ours = translated(error, key, in_doubt=in_doubt)
+    ours.in_doubt = in_doubt  # also where the error was the answer to somebody else
     ours.__cause__ = error
     future.set_exception(ours)
 
@@ -332,7 +340,7 @@ class _Turns:
     def abort(self) -> None:
         if self._turns is not None and self._turns is not asyncio.current_task():
             self._turns.cancel()
-        self._connection._close()
+        self._connection._close()  # noqa: SLF001  # the other ways to close it are awaited
 
     async def _take_turns(self, link: _Link) -> None:
         connection = self._connection
@@ -343,7 +351,7 @@ class _Turns:
                     await connection.send_packed_command(packed, check_health=False)
                 try:
                     reply = await connection.read_response(disable_decoding=True)
-                except ResponseError as error:
+                except exceptions.ResponseError as error:
                     reply = error
                 link.take(reply)
         except Exception as error:  # noqa: BLE001  # whatever it is, all wait for it

@@ -22,10 +22,8 @@ from ratelimit.stores.multiplexer import Multiplexer
 from ratelimit.stores.redis_channels import RAW, Command, Replies
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
-_NOT_HERE: Final = (MovedError, AskError, TryAgainError, ClusterDownError)
-"""What a node answers that has not done what it was asked for, and which redis-py knows to deal with."""
-
-_REDIRECTIONS_AT_ONCE: Final = 8
+_NOT_HERE: Final = (MovedError, AskError, TryAgainError)
+"""What a node answers that has not done what it was asked for; redis-py knows whom to ask instead."""
 
 
 class AsyncPoolChannel:
@@ -76,8 +74,9 @@ class AsyncClusterChannel:
     """``redis.asyncio.RedisCluster``, which says what node has a key, and follows redirections.
 
     Naming the node keeps redis-py from repeating, and leaves it MOVED and ASK. What a node refused, redis-py asks for
-    again, and so it learns of nodes that have moved. It learns of nodes that are gone by connecting in vain, so that it
-    is given the next command for a node whose connection has failed.
+    again, and so it learns what has moved. Of nodes that are gone, and of a cluster that is down, it learns by asking
+    in vain, so that it is given the next command for a node that has failed. It gets one command at a time: when it
+    renews its table it closes its connections, whoever uses them.
 
     :param owned: whether closing closes the client as well.
     """
@@ -88,7 +87,7 @@ class AsyncClusterChannel:
         self._multiplexers: dict[str, Multiplexer] = {}
         self._failed: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._redirections = asyncio.Semaphore(_REDIRECTIONS_AT_ONCE)
+        self._turn = asyncio.Lock()
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot; empty before the cluster is known."""
@@ -106,17 +105,22 @@ class AsyncClusterChannel:
         if self._loop is not asyncio.get_running_loop():
             await self._enter_loop()
         try:
-            await self._client.initialize()
+            if getattr(self._client, "_initialize", True):
+                async with self._turn:
+                    await self._client.initialize()
             node = self._node(key)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
         if node.name in self._failed:
             self._failed.discard(node.name)
-            return [await self._sent_by_client(key, node, command) for command in commands]
+            async with self._turn:
+                return [await self._sent_by_client(key, node, command) for command in commands]
         replies = await self._sent(key, node, commands)
         for place, reply in enumerate(replies):
             if isinstance(reply, _NOT_HERE):
                 replies[place] = await self._redirected(key, node, commands[place])
+            elif isinstance(reply, ClusterDownError):
+                self._failed.add(node.name)
         return replies
 
     async def _sent(self, key: bytes, node: ClusterNode, commands: tuple[Command, ...]) -> Replies:
@@ -130,15 +134,14 @@ class AsyncClusterChannel:
             raise
 
     async def _redirected(self, key: bytes, asked: ClusterNode, command: Command) -> Any:
-        async with self._redirections:  # each takes a connection of the client's
+        async with self._turn:
             node = self._node(key)
-            if node.name != asked.name:  # as another one was told meanwhile
-                (reply,) = await self._sent(key, node, (command,))
-                if not isinstance(reply, _NOT_HERE):
-                    return reply
-            reply = await self._sent_by_client(key, node, command)
-        self._leave_nodes_that_left()
-        return reply
+            if node.name == asked.name:
+                reply = await self._sent_by_client(key, node, command)
+                self._leave_nodes_that_left()
+                return reply
+        (reply,) = await self._sent(key, node, (command,))  # as another one was told meanwhile
+        return await self._redirected(key, node, command) if isinstance(reply, _NOT_HERE) else reply
 
     async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command) -> Any:
         try:
@@ -157,7 +160,7 @@ class AsyncClusterChannel:
 
     async def _enter_loop(self) -> None:
         before, self._loop = self._loop, asyncio.get_running_loop()
-        self._redirections = asyncio.Semaphore(_REDIRECTIONS_AT_ONCE)
+        self._turn = asyncio.Lock()
         if before is not None and before.is_closed():
             for node in self._client.get_nodes():
                 with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
@@ -175,4 +178,5 @@ class AsyncClusterChannel:
 
 def _connection_to(node: ClusterNode) -> Any:
     """A connection as the node itself makes them: retries are for the cluster, which may have left that node."""
-    return node.connection_class(**{**node.connection_kwargs, "retry": Retry(NoBackoff(), 0)})
+    options: dict[str, Any] = {**node.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+    return node.connection_class(**options)
