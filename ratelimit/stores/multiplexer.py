@@ -42,7 +42,8 @@ MakeConnection = Callable[[], Any]
 class Multiplexer:
     """Sends commands to one server, over one connection for each event loop in which it is used.
 
-    How long a command may take, from when it is handed in, is the ``socket_timeout`` of the connection.
+    How long a command may take, from when it is handed in, is the ``socket_timeout`` of the connection. Where it has to
+    wait for the connection first, it may do so for the ``socket_connect_timeout`` as well, and then begins to count.
     """
 
     def __init__(self, make_connection: MakeConnection) -> None:
@@ -111,6 +112,9 @@ class _Link:
         )
         self._loop = loop
         self._timeout: float | None = connection.socket_timeout
+        self._patience = self._timeout  # of those who come now
+        if self._timeout is not None:
+            self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
         self._waiters: deque[_Waiter] = deque()
         self._unsent: list[bytes] = []  # one for each of the last waiters
         self._replies: Replies = []  # of the first waiter, as far as they have come
@@ -120,10 +124,11 @@ class _Link:
         self._transport: _Transport | None = None
         self._parser: Any = None
         self._end_of_loop: AsyncGenerator[None, None] | None = None
-        self._connecting = loop.create_task(self._connect(connection))
+        self._connecting: asyncio.Task[None] | None = None
+        self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
 
     def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
-        loop, timeout = self._loop, self._timeout
+        loop, patience = self._loop, self._patience
         if len(commands) == 1:
             packed = hiredis.pack_command(commands[0])
         else:
@@ -132,10 +137,10 @@ class _Link:
             loop.call_soon(self._flush)
         self._unsent.append(packed)
         future: Future[Replies] = loop.create_future()
-        if timeout is None:
+        if patience is None:
             deadline = float("inf")
         else:
-            deadline = loop.time() + timeout
+            deadline = loop.time() + patience
             if self._timer is None:
                 self._timer = loop.call_at(deadline, self._on_deadline)
         self._waiters.append(_Waiter(future, key, len(commands), deadline))
@@ -174,9 +179,20 @@ class _Link:
             self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
             if stream.at_eof() or writer.is_closing():
                 raise exceptions.ConnectionError(_CLOSED)
-        self._heard = self._loop.time()
-        unsent = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
-        self._waiters, self._unsent = deque(waiter for waiter, _ in unsent), [packed for _, packed in unsent]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Send what has waited for the connection, and let its time begin."""
+        waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
+        self._heard = now = self._loop.time()
+        self._patience = self._timeout
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._timeout is not None and waiting:
+            waiting = [(waiter._replace(deadline=now + self._timeout), packed) for waiter, packed in waiting]
+            self._timer = self._loop.call_at(now + self._timeout, self._on_deadline)
+        self._waiters, self._unsent = deque(waiter for waiter, _ in waiting), [packed for _, packed in waiting]
         self._flush()
 
     def received(self, data: bytes) -> None:
@@ -233,9 +249,10 @@ class _Link:
                 self._timer = self._loop.call_at(deadline, self._on_deadline)
                 return
             in_doubt = place < sent
-            if in_doubt and self._heard <= deadline - (self._timeout or 0):
+            if in_doubt and self._heard + (self._timeout or 0) <= deadline:
                 self.usable = False
-            _fail(future, exceptions.TimeoutError(f"no reply within {self._timeout:g} s"), key, in_doubt=in_doubt)
+            missing = "connection" if self._transport is None else "reply"
+            _fail(future, exceptions.TimeoutError(f"no {missing} within {self._patience:g} s"), key, in_doubt=in_doubt)
         if not self.usable:
             self.end(exceptions.ConnectionError(_CLOSED))
 
@@ -244,17 +261,13 @@ class _Link:
         self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
 
     def close(self) -> None:
-        """Close the connection, from whatever thread."""
-        if self._loop.is_closed():
-            return
-        try:
-            here = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            here = False
-        if here:
-            self.end(exceptions.ConnectionError(_CLOSED_HERE))
+        """Close the connection, which may belong to another loop than the one that runs here."""
+        error = exceptions.ConnectionError(_CLOSED_HERE)
+        if self._loop is asyncio.get_running_loop():
+            self.end(error)
         else:
-            self._loop.call_soon_threadsafe(self.end, exceptions.ConnectionError(_CLOSED_HERE))
+            with contextlib.suppress(RuntimeError):  # that loop is closed, and has closed the connection
+                self._loop.call_soon_threadsafe(self.end, error)
 
     def end(self, error: Exception) -> None:
         """Give the connection up, and fail all who wait."""
@@ -263,11 +276,10 @@ class _Link:
         self.usable, self.ended = False, True
         if self._timer is not None:
             self._timer.cancel()
-        if self._transport is None:
-            if self._connecting is not asyncio.current_task():
-                self._connecting.cancel()
-        else:
+        if self._transport is not None:
             self._transport.abort()
+        elif self._connecting not in (None, asyncio.current_task()):
+            self._connecting.cancel()
         if self._end_of_loop is not None:
             _run_to_the_end(self._end_of_loop)
         sent = len(self._waiters) - len(self._unsent)

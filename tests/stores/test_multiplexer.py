@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -332,22 +333,35 @@ class Slow(redis.asyncio.Connection):
     """A connection that takes its time."""
 
     async def connect(self) -> None:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.3)
         await super().connect()  # type: ignore[no-untyped-call]
 
 
 async def test_what_was_given_up_while_connecting_is_never_sent(scripted: Scripted) -> None:
     port = scripted.port
-    many = Multiplexer(lambda: Slow(host="127.0.0.1", port=port, socket_timeout=0.15))
+    many = Multiplexer(lambda: Slow(host="127.0.0.1", port=port, socket_timeout=0.15, socket_connect_timeout=0.05))
     late = asyncio.create_task(echo(many, b"too late"))
     cancelled = asyncio.create_task(echo(many, b"cancelled"))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.15)
     cancelled.cancel()
     assert await echo(many, b"in time") == b"in time"
     error = late.exception()
     assert isinstance(error, StoreTimeoutError)
+    assert "no connection within 0.2 s" in str(error)
     assert not error.in_doubt
     assert scripted.commands == [b"in time"]
+    many.close()
+
+
+async def test_the_time_for_a_reply_begins_when_there_is_a_connection(scripted: Scripted) -> None:
+    port = scripted.port
+    many = Multiplexer(lambda: Slow(host="127.0.0.1", port=port, socket_timeout=0.2, socket_connect_timeout=2))
+    scripted.silent.clear()
+    begin = time.monotonic()
+    with pytest.raises(StoreTimeoutError, match=r"no reply within 0\.2 s") as caught:
+        await echo(many, b"word")
+    assert caught.value.in_doubt
+    assert 0.5 <= time.monotonic() - begin + 0.01 < 1.5
     many.close()
 
 
@@ -416,7 +430,7 @@ async def test_closing_while_connecting_fails_who_waits_and_leaves_nothing_open(
     many.close()
     with pytest.raises(StoreUnavailableError, match="the store was closed"):
         await call
-    await asyncio.sleep(0.25)
+    await asyncio.sleep(0.35)
     assert scripted.connections == 0
 
 
