@@ -33,6 +33,8 @@ CUT = b"cut"
 """In the place of a reply: the connection is closed."""
 
 HELLO = b"%1\r\n+proto\r\n:3\r\n"
+LAST_OF_HANDSHAKE = [b"CLIENT", b"SETINFO", b"LIB-VER"]
+PUSH = b">2\r\n+invalidate\r\n*1\r\n+key\r\n"
 
 
 def bulk(value: bytes) -> bytes:
@@ -51,7 +53,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.answer: Callable[[list[bytes]], bytes] = echoed
-        self.after_hello = b""
+        self.after_handshake = b""
         self.chunks: list[list[list[bytes]]] = []
         self.connections = 0
         self.open = 0
@@ -69,7 +71,8 @@ class Scripted:
                 chunk: list[list[bytes]] = []
                 while (command := commands.gets()) is not self:
                     if command[0] in (b"HELLO", b"CLIENT", b"AUTH", b"SELECT"):
-                        writer.write(HELLO + self.after_hello if command[0] == b"HELLO" else b"+OK\r\n")
+                        writer.write(HELLO if command[0] == b"HELLO" else b"+OK\r\n")
+                        writer.write(self.after_handshake if command[:3] == LAST_OF_HANDSHAKE else b"")
                     else:
                         chunk.append(command)
                 if chunk:
@@ -221,14 +224,14 @@ async def test_too_many_replies_break_the_connection_for_those_who_come_next(scr
 
 
 async def test_a_late_reply_of_a_busy_server_is_dropped_in_its_turn(scripted: Scripted) -> None:
-    many = scripted.multiplexer(socket_timeout=0.2)
+    many = scripted.multiplexer(socket_timeout=0.5)
     await echo(many, b"connected")
     scripted.silent.clear()
     calls = [asyncio.create_task(echo(many, word)) for word in words(6)]
 
     def one_at_a_time(command: list[bytes]) -> bytes:
         scripted.silent.clear()
-        asyncio.get_running_loop().call_later(0.08, scripted.silent.set)
+        asyncio.get_running_loop().call_later(0.2, scripted.silent.set)
         return bulk(command[-1])
 
     scripted.answer = one_at_a_time
@@ -247,13 +250,13 @@ async def test_a_late_reply_of_a_busy_server_is_dropped_in_its_turn(scripted: Sc
 
 
 async def test_a_silent_connection_is_left_with_the_deadline_of_the_first_who_waits(scripted: Scripted) -> None:
-    many = scripted.multiplexer(socket_timeout=0.2)
+    many = scripted.multiplexer(socket_timeout=0.5)
     await echo(many, b"connected")
     scripted.silent.clear()
     early = asyncio.create_task(echo(many, b"early"))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.25)
     late = asyncio.create_task(echo(many, b"late"))
-    with pytest.raises(StoreTimeoutError, match=r"no reply within 0\.2 s") as caught:
+    with pytest.raises(StoreTimeoutError, match=r"no reply within 0\.5 s") as caught:
         await early
     assert caught.value.in_doubt
     assert not late.done()
@@ -284,11 +287,11 @@ async def test_a_silent_connection_that_was_left_ends_with_the_last_who_waits(sc
 
 
 async def test_closing_ends_a_connection_that_was_left(scripted: Scripted) -> None:
-    many = scripted.multiplexer(socket_timeout=0.2)
+    many = scripted.multiplexer(socket_timeout=0.5)
     await echo(many, b"connected")
     scripted.silent.clear()
     early = asyncio.create_task(echo(many, b"early"))
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.25)
     late = asyncio.create_task(echo(many, b"late"))
     await asyncio.wait([early])
     anew = asyncio.create_task(echo(many, b"anew"))
@@ -333,21 +336,21 @@ class Slow(redis.asyncio.Connection):
     """A connection that takes its time."""
 
     async def connect(self) -> None:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.6)
         await super().connect()  # type: ignore[no-untyped-call]
 
 
 async def test_what_was_given_up_while_connecting_is_never_sent(scripted: Scripted) -> None:
     port = scripted.port
-    many = Multiplexer(lambda: Slow(host="127.0.0.1", port=port, socket_timeout=0.15, socket_connect_timeout=0.05))
+    many = Multiplexer(lambda: Slow(host="127.0.0.1", port=port, socket_timeout=0.3, socket_connect_timeout=0.1))
     late = asyncio.create_task(echo(many, b"too late"))
     cancelled = asyncio.create_task(echo(many, b"cancelled"))
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(0.35)
     cancelled.cancel()
     assert await echo(many, b"in time") == b"in time"
     error = late.exception()
     assert isinstance(error, StoreTimeoutError)
-    assert "no connection within 0.2 s" in str(error)
+    assert "no connection within 0.4 s" in str(error)
     assert not error.in_doubt
     assert scripted.commands == [b"in time"]
     many.close()
@@ -361,7 +364,7 @@ async def test_the_time_for_a_reply_begins_when_there_is_a_connection(scripted: 
     with pytest.raises(StoreTimeoutError, match=r"no reply within 0\.2 s") as caught:
         await echo(many, b"word")
     assert caught.value.in_doubt
-    assert 0.5 <= time.monotonic() - begin + 0.01 < 1.5
+    assert 0.8 <= time.monotonic() - begin + 0.01 < 2
     many.close()
 
 
@@ -430,7 +433,7 @@ async def test_closing_while_connecting_fails_who_waits_and_leaves_nothing_open(
     many.close()
     with pytest.raises(StoreUnavailableError, match="the store was closed"):
         await call
-    await asyncio.sleep(0.35)
+    await asyncio.sleep(0.65)
     assert scripted.connections == 0
 
 
@@ -473,14 +476,42 @@ async def test_a_refusal_that_redis_py_has_as_an_error_of_the_connection_is_that
 
 
 async def test_push_messages_are_nobodys_replies(scripted: Scripted) -> None:
-    push = b">2\r\n+invalidate\r\n*1\r\n+key\r\n"
-    scripted.after_hello = push
-    scripted.answer = lambda command: push + bulk(command[-1]) + push
+    scripted.after_handshake = PUSH
+    scripted.answer = lambda command: PUSH + bulk(command[-1]) + PUSH
     many = scripted.multiplexer(protocol=3)
     for _ in range(3):
         assert await asyncio.gather(*(echo(many, word) for word in words(10))) == words(10)
     assert scripted.connections == 1
     many.close()
+
+
+async def test_what_came_right_after_the_handshake_is_not_lost(scripted: Scripted) -> None:
+    class Early(redis.asyncio.Connection):
+        async def connect(self) -> None:
+            await super().connect()  # type: ignore[no-untyped-call]
+            assert self._reader is not None
+            self._reader.feed_data(PUSH[:9])
+
+    port = scripted.port
+    many = Multiplexer(lambda: Early(host="127.0.0.1", port=port, protocol=3, socket_timeout=1))
+    scripted.answer = lambda command: PUSH[9:] + bulk(command[-1])
+    assert await echo(many, b"word") == b"word"
+    many.close()
+
+
+async def test_an_end_right_after_the_handshake_is_noticed(scripted: Scripted) -> None:
+    class Over(redis.asyncio.Connection):
+        async def connect(self) -> None:
+            await super().connect()  # type: ignore[no-untyped-call]
+            assert self._reader is not None
+            self._reader.feed_eof()
+
+    port = scripted.port
+    many = Multiplexer(lambda: Over(host="127.0.0.1", port=port))
+    with pytest.raises(StoreUnavailableError, match="the server closed the connection") as caught:
+        await echo(many, b"word")
+    assert not caught.value.in_doubt
+    await until(lambda: (scripted.connections, scripted.open) == (1, 0))
 
 
 @pytest.mark.redis
@@ -632,7 +663,7 @@ def test_a_loop_that_ends_complains_of_nothing(server: RedisServer, end: str, ti
     keep, tasks = [], []
 
     async def many(manager):
-        calls = (manager.try_consume(f"user:{{i}}") for i in range(1000))
+        calls = (manager.try_consume(f"user:{{i}}") for i in range(100))
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def main():
