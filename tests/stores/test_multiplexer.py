@@ -280,6 +280,8 @@ async def test_a_silent_connection_that_was_left_ends_with_the_last_who_waits(sc
     calls.append(asyncio.create_task(echo(many, b"late")))
     await asyncio.wait(calls)
     assert all(isinstance(call.exception(), StoreTimeoutError) for call in calls)
+    (link,) = many._links.values()
+    assert link.ended
     scripted.silent.set()
     await until(lambda: scripted.open == 0)
     assert await echo(many, b"anew") == b"anew"
