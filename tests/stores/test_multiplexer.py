@@ -21,7 +21,7 @@ import redis
 import redis.asyncio
 import trustme
 from redis._parsers import _AsyncRESP2Parser
-from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
+from redis.exceptions import ClusterDownError, NoScriptError, ReadOnlyError, ResponseError
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores.multiplexer import Multiplexer
@@ -610,6 +610,16 @@ async def test_a_store_that_is_forgotten_closes_its_connection(server: RedisServ
             gc.enable()
 
 
+async def test_a_connection_that_was_closed_leaves_no_task_behind(scripted: Scripted) -> None:
+    many = scripted.multiplexer()
+    await echo(many, b"word")
+    before = asyncio.all_tasks()
+    many.close()
+    for _ in range(5):
+        assert asyncio.all_tasks() <= before
+        await asyncio.sleep(0)
+
+
 @pytest.mark.redis
 def test_each_event_loop_has_a_connection_of_its_own(server: RedisServer) -> None:
     for manager in (
@@ -791,15 +801,35 @@ def move(source: RedisServer, target: RedisServer, key: str) -> None:
 
 
 @pytest.mark.redis
-async def test_the_connection_to_a_node_that_left_the_cluster_is_closed(server_binary: ServerBinary) -> None:
+async def test_what_is_known_of_a_node_that_left_the_cluster_is_dropped(server_binary: ServerBinary) -> None:
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
             channel = AsyncClusterChannel(client)
             await channel.send(b"key", ("GET", b"key"))
-            (name,) = channel._multiplexers
-            await client.initialize()
-            left = client.nodes_manager.nodes_cache.pop(name)
+            ((name, many),) = channel._multiplexers.items()
+            (link,) = many._links.values()
+            channel._failed = {name}
+            node = client.nodes_manager.nodes_cache.pop(name)
             channel._leave_nodes_that_left()
-            assert channel._multiplexers == {}
-            client.nodes_manager.nodes_cache[name] = left
+            assert (channel._multiplexers, channel._failed, link.ended) == ({}, set(), True)
+            client.nodes_manager.nodes_cache[name] = node
+            await channel.close()
+
+
+@pytest.mark.redis
+async def test_a_cluster_that_is_down_is_left_to_redis_py_with_the_next_command(server_binary: ServerBinary) -> None:
+    class Down(Multiplexer):
+        def send(self, key: bytes, commands: tuple[Any, ...]) -> asyncio.Future[Any]:
+            future = asyncio.get_running_loop().create_future()
+            future.set_result([ClusterDownError("CLUSTERDOWN The cluster is down") for _ in commands])
+            return future
+
+    with servers.cluster(server_binary) as cluster:
+        async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
+            channel = AsyncClusterChannel(client)
+            await channel.send(b"key", ("PING",))
+            (name,) = channel._multiplexers
+            channel._multiplexers[name] = Down(list)
+            assert [type(reply) for reply in await channel.send(b"key", ("PING",))] == [ClusterDownError]
+            assert await channel.send(b"key", ("ECHO", b"by redis-py")) == [b"by redis-py"]
             await channel.close()
