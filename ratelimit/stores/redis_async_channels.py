@@ -162,7 +162,8 @@ class AsyncClusterChannel:
         before, self._loop = self._loop, asyncio.get_running_loop()
         self._turn = asyncio.Lock()
         if before is not None and before.is_closed():
-            for node in self._client.get_nodes():
+            known: list[Any] = [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
+            for node in known:
                 with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
                     await node.disconnect()
 
