@@ -8,7 +8,6 @@ the error is thrown into the generator at that place, so that the same ``try`` s
 from __future__ import annotations
 
 from collections.abc import Generator
-from inspect import isawaitable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ async def adrive(steps: Steps[T]) -> T:
         while True:
             value = steps.send(value) if failure is None else steps.throw(failure)
             failure = None
-            if isawaitable(value):
+            if hasattr(value, "__await__"):  # inspect.isawaitable takes several times as long
                 try:
                     value = await value
                 except GeneratorExit:  # this coroutine is being closed: nothing can be awaited any more

@@ -379,6 +379,7 @@ async def test_the_callers_client_outlives_the_manager(
 async def test_the_callers_cluster_client_outlives_the_manager(face: Face, cluster: Cluster) -> None:
     node = cluster.nodes[0]
     async with closing(face.redis.RedisCluster(host=node.host, port=node.port)) as client:
+        await settled(client.get("user:42"))
         async with closing(face.over(client)) as manager:
             await settled(manager.try_consume("user:42"))
         before = [connections(node) for node in cluster.nodes]

@@ -53,11 +53,10 @@ class _RedisSteps:
     time is asked for in the same round trip, when what is known of it is a second old.
     """
 
-    def __init__(self, channel: Channel, monotonic: Callable[[], int], *, owns_client: bool = False) -> None:
+    def __init__(self, channel: Channel, monotonic: Callable[[], int]) -> None:
         self._channel = channel
         self._monotonic = monotonic
         self._nodes: dict[str, _Node] = {}
-        self._owns_client = owns_client
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
         node = self._node_of(key)
@@ -174,9 +173,9 @@ def time_nanos(time_reply: Any) -> int:
 
 def _channel(client: redis.Redis | redis.RedisCluster) -> Channel:
     if isinstance(client, redis.RedisCluster):
-        return ClusterChannel(lambda: client, shared=True)
+        return ClusterChannel(lambda: client)
     if isinstance(client, redis.Redis):
-        return PoolChannel(client, shared=True)
+        return PoolChannel(client)
     raise InvalidArgumentError(
         f"RedisStore takes a redis.Redis or redis.RedisCluster, not {client!r}"
         " (for a client of redis.asyncio there is AsyncRedisStore)"
@@ -208,10 +207,10 @@ class RedisStore(_RedisSteps):
         super().__init__(_channel(client), monotonic)
 
     @classmethod
-    def owning(cls, channel: Channel) -> RedisStore:
-        """A store that closes the client behind this channel when it is closed itself."""
+    def over(cls, channel: Channel) -> RedisStore:
+        """A store over a channel, which it closes with itself."""
         store = cls.__new__(cls)
-        _RedisSteps.__init__(store, channel, time.monotonic_ns, owns_client=True)
+        _RedisSteps.__init__(store, channel, time.monotonic_ns)
         return store
 
     def get(self, key: bytes) -> bytes | None:
@@ -240,15 +239,14 @@ class RedisStore(_RedisSteps):
         return drive(self._asked(key, *command))
 
     def close(self) -> None:
-        """Close what a URL has opened; a client of the caller's stays open, and gets its connections back."""
-        if self._owns_client:
-            self._channel.close()
-        else:
-            self._channel.release()
+        """Give all connections back, and close the client that a URL has made; one of the caller's stays open."""
+        self._channel.close()
 
 
 class AsyncRedisStore(_RedisSteps):
     """Buckets in Redis, over an asyncio client that the caller made and closes.
+
+    All tasks share one connection to each server, which is made as the client makes them, and is none of its pool.
 
     :param client: a ``redis.asyncio.Redis`` (also one that Sentinel's ``master_for`` gives) or a
         ``redis.asyncio.RedisCluster``; for its settings see :class:`RedisStore`.
@@ -264,10 +262,10 @@ class AsyncRedisStore(_RedisSteps):
         super().__init__(_async_channel(client), monotonic)
 
     @classmethod
-    def owning(cls, channel: Channel) -> AsyncRedisStore:
-        """A store that closes the client behind this channel when it is closed itself."""
+    def over(cls, channel: Channel) -> AsyncRedisStore:
+        """A store over a channel, which it closes with itself."""
         store = cls.__new__(cls)
-        _RedisSteps.__init__(store, channel, time.monotonic_ns, owns_client=True)
+        _RedisSteps.__init__(store, channel, time.monotonic_ns)
         return store
 
     async def get(self, key: bytes) -> bytes | None:
@@ -292,6 +290,5 @@ class AsyncRedisStore(_RedisSteps):
         return adrive(self._asked_time(key)) if now is None else now
 
     async def aclose(self) -> None:
-        """Close what a URL has opened; a client of the caller's stays open."""
-        if self._owns_client:
-            await self._channel.close()
+        """Close the store's own connections, and the client that a URL has made; one of the caller's stays open."""
+        await self._channel.close()

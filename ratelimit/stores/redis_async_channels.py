@@ -1,101 +1,183 @@
-"""The asyncio twins of the channels in :mod:`ratelimit.stores.redis_channels`."""
+"""How commands reach a server in asyncio code: over one connection to each server, which all tasks share.
+
+They are sent once, as :mod:`ratelimit.stores.redis_channels` says why. The connections are none of the client's pool,
+which stays as the caller left it, but made as the pool makes them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final
 
 import redis.asyncio
-from redis.exceptions import ResponseError
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
 
+from ratelimit.errors import StoreError
+from ratelimit.stores.multiplexer import Multiplexer
 from ratelimit.stores.redis_channels import RAW, Command, Replies
 from ratelimit.stores.redis_errors import FOREIGN, translated
+
+_NOT_HERE: Final = (MovedError, AskError, TryAgainError)
+"""What a node answers that has not done what it was asked for; redis-py knows whom to ask instead."""
 
 
 class AsyncPoolChannel:
     """``redis.asyncio.Redis``: a single server, or the master that Sentinel names.
 
-    :param sentinels: clients to close together with this one.
+    :param sentinels: clients that belong to this one.
+    :param owned: whether closing closes the clients as well.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, sentinels: Sequence[redis.asyncio.Redis] = ()) -> None:
-        self._client = client
-        self._sentinels = sentinels
+    def __init__(
+        self, client: redis.asyncio.Redis, sentinels: Sequence[redis.asyncio.Redis] = (), *, owned: bool = False
+    ) -> None:
+        self._clients = (client, *sentinels)
+        self._owned = owned
+        self._multiplexer = Multiplexer(self._make_connection)
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
         return ""
 
-    async def send(self, key: bytes, *commands: Command) -> Replies:
-        """Send commands over one connection, in one write."""
-        pool = self._client.connection_pool
-        try:
-            connection = await pool.get_connection()
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=False) from error
-        try:
-            await connection.send_packed_command(connection.pack_commands(commands))
-            return [await _aread(connection) for _ in commands]
-        except BaseException as error:
-            await connection.disconnect(nowait=True)
-            if isinstance(error, FOREIGN):
-                raise translated(error, key, in_doubt=True) from error
-            raise
-        finally:
-            await pool.release(connection)
+    def send(self, key: bytes, *commands: Command) -> Awaitable[Replies]:
+        """Send commands in one write."""
+        return self._multiplexer.send(key, commands)
 
-    async def release(self) -> None:
-        """Nothing is held."""
+    def _make_connection(self) -> Any:
+        client, *sentinels = self._clients
+        connection = client.connection_pool.make_connection()
+        if sentinels:
+            connection.register_connect_callback(self._leave_sentinels)
+        return connection
+
+    async def _leave_sentinels(self, _connection: Any) -> None:
+        """They have named the master; their connections belong to this event loop, and the next may be another."""
+        for sentinel in self._clients[1:]:
+            await sentinel.connection_pool.disconnect()
 
     async def close(self) -> None:
-        """Close the client and its connections."""
-        for client in (self._client, *self._sentinels):
-            await client.aclose()
-            await client.connection_pool.disconnect()
-
-
-async def _aread(connection: Any) -> Any:
-    try:
-        return await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        return error
+        """Close the connections, and the client where it is owned."""
+        self._multiplexer.close()
+        if self._owned:
+            for client in self._clients:
+                await client.aclose()
+                await client.connection_pool.disconnect()
+        await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
 
 
 class AsyncClusterChannel:
-    """``redis.asyncio.RedisCluster``; naming the node keeps redis-py from repeating, and leaves it MOVED and ASK."""
+    """``redis.asyncio.RedisCluster``, which says what node has a key, and follows redirections.
 
-    def __init__(self, client: redis.asyncio.RedisCluster) -> None:
+    Naming the node keeps redis-py from repeating, and leaves it MOVED and ASK. What a node refused, redis-py asks for
+    again, and so it learns what has moved. Of nodes that are gone, and of a cluster that is down, it learns by asking
+    in vain, so that it is given the next command for a node that has failed. It gets one command at a time: when it
+    renews its table it closes its connections, whoever uses them.
+
+    :param owned: whether closing closes the client as well.
+    """
+
+    def __init__(self, client: redis.asyncio.RedisCluster, *, owned: bool = False) -> None:
         self._client = client
+        self._owned = owned
+        self._multiplexers: dict[str, Multiplexer] = {}
+        self._failed: set[str] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn = asyncio.Lock()
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot; empty before the cluster is known."""
         try:
-            node = self._client.get_node_from_key(key)  # type: ignore[arg-type]  # takes bytes as well
+            node = self._node(key)
         except FOREIGN:
             return ""
         return "" if node is None else str(node.name)
 
+    def _node(self, key: bytes) -> Any:
+        return self._client.get_node_from_key(key)  # type: ignore[arg-type]  # takes bytes as well
+
     async def send(self, key: bytes, *commands: Command) -> Replies:
-        """Send commands one by one."""
-        client = self._client
+        """Send commands to the node of the key in one write, and again one by one what it refuses as not its own."""
+        if self._loop is not asyncio.get_running_loop():
+            await self._enter_loop()
         try:
-            await client.initialize()
-            node = client.get_node_from_key(key)  # type: ignore[arg-type]  # takes bytes as well
+            if getattr(self._client, "_initialize", True):
+                async with self._turn:
+                    await self._client.initialize()
+            node = self._node(key)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
-        replies: Replies = []
-        for command in commands:
-            try:
-                replies.append(await client.execute_command(*command, target_nodes=node, **RAW))
-            except ResponseError as error:
-                replies.append(error)
-            except FOREIGN as error:
-                raise translated(error, key, in_doubt=True) from error
+        if node.name in self._failed:
+            self._failed.discard(node.name)
+            async with self._turn:
+                return [await self._sent_by_client(key, node, command) for command in commands]
+        replies = await self._sent(key, node, commands)
+        for place, reply in enumerate(replies):
+            if isinstance(reply, _NOT_HERE):
+                replies[place] = await self._redirected(key, node, commands[place])
+            elif isinstance(reply, ClusterDownError):
+                self._failed.add(node.name)
         return replies
 
-    async def release(self) -> None:
-        """Nothing is held."""
+    async def _sent(self, key: bytes, node: ClusterNode, commands: tuple[Command, ...]) -> Replies:
+        multiplexer = self._multiplexers.get(node.name)
+        if multiplexer is None:
+            multiplexer = self._multiplexers[node.name] = Multiplexer(lambda: _connection_to(node))
+        try:
+            return await multiplexer.send(key, commands)
+        except StoreError:
+            self._failed.add(node.name)
+            raise
+
+    async def _redirected(self, key: bytes, asked: ClusterNode, command: Command) -> Any:
+        async with self._turn:
+            node = self._node(key)
+            if node.name == asked.name:
+                reply = await self._sent_by_client(key, node, command)
+                self._leave_nodes_that_left()
+                return reply
+        (reply,) = await self._sent(key, node, (command,))  # as another one was told meanwhile
+        return await self._redirected(key, node, command) if isinstance(reply, _NOT_HERE) else reply
+
+    async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command) -> Any:
+        try:
+            return await self._client.execute_command(*command, target_nodes=node, **RAW)
+        except ResponseError as error:
+            return error
+        except FOREIGN as error:
+            self._failed.add(node.name)
+            raise translated(error, key, in_doubt=True) from error
+
+    def _leave_nodes_that_left(self) -> None:
+        present = {node.name for node in self._client.get_nodes()}
+        for name in self._multiplexers.keys() - present:
+            self._multiplexers.pop(name).close()
+        self._failed &= present
+
+    async def _enter_loop(self) -> None:
+        before, self._loop = self._loop, asyncio.get_running_loop()
+        self._turn = asyncio.Lock()
+        if before is not None and before.is_closed():
+            known: list[Any] = [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
+            for node in known:
+                with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
+                    await node.disconnect()
 
     async def close(self) -> None:
-        """Close the client."""
-        await self._client.aclose()
+        """Close the connections, and the client where it is owned."""
+        for multiplexer in self._multiplexers.values():
+            multiplexer.close()
+        self._multiplexers.clear()
+        if self._owned:
+            await self._client.aclose()
+        await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
+
+
+def _connection_to(node: ClusterNode) -> Any:
+    """A connection as the node itself makes them: retries are for the cluster, which may have left that node."""
+    options: dict[str, Any] = {**node.connection_kwargs, "retry": Retry(NoBackoff(), 0)}
+    return node.connection_class(**options)

@@ -48,12 +48,8 @@ class Channel(Protocol):
         """Send commands to the server of this key, in one round trip if it can be, and give their replies."""
         ...
 
-    def release(self) -> Any:
-        """Give up what is held of the client's, or in its place."""
-        ...
-
     def close(self) -> Any:
-        """Close the client as well."""
+        """Close the connections, and the client where it is the store's own."""
         ...
 
 
@@ -177,13 +173,14 @@ def _read(connection: Any) -> Any:
 class PoolChannel:
     """``redis.Redis``: a single server, or the master that Sentinel names.
 
-    :param sentinels: clients to close together with this one.
+    :param sentinels: clients that belong to this one.
+    :param owned: whether closing closes the clients as well.
     """
 
-    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = (), *, shared: bool = False) -> None:
-        self._client = client
-        self._sentinels = sentinels
-        self._connections = _KeptConnections(client.connection_pool, _most_kept(client.connection_pool, shared=shared))
+    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = (), *, owned: bool = False) -> None:
+        self._clients = (client, *sentinels)
+        self._owned = owned
+        self._connections = _KeptConnections(client.connection_pool, _most_kept(client.connection_pool, owned=owned))
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
@@ -193,21 +190,18 @@ class PoolChannel:
         """Send commands over one connection, in one write."""
         return _send_over(self._connections, key, commands)
 
-    def release(self) -> None:
-        """Give all connections back to the pool."""
-        self._connections.clear()
-
     def close(self) -> None:
-        """Close the client and its connections."""
-        self.release()
-        for client in (self._client, *self._sentinels):
-            client.close()
-            client.connection_pool.disconnect()
+        """Give all connections back to the pool, and close the client where it is owned."""
+        self._connections.clear()
+        if self._owned:
+            for client in self._clients:
+                client.close()
+                client.connection_pool.disconnect()
 
 
-def _most_kept(pool: Any, *, shared: bool) -> float:
+def _most_kept(pool: Any, *, owned: bool) -> float:
     """Of a pool that the caller uses as well, at most half is kept."""
-    return pool.max_connections // 2 if shared else float("inf")
+    return float("inf") if owned else pool.max_connections // 2
 
 
 _REDIRECTIONS: Final = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
@@ -220,11 +214,12 @@ class ClusterChannel:
     learns the slots anew; that a node is named keeps it from repeating the command.
 
     :param connect: gives the client when it is first needed: making one asks the servers already.
+    :param owned: whether closing closes the client as well.
     """
 
-    def __init__(self, connect: Callable[[], redis.RedisCluster], *, shared: bool = False) -> None:
+    def __init__(self, connect: Callable[[], redis.RedisCluster], *, owned: bool = False) -> None:
         self._connect = connect
-        self._shared = shared
+        self._owned = owned
         self._connected: redis.RedisCluster | None = None
         self._connections: dict[str, _KeptConnections] = {}
         self._failed: set[str] = set()
@@ -271,7 +266,7 @@ class ClusterChannel:
         pool = client.get_redis_connection(node).connection_pool
         connections = self._connections.get(node.name)
         if connections is None or connections.pool is not pool:
-            connections = _KeptConnections(pool, _most_kept(pool, shared=self._shared))
+            connections = _KeptConnections(pool, _most_kept(pool, owned=self._owned))
             self._connections[node.name] = connections
         return connections
 
@@ -286,13 +281,9 @@ class ClusterChannel:
             self._failed.discard(node.name)
         return reply
 
-    def release(self) -> None:
-        """Give all connections back to their pools."""
+    def close(self) -> None:
+        """Give all connections back to their pools, and close the client where it is owned, if it was ever made."""
         for connections in list(self._connections.values()):
             connections.clear()
-
-    def close(self) -> None:
-        """Close the client, if it was ever made."""
-        self.release()
-        if self._connected is not None:
+        if self._owned and self._connected is not None:
             self._connected.close()

@@ -58,8 +58,8 @@ def store_from_url(url: str) -> Store:
         return MemoryStore()
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return RedisStore.owning(ClusterChannel(partial(redis.RedisCluster, **options)))
-    return RedisStore.owning(PoolChannel(*_clients(redis, location, options)))
+        return RedisStore.over(ClusterChannel(partial(redis.RedisCluster, **options), owned=True))
+    return RedisStore.over(PoolChannel(*_clients(redis, location, options), owned=True))
 
 
 def async_store_from_url(url: str) -> AsyncStore:
@@ -69,8 +69,8 @@ def async_store_from_url(url: str) -> AsyncStore:
         return AsyncMemoryStore()
     options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return AsyncRedisStore.owning(AsyncClusterChannel(redis.asyncio.RedisCluster(**options)))
-    return AsyncRedisStore.owning(AsyncPoolChannel(*_clients(redis.asyncio, location, options)))
+        return AsyncRedisStore.over(AsyncClusterChannel(redis.asyncio.RedisCluster(**options), owned=True))
+    return AsyncRedisStore.over(AsyncPoolChannel(*_clients(redis.asyncio, location, options), owned=True))
 
 
 class _Location(NamedTuple):

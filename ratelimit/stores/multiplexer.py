@@ -1,0 +1,370 @@
+"""One connection to a server for all tasks of an event loop.
+
+Commands of one turn of the loop leave in one write, and replies come back in the order of the commands. Connecting,
+with all that belongs to it (TLS, authentication, RESP3, database, Sentinel), is redis-py's. Once it is done, the
+connection of redis-py is taken over: its transport, and its parser, which may hold the beginning of what comes next.
+
+Nothing is ever sent twice. A connection on which anything goes wrong is given up, and its place is taken by a new one
+when the next command comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from asyncio import AbstractEventLoop, Future, StreamWriter
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final, NamedTuple, Protocol
+
+import hiredis
+from redis import exceptions
+from redis._parsers import _AsyncHiredisParser
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
+
+from ratelimit.stores.redis_channels import Command, Replies
+from ratelimit.stores.redis_errors import FOREIGN, translated
+
+_PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
+
+_OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
+"""Replies of a server that one would not be connected to, or not so, if one connected now: it is no master any more, or
+does not know any longer who this is."""
+
+_CLOSED: Final = "the server closed the connection"
+_CLOSED_HERE: Final = "the store was closed"
+
+MakeConnection = Callable[[], Any]
+"""Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
+
+
+class Multiplexer:
+    """Sends commands to one server, over one connection for each event loop in which it is used.
+
+    How long a command may take, from when it is handed in, is the ``socket_timeout`` of the connection. Where it has to
+    wait for the connection first, it may do so for the ``socket_connect_timeout`` as well, and then begins to count.
+    """
+
+    def __init__(self, make_connection: MakeConnection) -> None:
+        self._make_connection = make_connection
+        self._links: dict[AbstractEventLoop, _Link] = {}
+
+    def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
+        """Send commands next to each other; to be awaited for their replies.
+
+        :param key: what errors are about.
+        """
+        loop = asyncio.get_running_loop()
+        link = self._links.get(loop)
+        if link is None or not link.usable:
+            link = self._links[loop] = _Link(loop, self._made(key), link)
+            for known in list(self._links):
+                if known.is_closed():
+                    self._links.pop(known, None)
+        return link.send(key, commands)
+
+    def _made(self, key: bytes) -> Any:
+        try:
+            return self._make_connection()
+        except FOREIGN as error:
+            raise translated(error, key, in_doubt=False) from error
+
+    def close(self) -> None:
+        """Close the connections. Who waits for a reply is told so; a command that comes later connects again."""
+        links, self._links = self._links, {}
+        for last in links.values():
+            for link in (*last.retired, last):
+                link.close()
+
+
+class _Waiter(NamedTuple):
+    future: Future[Replies]
+    key: bytes
+    replies: int
+    deadline: float
+
+
+class _Transport(Protocol):
+    """What there is of ``asyncio.WriteTransport`` also where there are no streams."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class _Link:
+    """One connection from its beginning to its end.
+
+    A waiter stays in its place until its replies have come, also when nobody waits for them any more.
+
+    A deadline that passes is the matter of that waiter alone. If nothing at all was heard since it was handed in, the
+    connection is retired: it gets no more commands, and ends with the last of those who still wait.
+
+    :param before: the connection whose place it takes.
+    """
+
+    def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None) -> None:
+        self.usable = True
+        self.ended = False
+        self.retired: list[_Link] = (
+            [] if before is None else [link for link in (*before.retired, before) if not link.ended]
+        )
+        self._loop = loop
+        self._timeout: float | None = connection.socket_timeout
+        self._patience = self._timeout  # of those who come now
+        if self._timeout is not None:
+            self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
+        self._waiters: deque[_Waiter] = deque()
+        self._unsent: list[bytes] = []  # one for each of the last waiters
+        self._replies: Replies = []  # of the first waiter, as far as they have come
+        self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
+        self._timer: asyncio.TimerHandle | None = None
+        self._heard = loop.time()
+        self._transport: _Transport | None = None
+        self._parser: Any = None
+        self._end_of_loop: AsyncGenerator[None, None] | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
+
+    def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
+        loop, patience = self._loop, self._patience
+        if len(commands) == 1:
+            packed = hiredis.pack_command(commands[0])
+        else:
+            packed = b"".join([hiredis.pack_command(command) for command in commands])
+        if not self._unsent and self._transport is not None:
+            loop.call_soon(self._flush)
+        self._unsent.append(packed)
+        future: Future[Replies] = loop.create_future()
+        if patience is None:
+            deadline = float("inf")
+        else:
+            deadline = loop.time() + patience
+            if self._timer is None:
+                self._timer = loop.call_at(deadline, self._on_deadline)
+        self._waiters.append(_Waiter(future, key, len(commands), deadline))
+        return future
+
+    def _flush(self) -> None:
+        if self._transport is not None and self._unsent:
+            packed, self._unsent = b"".join(self._unsent), []
+            self._transport.write(packed)
+
+    async def _connect(self, connection: Any) -> None:
+        try:
+            await connection.connect()
+            await self._take_over(connection)
+        except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
+            self.end(error)
+        except asyncio.CancelledError:
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
+            raise
+        finally:
+            if self.ended:
+                await connection.disconnect(nowait=True)
+
+    async def _take_over(self, connection: Any) -> None:
+        stream, writer, parser = connection._reader, connection._writer, connection._parser  # noqa: SLF001
+        if isinstance(writer, StreamWriter) and isinstance(parser, _AsyncHiredisParser):
+            connection._reader = connection._writer = None  # noqa: SLF001  # or it would report them as left open
+            writer.transport.set_protocol(_Receiver(self))
+            self._parser = parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            self._transport = writer.transport
+        else:
+            self._transport = _Turns(self, connection)
+        self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
+        await anext(self._end_of_loop)
+        if self._parser is not None:
+            self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
+            if stream.at_eof() or writer.is_closing():
+                raise exceptions.ConnectionError(_CLOSED)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Send what has waited for the connection, and let its time begin."""
+        waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
+        self._heard = now = self._loop.time()
+        self._patience = self._timeout
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._timeout is not None and waiting:
+            waiting = [(waiter._replace(deadline=now + self._timeout), packed) for waiter, packed in waiting]
+            self._timer = self._loop.call_at(now + self._timeout, self._on_deadline)
+        self._waiters, self._unsent = deque(waiter for waiter, _ in waiting), [packed for _, packed in waiting]
+        self._flush()
+
+    def received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
+                if type(reply) is not _PushNotification:
+                    self.take(reply)
+        except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
+            self.end(error)
+
+    def take(self, reply: Any) -> None:
+        """Give a reply to whom it belongs; raises where it belongs to nobody."""
+        if len(self._waiters) <= len(self._unsent):
+            raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
+        waiter = self._waiters[0]
+        if isinstance(reply, Exception):
+            if isinstance(reply, _OUTDATED):
+                self.usable = False
+            if not isinstance(reply, exceptions.ResponseError):
+                self._refusal = reply
+        if waiter.replies == 1:
+            replies = [reply]
+        else:
+            replies = self._replies
+            replies.append(reply)
+            if len(replies) < waiter.replies:
+                return
+            self._replies = []
+        self._waiters.popleft()
+        refusal, self._refusal = self._refusal, None
+        if not waiter.future.done():
+            if refusal is None:
+                waiter.future.set_result(replies)
+            else:
+                _fail(waiter.future, refusal, waiter.key, in_doubt=False)
+        if not (self.usable or self._waiters):
+            self.end(exceptions.ConnectionError(_CLOSED))
+
+    @property
+    def awaits_replies(self) -> bool:
+        return len(self._waiters) > len(self._unsent)
+
+    def _on_deadline(self) -> None:
+        """Deadlines come in the order of the waiters: one timer is enough, for the first who still waits."""
+        self._timer = None
+        now = self._loop.time()
+        sent = len(self._waiters) - len(self._unsent)
+        for place, (future, key, _, deadline) in enumerate(self._waiters):
+            if future.done():
+                continue
+            if deadline > now:
+                self._timer = self._loop.call_at(deadline, self._on_deadline)
+                return
+            in_doubt = place < sent
+            if in_doubt and self._heard + (self._timeout or 0) <= deadline:
+                self.usable = False
+            missing = "connection" if self._transport is None else "reply"
+            _fail(future, exceptions.TimeoutError(f"no {missing} within {self._patience:g} s"), key, in_doubt=in_doubt)
+        if not self.usable:
+            self.end(exceptions.ConnectionError(_CLOSED))
+
+    def lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
+
+    def close(self) -> None:
+        """Close the connection, which may belong to another loop than the one that runs here."""
+        error = exceptions.ConnectionError(_CLOSED_HERE)
+        if self._loop is asyncio.get_running_loop():
+            self.end(error)
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop is closed, and has closed the connection
+                self._loop.call_soon_threadsafe(self.end, error)
+
+    def end(self, error: Exception) -> None:
+        """Give the connection up, and fail all who wait."""
+        if self.ended:
+            return
+        self.usable, self.ended = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        elif self._connecting not in (None, asyncio.current_task()):
+            self._connecting.cancel()
+        if self._end_of_loop is not None:
+            _run_to_the_end(self._end_of_loop)
+        sent = len(self._waiters) - len(self._unsent)
+        for place, waiter in enumerate(self._waiters):
+            if not waiter.future.done():
+                _fail(waiter.future, error, waiter.key, in_doubt=place < sent)
+        self._waiters.clear()
+        self._unsent.clear()
+
+
+def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bool) -> None:
+    ours = translated(error, key, in_doubt=in_doubt)
+    ours.in_doubt = in_doubt  # also where the error was the answer to somebody else
+    ours.__cause__ = error
+    future.set_exception(ours)
+
+
+async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> AsyncGenerator[None, None]:
+    """Close a connection when its loop is shut down, or when this generator is forgotten, and its link with it.
+
+    An event loop ends the asynchronous generators that were begun in it. Those that are collected it ends itself, in
+    its own thread.
+
+    :param _writer: is to live as long; it complains of an open transport otherwise.
+    """
+    try:
+        yield
+    finally:
+        transport.abort()
+
+
+def _run_to_the_end(generator: AsyncGenerator[None, None]) -> None:
+    with contextlib.suppress(StopIteration):
+        generator.aclose().send(None)  # it awaits nothing
+
+
+class _Receiver(asyncio.Protocol):
+    """Carries what the server sends to a link, which it does not keep alive."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = weakref.ref(link)
+
+    def data_received(self, data: bytes) -> None:
+        if (link := self._link()) is not None:
+            link.received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if (link := self._link()) is not None:
+            link.lost(exc)
+
+
+class _Turns:
+    """In the place of a transport where a connection is not made of streams and hiredis, as that of fakeredis is not.
+
+    Commands are written, and replies are read, by the methods of the connection, one after the other.
+    """
+
+    def __init__(self, link: _Link, connection: Any) -> None:
+        self._link = weakref.ref(link)
+        self._connection = connection
+        self._packed: list[bytes] = []
+        self._turns: asyncio.Task[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._packed.append(data)
+        link = self._link()
+        if link is not None and (self._turns is None or self._turns.done()):
+            self._turns = asyncio.create_task(self._take_turns(link))
+
+    def abort(self) -> None:
+        if self._turns is not None and self._turns is not asyncio.current_task():
+            self._turns.cancel()
+        self._connection._close()  # noqa: SLF001  # the other ways to close it are awaited
+
+    async def _take_turns(self, link: _Link) -> None:
+        connection = self._connection
+        try:
+            while link.awaits_replies:
+                if self._packed:
+                    packed, self._packed = b"".join(self._packed), []
+                    await connection.send_packed_command(packed, check_health=False)
+                try:
+                    reply = await connection.read_response(disable_decoding=True)
+                except exceptions.ResponseError as error:
+                    reply = error
+                link.take(reply)
+        except Exception as error:  # noqa: BLE001  # whatever it is, all wait for it
+            link.end(error)
