@@ -51,8 +51,8 @@ def main() -> None:
     took = time.monotonic() - begin
     results.environment["took"] = f"{took / 60:.1f} minutes"
     command = "make bench-quick" if quick else "make bench"
-    text = report.write(results, page, command=command, rounds=rounds, seconds=seconds)
-    print("" if whole else text, report.goals_table(results), sep="\n")
+    report.write(results, page, command=command, rounds=rounds, seconds=seconds)
+    print(f"\n{report.goals_table(results)}")
     print(f"\n{took:.0f} s; the page is {page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page}")
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 from benchmarks.model import AsyncHit, Contender, Hit, Sample, Setup, Table, of_latencies
 
 STUCK_SECONDS = 60
+FAILURES = 2
 
 
 class WrongAnswerError(Exception):
@@ -185,22 +186,22 @@ def interleaved(
 ) -> None:
     """Rounds over all contenders, each round beginning with another one, so that a slow minute hits them alike.
 
-    One that fails is left out from there on, and the table says so.
+    One that fails loses the round, and at the second time those that follow, too; the table says so.
     """
     names = [contender.name for contender in contenders]
     for round in range(rounds):
         first = round * max(1, len(names) // rounds) % len(names)
         for contender in [*contenders[first:], *contenders[:first]]:
-            if contender.name in table.left_out:
+            if len(table.failures.get(contender.name, ())) >= FAILURES:
                 continue
             tell(f"{table.title}: round {round + 1} of {rounds}, {contender.name}")
             try:
                 with _not_stuck():
                     sample = slice(contender)
             except Exception as error:  # noqa: BLE001  # of a library, whatever it is
-                table.left_out[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                table.rows.pop(contender.name, None)
-                tell(f"{contender.name} is left out: {table.left_out[contender.name]}\n")
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                table.failures.setdefault(contender.name, []).append(reason)
+                tell(f"{contender.name} has failed: {reason}\n")
             else:
                 table.rows.setdefault(contender.name, []).append(sample)
     table.rows = {name: table.rows[name] for name in names if name in table.rows}

@@ -132,7 +132,7 @@ class Table:
 
     :param primary: the metric that ratios are taken of.
     :param rows: samples by name of contender, one for each round.
-    :param left_out: why a contender is missing, by name.
+    :param failures: why a contender has lost rounds, by name.
     """
 
     id: str
@@ -140,7 +140,7 @@ class Table:
     title: str
     primary: str = "rate"
     rows: dict[str, list[Sample]] = field(default_factory=dict[str, list[Sample]])
-    left_out: dict[str, str] = field(default_factory=dict[str, str])
+    failures: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def values(self, name: str, metric: str) -> list[float]:
         return [sample[metric] for sample in self.rows.get(name, ()) if metric in sample]

@@ -198,7 +198,7 @@ async def self_limiters(setup: Setup) -> AsyncGenerator[AsyncHit]:
             capacity=tokens,
             refill_frequency=0.001,
             refill_amount=tokens,
-            redis_url=setup.url,
+            redis_url=setup.url.partition("?")[0],
             max_sleep=10.0,
             connection_pool_size=min(setup.connections, 100),
         )

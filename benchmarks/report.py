@@ -95,17 +95,18 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
   server, new connections, and a warm-up that visits every key. Shown are medians over the rounds, and `±`, half the
   distance from the worst round to the best. Some of the dearer scenarios have fewer rounds.
 - All contenders have the same limit, 1,000,000 per second, where nothing else is said; it is never reached. Answers are
-  counted: a contender that refuses where it should grant, or the other way round, is left out.
+  counted: a contender that refuses where it should grant, or the other way round, has failed. One that has failed
+  loses the round, and at the second time the scenario.
 - redis-py with hiredis for all of them, TCP to 127.0.0.1, without TLS; as many connections as threads or tasks for the
-  peers, and what `from_url` gives for this library.
+  peers, and the pool that `from_url` gives for this library; timeouts of 30 s.
 - `to floor` compares with the better floor of the table: a bare socket with hiredis, or redis-py's `evalsha`, which
   send the command that replaces a state of 107 bytes and do nothing else. `to best peer` compares with the best of
   published libraries and textbook scripts. For times and sizes less is better, also as a ratio.
 """
 
 
-def write(results: Results, page: Path, *, command: str, rounds: int, seconds: float) -> str:
-    """Write the page, and its charts in ``charts/`` beside it; answers with the page."""
+def write(results: Results, page: Path, *, command: str, rounds: int, seconds: float) -> None:
+    """Write the page, and its charts in ``charts/`` beside it."""
     directory = page.parent / "charts"
     directory.mkdir(parents=True, exist_ok=True)
     drawn = draw(results)
@@ -113,9 +114,7 @@ def write(results: Results, page: Path, *, command: str, rounds: int, seconds: f
         old.unlink()
     for name, svg in drawn.items():
         (directory / name).write_text(svg)
-    text = render(results, list(drawn), command=command, rounds=rounds, seconds=seconds)
-    page.write_text(text)
-    return text
+    page.write_text(render(results, list(drawn), command=command, rounds=rounds, seconds=seconds))
 
 
 def render(results: Results, drawn: Sequence[str], *, command: str, rounds: int, seconds: float) -> str:
@@ -129,15 +128,22 @@ def render(results: Results, drawn: Sequence[str], *, command: str, rounds: int,
         goals_table(results),
     ]
     for id, family in FAMILIES.items():
-        tables = [table for table in results.tables.values() if table.family == id and (table.rows or table.left_out)]
+        tables = [table for table in results.tables.values() if table.family == id and (table.rows or table.failures)]
         if not tables:
             continue
         parts += [f"## {family.title}", family.note]
         parts += [f"![{family.title}](charts/{name})" for name in drawn if name.split("-", 1)[0] == id]
         for table in tables:
             parts += [f"### {_sentence(table.title)}", table_of(results, table)]
-            parts += [f"Left out: {name} ({reason})." for name, reason in table.left_out.items()]
+            parts += [_failed(table, name) for name in table.failures]
     return "\n\n".join(parts) + "\n"
+
+
+def _failed(table: Table, name: str) -> str:
+    reasons = table.failures[name]
+    if not table.rows.get(name):
+        return f"Left out: {name} ({reasons[0]})."
+    return f"{name} has failed in {len(reasons)} of {len(reasons) + len(table.rows[name])} rounds ({reasons[0]})."
 
 
 def goals_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:

