@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 from benchmarks.model import Kind
 
 WIDTH: Final = 860
-_LEFT: Final = 230  # of the bars
+_LEFT: Final = 255  # of the bars
 _RIGHT: Final = 110  # for the values
 _ROW: Final = 20
 _BEGIN: Final = (
@@ -88,7 +88,10 @@ def lines(title: str, unit: str, series: Mapping[str, Sequence[tuple[float, floa
     for step in range(5):
         value = most * step / 4
         y = top + height - height * step / 4
-        body += [_line(left, left + width, y, "#d5dae1", 1), _text(left - 8, y + 4, f"{value:,.4g}", anchor="end")]
+        body += [
+            _line(left, left + width, y, "#d5dae1", 1),
+            _text(left - 8, y + 4, f"{value:,.0f}" if most >= 10 else f"{value:.3g}", anchor="end"),
+        ]
     for x in sorted({x for x, _ in points}):
         across, _ = place(x, 0)
         body += [_text(across, top + height + 18, f"{x:,.0f}", anchor="middle")]

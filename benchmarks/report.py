@@ -82,7 +82,7 @@ FAMILIES: Final = {
         "seen all keys only where there are few. The server was filled by copying one bucket. One contender after "
         "the other, not interleaved, three slices each. `client MiB grown` includes the connections and the lists of "
         "the measurement.",
-        ("rate", "server_mib"),
+        ("rate", "trips"),
         over_keys=True,
     ),
 }

@@ -111,12 +111,13 @@ def asyncio_tasks(run: Run) -> None:
             which = _asyncios(run)
             if number == 1 and tasks < 1_000:
                 which += run.chosen([contenders.WAITING])
-            run.interleave(table, which, _async_round(run, run.server.url, keys(number), tasks))
+            rounds = run.rounds if tasks in (1, 100) else min(run.rounds, 3)
+            run.interleave(table, which, _async_round(run, run.server.url, keys(number), tasks), rounds)
 
 
 def processes(run: Run) -> None:
     counts = (32,) if run.quick else (2, 8, 32)
-    seconds = 0.3 if run.quick else 1.5
+    seconds = 0.3 if run.quick else 1.0
     only = (*SLIM, "textbook GCRA", "throttled-py GCRA") if not run.quick else SLIM
     run.tell(f"starting {counts[-1]} processes")
     workers = Workers(counts[-1])
