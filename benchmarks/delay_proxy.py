@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
-import signal
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
+
+from benchmarks.spawn import spawned
 
 
 @contextmanager
 def delayed(port: int, added: float) -> Generator[int]:
     """A port of this machine that leads to another one, with so many seconds added to each round trip."""
-    spawn = get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(theirs, port, added), daemon=True)
-    process.start()
+    process, ours = spawned(_serve, port, added)
     try:
         if not ours.poll(15):
             raise RuntimeError("the delaying proxy does not start")
@@ -30,7 +27,6 @@ def delayed(port: int, added: float) -> Generator[int]:
 
 
 def _serve(answer: Connection, port: int, added: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # select() waits for microseconds, where epoll in asyncio waits for whole milliseconds.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(_forward(answer, port, added / 2))

@@ -6,15 +6,13 @@ import contextlib
 import gc
 import os
 import random
-import signal
 import socket
 import struct
 import time
 from array import array
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +21,9 @@ from urllib.parse import urlsplit
 from benchmarks.contenders import BY_NAME
 from benchmarks.measure import loop
 from benchmarks.model import Hit, Setup
+from benchmarks.spawn import spawned
 
-ANSWER_SECONDS: Final = 60
+ANSWER_SECONDS: Final = 45
 _SEGMENTS_WITH_DATA_SENT: Final = 156  # where struct tcp_info of Linux has them
 
 
@@ -64,32 +63,30 @@ class Workers:
     """Processes that stay from job to job, since starting one takes longer than a slice."""
 
     def __init__(self, number: int) -> None:
-        spawn = get_context("spawn")
         self._ends: list[Connection] = []
         self._processes: list[Any] = []
+        self._asked = 0
         for _ in range(number):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
+            process, ours = spawned(_serve)
             self._ends.append(ours)
             self._processes.append(process)
 
     @contextmanager
     def prepared(self, job: Job, number: int) -> Generator[Callable[[float, bool], list[Report]]]:
         """So many workers with the contender open and warm; call it to let them work for some seconds."""
-        ends = self._ends[:number]
+
+        def work(seconds: float, trace: bool) -> list[Report]:
+            start = time.perf_counter_ns() + 30_000_000 + number * 1_000_000
+            return self._ask(number, (start, int(seconds * 1e9), trace))
+
         try:
-            _ask(ends, job)
-
-            def work(seconds: float, trace: bool) -> list[Report]:
-                start = time.perf_counter_ns() + 30_000_000 + number * 1_000_000
-                return _ask(ends, (start, int(seconds * 1e9), trace))
-
+            self._ask(number, job)
             yield work
-        finally:
+        except Exception:
             with contextlib.suppress(WorkerError):
-                _ask(ends, None)
+                self._ask(number, None)
+            raise
+        self._ask(number, None)  # not after Ctrl-C, which does not wait for them
 
     def close(self) -> None:
         for process in self._processes:
@@ -97,29 +94,31 @@ class Workers:
         for process in self._processes:
             process.join()
 
+    def _ask(self, number: int, question: Any) -> list[Any]:
+        self._asked += 1
+        for end in self._ends[:number]:
+            end.send((self._asked, question))
+        answers = [self._answer(end) for end in self._ends[:number]]
+        for answer in answers:
+            if isinstance(answer, str):
+                raise WorkerError(answer)
+        return answers
 
-def _ask(ends: Sequence[Connection], question: Any) -> list[Any]:
-    for end in ends:
-        end.send(question)
-    answers: list[Any] = []
-    for end in ends:
-        if not end.poll(ANSWER_SECONDS):
-            raise WorkerError("a worker does not answer")
-        answers.append(end.recv())
-    for answer in answers:
-        if isinstance(answer, str):
-            raise WorkerError(answer)
-    return answers
+    def _answer(self, end: Connection) -> Any:
+        while end.poll(ANSWER_SECONDS):
+            asked, answer = end.recv()
+            if asked == self._asked:  # and not one that nobody has waited for
+                return answer
+        raise WorkerError("a worker does not answer")
 
 
 def _serve(questions: Connection) -> None:
     """A job, its slices, None; and again, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
     with contextlib.suppress(EOFError), ExitStack() as at_end:
         opened = at_end.enter_context(ExitStack())
         state: _State | None = None
         while True:
-            question = questions.recv()
+            number, question = questions.recv()
             try:
                 if isinstance(question, Job):
                     state = _State(question, opened)
@@ -134,7 +133,7 @@ def _serve(questions: Connection) -> None:
                     answer = state.work(*question)
             except Exception as error:  # noqa: BLE001  # told to whoever asked
                 answer = f"{type(error).__name__}: {error}"
-            questions.send(answer)
+            questions.send((number, answer))
 
 
 class _State:
