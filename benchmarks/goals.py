@@ -107,6 +107,16 @@ def _server(*, native: bool) -> Callable[[Results], Measured | None]:
     return find
 
 
+def _uncontended(results: Results) -> Measured | None:
+    """From the measurement of the server's time, where one client has seen all keys; the worst of the servers."""
+    tables = [table for table in results.tables.values() if table.family == "server"]
+    return max(
+        (Measured(trips, table.title) for table in tables if (trips := table.median(OURS, "trips")) is not None),
+        key=lambda measured: measured.value,
+        default=None,
+    )
+
+
 def _single(entrant: Entrant) -> bool:
     return entrant.is_peer and entrant.single_script
 
@@ -149,5 +159,5 @@ GOALS = (
     Goal("server time, by SET IFEQ: to the cheapest token-bucket peer", "<=", 0.15, _server(native=True)),
     Goal("in-process, 1 thread, 1,000 keys: throughput to the best peer", ">", 1, _ratio("memory-1-1000")),
     Goal("in-process, 1 thread, one key: throughput to the best peer", ">", 1, _ratio("memory-1-1")),
-    Goal("round trips per decision, uncontended", "<=", 1.005, _value("keys-1000", "trips"), "{:.2f}"),
+    Goal("round trips per decision, uncontended", "<=", 1.005, _uncontended, "{:.2f}"),
 )

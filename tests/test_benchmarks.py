@@ -79,6 +79,9 @@ def test_goals_are_judged_by_medians(results: Results) -> None:
         Measured(0.2, f"{SCRIPT}, server b"),
     ]
     assert [judged[text] for text in scripts] == ["reached", "NOT reached"]
+    for trips, verdict in ((1.0, "reached"), (1.01, "NOT reached")):
+        results.tables["server-a"].rows[OURS] = [{"server_us": 6.0, "trips": trips}]
+        assert verdicts(results)["round trips per decision, uncontended"] == verdict
     assert judged["32 processes, one key: most round trips of a decision"] == "not measured"
 
 
