@@ -86,7 +86,8 @@ def _async_round(
 
     def slice(contender: Contender) -> Sample:
         run.server.flush()
-        return asyncio.run(async_slice(contender, setup, where, tasks, run.seconds, granted=granted))
+        seconds = run.seconds * max(1, tasks / 400)  # many decisions of each task, also where there are many tasks
+        return asyncio.run(async_slice(contender, setup, where, tasks, seconds, granted=granted))
 
     return slice
 
