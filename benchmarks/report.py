@@ -91,9 +91,9 @@ _NOTES: Final = """\
 Ratios within one run are what counts; absolute numbers depend on the machine, and on what else it does.
 
 - A closed loop: each thread, task or process asks again as soon as it is answered.
-- Slices of {seconds} s (longer for 1,000 tasks, and for processes), {rounds} rounds; each round begins with another contender. Every slice starts with an empty
-  server, new connections, and a warm-up that visits every key. Shown are medians over the rounds, and `±`, half the
-  distance from the worst round to the best. Some of the dearer scenarios have fewer rounds.
+- Slices of {seconds} s (longer for 1,000 tasks, and for processes), {rounds} rounds, fewer of dear scenarios; each
+  round begins with another contender. Every slice starts with an empty server, new connections, and a warm-up that
+  visits every key. Shown are medians over the rounds, and `±`, half the distance from the worst round to the best.
 - All contenders have the same limit, 1,000,000 per second, where nothing else is said; it is never reached. Answers are
   counted: a contender that refuses where it should grant, or the other way round, has failed. One that has failed
   loses the round, and at the second time the scenario.
