@@ -1,15 +1,16 @@
 VENV ?= .venv
 PY = $(VENV)/bin/python
+BENCH = $(VENV)-bench
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format bench bench-quick clean
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ' ?## ' '/^[a-z]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ' ?## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-13s%s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: ARGS (make test ARGS="-k demo"), PYTHON (the interpreter), VENV (the environment)'
 
 demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own
@@ -28,8 +29,14 @@ format: $(VENV)/installed-dev ## repair style
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-clean: ## remove the environment and all that was generated
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+bench: $(BENCH)/installed ## measure against other limiters, a quarter of an hour, and write benchmarks/RESULTS.md
+	$(BENCH)/bin/python -m benchmarks $(ARGS)
+
+bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
+	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
+
+clean: ## remove the environments and all that was generated
+	rm -rf $(VENV) $(BENCH) benchmarks/out build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The project with one of its extras; again only when pyproject.toml has changed.
@@ -39,8 +46,17 @@ $(VENV)/installed-%: pyproject.toml | $(PY)
 	@$(PY) .ci/provide_redis.py
 	@touch $@
 
+# The benchmark's own: with the limiters that it measures, at the versions that RESULTS.md is about.
+$(BENCH)/installed: pyproject.toml benchmarks/requirements.txt | $(BENCH)/bin/python
+	@$(BENCH)/bin/python -m pip --version >/dev/null 2>&1 || $(BENCH)/bin/python -m ensurepip --default-pip >/dev/null 2>&1 \
+		|| .ci/bootstrap_pip $(BENCH)/bin/python
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]' \
+		--requirement benchmarks/requirements.txt
+	@$(BENCH)/bin/python .ci/provide_redis.py
+	@touch $@
+
 # Without pip, because Debian's python3 lacks ensurepip unless python3-venv is installed too.
-$(PY):
+$(PY) $(BENCH)/bin/python:
 	@$(or $(PYTHON),false) -c '$(NEW_ENOUGH)' || \
 		{ echo 'Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
-	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m venv --without-pip $(@:/bin/python=)

@@ -1,0 +1,82 @@
+"""Everything that takes part, by name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from benchmarks import floor, ours, peers, textbook
+from benchmarks.model import OURS, Contender, Entrant, Kind
+
+SOCKET: Final = "bare hiredis socket"
+REDIS_PY: Final = "redis-py evalsha"
+SKIP_SYNC: Final = f"{OURS}, skip-sync-on-zero"
+
+
+def _ours() -> list[Contender]:
+    plain = Contender(Entrant(OURS, Kind.OURS, token_bucket=True), ours.sync(), ours.asyncio())
+    if not ours.has_optimizations():
+        return [plain]
+    entrant = Entrant(SKIP_SYNC, Kind.OURS, token_bucket=True, asks_redis=False)
+    return [plain, Contender(entrant, ours.sync(skip_sync=True), ours.asyncio(skip_sync=True))]
+
+
+def _peer(name: str, *, token_bucket: bool = False) -> Entrant:
+    return Entrant(name, Kind.PEER, token_bucket=token_bucket, single_script=True)
+
+
+REDIS: Final = [
+    Contender(Entrant(SOCKET, Kind.FLOOR), floor.bare_socket),
+    Contender(Entrant(REDIS_PY, Kind.FLOOR), floor.redis_py, floor.redis_py_asyncio),
+    *_ours(),
+    Contender(
+        Entrant("textbook token bucket", Kind.TEXTBOOK, token_bucket=True, single_script=True),
+        textbook.sync(textbook.TOKEN_BUCKET),
+        textbook.asyncio(textbook.TOKEN_BUCKET),
+    ),
+    Contender(
+        Entrant("textbook GCRA", Kind.TEXTBOOK, single_script=True),
+        textbook.sync(textbook.GCRA),
+        textbook.asyncio(textbook.GCRA),
+    ),
+    Contender(
+        _peer("limits fixed window"),
+        peers.limits("FixedWindowRateLimiter"),
+        peers.limits_asyncio("FixedWindowRateLimiter"),
+    ),
+    Contender(
+        _peer("limits sliding window counter"),
+        peers.limits("SlidingWindowCounterRateLimiter"),
+        peers.limits_asyncio("SlidingWindowCounterRateLimiter"),
+        quick=False,
+    ),
+    Contender(_peer("limits moving window"), peers.limits("MovingWindowRateLimiter"), quick=False),
+    Contender(
+        _peer("throttled-py token bucket", token_bucket=True),
+        peers.throttled("token_bucket"),
+        peers.throttled_asyncio("token_bucket"),
+    ),
+    Contender(_peer("throttled-py GCRA"), peers.throttled("gcra"), peers.throttled_asyncio("gcra"), quick=False),
+    Contender(_peer("pyrate-limiter token bucket", token_bucket=True), peers.pyrate(log=False), peers.pyrate_asyncio),
+    Contender(_peer("pyrate-limiter log"), peers.pyrate(log=True), quick=False),
+]
+
+WAITING: Final = Contender(
+    Entrant("self-limiters token bucket", Kind.PEER, token_bucket=True, single_script=True),
+    asyncio=peers.self_limiters,
+    quick=False,
+)
+"""Sleeps at every call, also where there are tokens: in the scenarios of asyncio on one key only."""
+
+MEMORY: Final = [
+    Contender(Entrant(OURS, Kind.OURS, token_bucket=True), ours.sync()),
+    Contender(_peer("limits fixed window"), peers.limits("FixedWindowRateLimiter")),
+    Contender(_peer("limits moving window"), peers.limits("MovingWindowRateLimiter"), quick=False),
+    Contender(_peer("limits sliding window counter"), peers.limits("SlidingWindowCounterRateLimiter"), quick=False),
+    Contender(_peer("throttled-py token bucket", token_bucket=True), peers.throttled("token_bucket")),
+    Contender(_peer("throttled-py GCRA"), peers.throttled("gcra"), quick=False),
+    Contender(_peer("pyrate-limiter token bucket", token_bucket=True), peers.pyrate(log=False)),
+    Contender(_peer("pyrate-limiter log"), peers.pyrate(log=True)),
+]
+
+ENTRANTS: Final = {contender.name: contender.entrant for contender in (*MEMORY, *REDIS, WAITING)}
+BY_NAME: Final = {contender.name: contender for contender in (*REDIS, WAITING)}

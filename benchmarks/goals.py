@@ -1,0 +1,163 @@
+"""What is to be reached, each a ratio within one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.contenders import SKIP_SYNC, SOCKET
+from benchmarks.model import OURS, Entrant, Results, Table
+
+Verdict = Literal["reached", "NOT reached", "not measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value, and what it was taken against."""
+
+    value: float
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound, and how its value is found in the results: None where it was not measured."""
+
+    text: str
+    relation: Literal[">=", "<=", ">", "<"]
+    bound: float
+    find: Callable[[Results], Measured | None]
+    form: str = "{:.2f}x"
+
+    def verdict(self, measured: Measured | None) -> Verdict:
+        if measured is None:
+            return "not measured"
+        value, bound = measured.value, self.bound
+        reached = {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}[self.relation]
+        return "reached" if reached else "NOT reached"
+
+    @property
+    def wanted(self) -> str:
+        relation = {">=": "at least ", "<=": "at most ", ">": "above ", "<": "below "}[self.relation]
+        return relation + self.form.format(self.bound)
+
+
+def _is_peer(entrant: Entrant) -> bool:
+    return entrant.is_peer
+
+
+def _ratio(
+    table_id: str,
+    *,
+    metric: str = "rate",
+    ours: str = OURS,
+    wanted: Callable[[Entrant], bool] = _is_peer,
+    chosen_by: str | None = None,
+) -> Callable[[Results], Measured | None]:
+    """Ours to the best of those that are wanted, best by the same metric or by another."""
+
+    def find(results: Results) -> Measured | None:
+        table = results.tables.get(table_id)
+        best = None if table is None else results.best(table, chosen_by or metric, wanted)
+        return None if table is None or best is None else _of(table, ours, best, metric)
+
+    return find
+
+
+def _of(table: Table, name: str, other: str, metric: str) -> Measured | None:
+    value, base = table.median(name, metric), table.median(other, metric)
+    return None if value is None or not base else Measured(value / base, other)
+
+
+def _floor(results: Results) -> Measured | None:
+    """How many times as long as the bare socket a decision takes."""
+    table = results.tables.get("sync-1-1000")
+    found = None if table is None else _of(table, SOCKET, OURS, "rate")
+    return None if found is None else Measured(found.value, SOCKET)
+
+
+def _value(
+    table_id: str, metric: str, of: Callable[[Iterable[float]], float] | None = None
+) -> Callable[[Results], Measured | None]:
+    """The median of ours, or what else is made of the rounds."""
+
+    def find(results: Results) -> Measured | None:
+        table = results.tables.get(table_id)
+        values = [] if table is None else table.values(OURS, metric)
+        if table is None or not values:
+            return None
+        return Measured(table.median(OURS, metric) or 0.0 if of is None else of(values))
+
+    return find
+
+
+def _server(*, native: bool) -> Callable[[Results], Measured | None]:
+    """The worst ratio among the servers that have a ``SET`` that compares, or among those that have not."""
+
+    def find(results: Results) -> Measured | None:
+        found: list[Measured] = []
+        for table in results.tables.values():
+            if table.family == "server" and (table.id in results.native) is native:
+                ratio = _ratio(table.id, metric="server_us", wanted=lambda each: each.is_peer and each.token_bucket)
+                if (measured := ratio(results)) is not None:
+                    found.append(Measured(measured.value, f"{measured.against}, {table.title}"))
+        return max(found, key=lambda measured: measured.value, default=None)
+
+    return find
+
+
+def _uncontended(results: Results) -> Measured | None:
+    """From the measurement of the server's time, where one client has seen all keys; the worst of the servers."""
+    tables = [table for table in results.tables.values() if table.family == "server"]
+    return max(
+        (Measured(trips, table.title) for table in tables if (trips := table.median(OURS, "trips")) is not None),
+        key=lambda measured: measured.value,
+        default=None,
+    )
+
+
+def _single(entrant: Entrant) -> bool:
+    return entrant.is_peer and entrant.single_script
+
+
+def _asking(entrant: Entrant) -> bool:
+    return entrant.is_peer and entrant.asks_redis
+
+
+_MANY = "processes-32"
+
+GOALS = (
+    Goal("sync, 1 thread, 1,000 keys: time to that of the bare socket", "<=", 1.15, _floor),
+    Goal("sync, 1 thread, 1,000 keys: throughput to the best peer", ">", 1, _ratio("sync-1-1000")),
+    Goal("sync, 16 threads, 1,000 keys: throughput to the best peer", ">=", 2, _ratio("sync-16-1000")),
+    Goal("asyncio, 100 tasks, 1,000 keys: throughput to the best peer", ">=", 6, _ratio("asyncio-100-1000")),
+    Goal("asyncio, 100 tasks, one key: throughput to the best peer", ">=", 12, _ratio("asyncio-100-1")),
+    Goal("32 processes, one key: throughput to the best single-script peer", ">=", 0.9, _ratio(_MANY, wanted=_single)),
+    Goal(
+        "32 processes, one key: p99 to that of the same peer",
+        "<=",
+        1,
+        _ratio(_MANY, metric="p99_us", wanted=_single, chosen_by="rate"),
+    ),
+    Goal("32 processes, one key: min/max share, worst round", ">", 0.7, _value(_MANY, "share", min), "{:.2f}"),
+    Goal("32 processes, one key: mean round trips per decision", "<", 1.3, _value(_MANY, "trips"), "{:.2f}"),
+    Goal("32 processes, one key: most round trips of a decision", "<=", 3, _value(_MANY, "most_trips", max), "{:.0f}"),
+    Goal(
+        "rejections with skip-sync-on-zero, 1 thread: throughput to the best peer that asks Redis",
+        ">=",
+        20,
+        _ratio("rejections-sync", ours=SKIP_SYNC, wanted=_asking),
+    ),
+    Goal(
+        "rejections with skip-sync-on-zero, 100 tasks: throughput to the best peer that asks Redis",
+        ">=",
+        20,
+        _ratio("rejections-asyncio", ours=SKIP_SYNC, wanted=_asking),
+    ),
+    Goal("server time, by script: to the cheapest token-bucket peer", "<=", 0.6, _server(native=False)),
+    Goal("server time, by SET IFEQ: to the cheapest token-bucket peer", "<=", 0.15, _server(native=True)),
+    Goal("in-process, 1 thread, 1,000 keys: throughput to the best peer", ">", 1, _ratio("memory-1-1000")),
+    Goal("in-process, 1 thread, one key: throughput to the best peer", ">", 1, _ratio("memory-1-1")),
+    Goal("round trips per decision, uncontended", "<=", 1.005, _uncontended, "{:.2f}"),
+)

@@ -1,0 +1,198 @@
+"""What the benchmark makes of its measurements: medians, ratios, verdicts, tables and charts. Nothing is timed here."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from benchmarks import charts, report
+from benchmarks.contenders import ENTRANTS, SKIP_SYNC, SOCKET
+from benchmarks.goals import GOALS, Goal, Measured
+from benchmarks.measure import WrongAnswerError, check, interleaved, shares
+from benchmarks.model import METRICS, OURS, Contender, Entrant, Kind, Results, Sample, Table, of_latencies, spread
+from benchmarks.scenarios import SCENARIOS
+
+PEER, SCRIPT = "limits fixed window", "textbook token bucket"
+
+
+def table_with(id: str, family: str, metric: str, values: dict[str, list[float]]) -> Table:
+    rows = {name: [{metric: value} for value in rounds] for name, rounds in values.items()}
+    return Table(id, family, id.replace("-", " "), metric, rows)
+
+
+def results_with(*tables: Table) -> Results:
+    entrants = {**ENTRANTS, SKIP_SYNC: Entrant(SKIP_SYNC, Kind.OURS, asks_redis=False)}
+    return Results(entrants, {table.id: table for table in tables}, environment={"Python": "3.11"})
+
+
+def verdicts(results: Results) -> dict[str, str]:
+    return {goal.text: goal.verdict(goal.find(results)) for goal in GOALS}
+
+
+@pytest.fixture
+def results() -> Results:
+    sync = table_with(
+        "sync-1-1000", "sync", "rate", {SOCKET: [100, 120, 110], OURS: [99, 100, 140], PEER: [50, 60, 40]}
+    )
+    sync.failures = {"pyrate-limiter log": ["ValueError: <none> & nothing"], PEER: ["TimeoutError: slow"]}
+    script = table_with("server-a", "server", "server_us", {OURS: [6.0], PEER: [1.0], SCRIPT: [10.0]})
+    native = table_with("server-b", "server", "server_us", {OURS: [2.0], SCRIPT: [10.0]})
+    keys = [table_with(f"keys-{number}", "keys", "rate", {OURS: [9.0], PEER: [8.0]}) for number in (1_000, 10_000)]
+    made = results_with(sync, script, native, *keys)
+    made.native.add("server-b")
+    return made
+
+
+def test_medians_and_spreads() -> None:
+    table = table_with("t", "sync", "rate", {OURS: [3, 1, 2], PEER: [4, 1]})
+    assert table.median(OURS) == 2
+    assert table.median(PEER) == 2.5
+    assert table.median("nobody") is None
+    assert table.median(OURS, "p99_us") is None
+    assert spread([90, 100, 130]) == 0.2
+    assert spread([0, 0]) == 0
+
+
+def test_latencies_are_in_microseconds() -> None:
+    assert of_latencies([*range(1_000, 100_000, 1_000), 5_000_000]) == {"p50_us": 51, "p99_us": 5_000, "max_us": 5_000}
+    assert of_latencies([2_500]) == {"p50_us": 2.5, "p99_us": 2.5, "max_us": 2.5}
+
+
+def test_the_best_peer_is_neither_ours_nor_a_floor(results: Results) -> None:
+    assert results.best(results.tables["sync-1-1000"]) == PEER
+    assert results.best(results.tables["server-a"]) == PEER  # less is better
+    assert results.best(results.tables["server-a"], wanted=lambda each: each.is_peer and each.token_bucket) == SCRIPT
+    assert results.best(results.tables["server-a"], wanted=lambda each: each.kind is Kind.FLOOR) is None
+
+
+def test_goals_are_judged_by_medians(results: Results) -> None:
+    found = {goal.text: goal.find(results) for goal in GOALS}
+    judged = verdicts(results)
+    floor, best, *_ = judged
+    assert (found[floor], judged[floor]) == (Measured(1.1, SOCKET), "reached")
+    assert (found[best], judged[best]) == (Measured(2.0, PEER), "reached")
+    scripts = [text for text in judged if text.startswith("server time")]
+    assert [found[text] for text in scripts] == [
+        Measured(0.6, f"{SCRIPT}, server a"),
+        Measured(0.2, f"{SCRIPT}, server b"),
+    ]
+    assert [judged[text] for text in scripts] == ["reached", "NOT reached"]
+    for trips, verdict in ((1.0, "reached"), (1.01, "NOT reached")):
+        results.tables["server-a"].rows[OURS] = [{"server_us": 6.0, "trips": trips}]
+        assert verdicts(results)["round trips per decision, uncontended"] == verdict
+    assert judged["32 processes, one key: most round trips of a decision"] == "not measured"
+
+
+def test_goals_for_processes_take_the_worst_round_where_they_say_so() -> None:
+    rounds: list[Sample] = [
+        {"rate": 80.0, "p99_us": 5.0, "share": share, "trips": 1.2, "most_trips": most}
+        for share, most in ((0.9, 2), (0.6, 4), (0.8, 2))
+    ]
+    table = Table("processes-32", "processes", "32 processes", "rate", {OURS: rounds})
+    table.rows[SCRIPT] = [{"rate": 100.0, "p99_us": 6.0}]
+    table.rows[SOCKET] = [{"rate": 500.0, "p99_us": 1.0}]
+    judged = [verdict for text, verdict in verdicts(results_with(table)).items() if text.startswith("32 processes")]
+    assert judged == ["NOT reached", "reached", "NOT reached", "reached", "NOT reached"]
+
+
+def test_nothing_is_reached_that_was_not_measured() -> None:
+    assert set(verdicts(results_with()).values()) == {"not measured"}
+    goal = Goal("text", ">", 1, lambda _: None)
+    assert goal.verdict(Measured(1.0)) == "NOT reached"
+    assert goal.wanted == "above 1.00x"
+
+
+def test_goals_name_tables_that_scenarios_fill() -> None:
+    assert set(SCENARIOS) == set(report.FAMILIES)
+
+
+def test_the_page_shows_goals_ratios_and_who_is_missing(results: Results, tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    report.write(results, page, command="make bench", rounds=3, seconds=0.4)
+    text = page.read_text()
+    rows = {cells[1].strip(" *"): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) > 3}
+    assert [cell.strip() for cell in rows["sync, 1 thread, 1,000 keys: time to that of the bare socket"][2:5]] == [
+        "at most 1.15x",
+        f"1.10x ({SOCKET})",
+        "reached",
+    ]
+    sync = text[text.index("### Sync 1 1000") : text.index("## What a decision costs")]
+    assert f"| **{OURS}**" in sync
+    assert [cell.strip() for cell in next(line for line in sync.splitlines() if OURS in line).split("|")[2:6]] == [
+        "100",
+        "20%",
+        "0.91x",
+        "2.00x",
+    ]
+    assert "Left out: pyrate-limiter log (ValueError: <none> & nothing)." in text
+    assert f"{PEER} has failed in 1 of 4 rounds (TimeoutError: slow)." in text
+    for name in (tmp_path / "charts").iterdir():
+        assert f"(charts/{name.name})" in text
+
+
+def test_tables_are_whole(results: Results) -> None:
+    for table in results.tables.values():
+        lines = report.table_of(results, table).splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert len({len(line) for line in lines}) == 1
+        assert len(lines) == 2 + len(table.rows)
+
+
+def test_charts_are_svg(results: Results) -> None:
+    drawn = report.draw(results)
+    assert {"sync-rate.svg", "server-server_us.svg", "keys-rate.svg"} <= set(drawn)
+    for svg in drawn.values():
+        root = ET.fromstring(svg)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.find("{http://www.w3.org/2000/svg}rect") is not None  # a background of its own
+
+
+def test_charts_bear_odd_values() -> None:
+    bar = charts.Bar("<a> & b", Kind.PEER, 0.0, 0.0, 0.0)
+    ET.fromstring(charts.bars("<title>", "µs", {"group": [bar], "empty": []}))
+    ET.fromstring(charts.lines("title", "MiB", {}, "keys"))
+    ET.fromstring(charts.lines("title", "MiB", {"one": [(1_000, 0.0)]}, "keys"))
+
+
+def test_a_contender_that_fails_twice_is_left_out_and_the_others_go_on() -> None:
+    contenders = [Contender(Entrant(name, Kind.PEER)) for name in ("a", "b", "c")]
+    order: list[str] = []
+
+    def slice(contender: Contender) -> Sample:
+        order.append(contender.name)
+        if contender.name == "b":
+            raise ValueError("no\nmore")
+        return {"rate": float(len(order))}
+
+    table = Table("t", "sync", "title")
+    interleaved(table, contenders, 3, slice, lambda _: None)
+    assert order == ["a", "b", "c", "c", "a", "a", "c"] or order[0] == "a"
+    assert [order.count(name) for name in "abc"] == [3, 2, 3]
+    assert list(table.rows) == ["a", "c"]
+    assert [len(samples) for samples in table.rows.values()] == [3, 3]
+    assert table.failures == {"b": ["ValueError: no"] * 2}
+    assert len({*order[:3]}) == 3
+    assert order[0] != order[3]  # rounds begin with another one
+
+
+def test_wrong_answers_do_not_count() -> None:
+    check(10, 10, granted=True)
+    check(0, 10, granted=False)
+    with pytest.raises(WrongAnswerError, match="9 of 10 granted, although all should be"):
+        check(9, 10, granted=True)
+    with pytest.raises(WrongAnswerError, match="1 of 10 granted, although none should be"):
+        check(1, 10, granted=False)
+
+
+def test_each_worker_visits_all_keys_in_an_order_of_its_own() -> None:
+    keys = [str(i) for i in range(100)]
+    first, second = shares(keys, 2)
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(keys)
+
+
+def test_every_metric_has_a_form() -> None:
+    for metric in METRICS.values():
+        assert metric.form.format(1.5)
