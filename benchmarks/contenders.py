@@ -14,8 +14,6 @@ SKIP_SYNC: Final = f"{OURS}, skip-sync-on-zero"
 
 def _ours() -> list[Contender]:
     plain = Contender(Entrant(OURS, Kind.OURS, token_bucket=True), ours.sync(), ours.asyncio())
-    if not ours.has_optimizations():
-        return [plain]
     entrant = Entrant(SKIP_SYNC, Kind.OURS, token_bucket=True, asks_redis=False)
     return [plain, Contender(entrant, ours.sync(skip_sync=True), ours.asyncio(skip_sync=True))]
 

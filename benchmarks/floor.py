@@ -59,7 +59,7 @@ class Bare:
             turn = 0
             self._ask(b"SET", name, STATES[0])
         reply = self._ask(b"EVALSHA", self._sha, 1, name, STATES[turn], STATES[1 - turn], TTL)
-        self._turns[key] = 1 - turn if reply[0] == 1 else STATES.index(reply[0])
+        self._turns[key] = 1 - turn if reply == 1 else STATES.index(reply)
         return True
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def redis_py(setup: Setup) -> Generator[Hit]:
                 turn = 0
                 client.set(name, STATES[0])
             reply = evalsha(sha, 1, name, STATES[turn], STATES[1 - turn], TTL)
-            turns[name] = 1 - turn if reply[0] == 1 else STATES.index(reply[0])
+            turns[name] = 1 - turn if reply == 1 else STATES.index(reply)
             return True
 
         yield hit

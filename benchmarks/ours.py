@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, asynccontextmanager, contextmanag
 from datetime import timedelta
 from typing import Any
 
-import ratelimit
 from benchmarks.model import AsyncHit, Hit, Setup
-from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, ProxyManager
+from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimization, ProxyManager
 
 
 def _configuration(setup: Setup) -> BucketConfiguration:
@@ -18,15 +17,8 @@ def _configuration(setup: Setup) -> BucketConfiguration:
     )
 
 
-def has_optimizations() -> bool:
-    return hasattr(ratelimit, "Optimization")
-
-
-def _settings(*, skip_sync: bool) -> dict[str, Any]:
-    if not skip_sync:
-        return {}
-    optimization: Any = getattr(ratelimit, "Optimization", None)
-    return {"optimization": optimization.skip_sync_on_zero()}
+def _optimization(*, skip_sync: bool) -> Optimization | None:
+    return Optimization.skip_sync_on_zero() if skip_sync else None
 
 
 def sync(*, skip_sync: bool = False) -> Callable[[Setup], AbstractContextManager[Hit]]:
@@ -34,7 +26,8 @@ def sync(*, skip_sync: bool = False) -> Callable[[Setup], AbstractContextManager
 
     @contextmanager
     def opened(setup: Setup) -> Generator[Hit]:
-        with ProxyManager.from_url(setup.url, _configuration(setup), **_settings(skip_sync=skip_sync)) as manager:
+        optimization = _optimization(skip_sync=skip_sync)
+        with ProxyManager.from_url(setup.url, _configuration(setup), optimization=optimization) as manager:
             yield manager.try_consume
 
     return opened
@@ -45,8 +38,8 @@ def asyncio(*, skip_sync: bool = False) -> Callable[[Setup], Any]:
 
     @asynccontextmanager
     async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:
-        settings = _settings(skip_sync=skip_sync)
-        async with AsyncProxyManager.from_url(setup.url, _configuration(setup), **settings) as manager:
+        optimization = _optimization(skip_sync=skip_sync)
+        async with AsyncProxyManager.from_url(setup.url, _configuration(setup), optimization=optimization) as manager:
             yield manager.try_consume
 
     return opened
