@@ -43,9 +43,11 @@ from ratelimit.errors import (
     StoreUnavailableError,
 )
 from ratelimit.remembered import Remembered, Seen
-from ratelimit.stores.protocol import AsyncStore, Decided, Lost, Store
+from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, Store
 
 T = TypeVar("T")
+
+_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
 
 _NOT_ASKED: Final = ()  # what the time is
 
@@ -66,7 +68,7 @@ class Backend:
     :param sleep: waits for a number of nanoseconds by the clock of the buckets.
     :param pause: waits for a number of nanoseconds between attempts, in real time.
     :param attempts: swaps that one decision may lose before it gives up.
-    :param decide: the store's own way to decide, if it has one.
+    :param deciding: the store, if it can decide by itself.
     :param executing: the store's own way to execute commands, if it has one, and the time to do it at, unless that is
         the store's.
     """
@@ -77,7 +79,7 @@ class Backend:
     pause: Callable[[int], Any]
     remembered: Remembered
     attempts: int
-    decide: Callable[[bytes, tuple[bytes, ...]], Any] | None
+    deciding: DecidingStore | None
     executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
 
 
@@ -119,7 +121,8 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
     before, state, by_others, lost, _ = seen
     fresh = False  # whether ``before`` was shown to this very exchange
     trips = attempts = 0
-    may_delegate = backend.decide is not None
+    deciding = backend.deciding
+    may_delegate = deciding is not None
     try:
         now: Any = backend.now(key) if may_delegate else _NOT_ASKED
         if now is None or command.only_reads or (before is None and must_exist):
@@ -134,7 +137,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 may_delegate = False
                 arguments = request(command, plan, target.expiration, now, must_exist=must_exist)
                 if arguments is not None:
-                    done, before = yield from _delegated(backend, key, arguments, interruption)
+                    done, before = yield from _delegated(deciding, key, arguments, interruption)
                     state, fresh = None, True
                     if done:
                         return _explained(backend, target, plan, command, seen, before, now)
@@ -161,15 +164,17 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             swap = (key, before, new, target.expiration.ttl_millis(after, now))
             trips += 1
             try:
-                if interruption is None:
-                    loss = yield store.swap(*swap)
-                else:
+                if interruption is not None:
                     loss = yield from _seen_through(store.swap(*swap), interruption)
+                elif deciding is not None:
+                    loss = yield from deciding.swapping(*swap)
+                else:
+                    loss = yield store.swap(*swap)
             except BaseException as error:  # noqa: BLE001  # raised again, unless it can be told what became of the swap
                 traces = _Traces(_holds_reading(state, after, now), by_others)
                 loss = yield from _repeated(backend, target, swap, traces, error, interruption)
             if loss is None:
-                remembered.put(key, Seen(new, after, by_others, lost if attempts else 0))
+                remembered.put(key, _new(Seen, (new, after, by_others, lost if attempts else 0, 0)))
                 if state is None or state.configuration_version != after.configuration_version:
                     target.made = True
                 return answer
@@ -224,13 +229,12 @@ def executed(backend: Backend, target: Target, plan: Plan, command: Command[T]) 
 
 
 def _delegated(
-    backend: Backend, key: bytes, arguments: tuple[bytes, ...], interruption: Interruption | None
+    deciding: Any, key: bytes, arguments: tuple[bytes, ...], interruption: Interruption | None
 ) -> Steps[Decided]:
     """Let the store decide."""
-    pending = backend.decide(key, arguments)  # type: ignore[misc]  # it can
     if interruption is None:
-        return (yield pending)  # type: ignore[no-any-return]
-    return (yield from _seen_through(pending, interruption))  # type: ignore[return-value]
+        return (yield from deciding.deciding(key, arguments))  # type: ignore[no-any-return]
+    return (yield from _seen_through(deciding.decide(key, arguments), interruption))  # type: ignore[return-value]
 
 
 def _explained(  # noqa: PLR0917  # all that an exchange is about

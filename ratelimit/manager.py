@@ -101,7 +101,7 @@ class _Manager(Generic[StoreT, BucketT]):
             pause=pause,
             remembered=Remembered(memory_limit_bytes),
             attempts=max_attempts,
-            decide=None if deciding is None else deciding.decide,
+            deciding=deciding,
             executing=None if executing is None else (executing.execute, None if clock is None else _by_clock(clock)),
         )
         asking: Exchange = exchange if merger is None else merger.exchange

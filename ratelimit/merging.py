@@ -19,7 +19,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ratelimit.core.commands import Batch, Command, Plan
@@ -78,8 +77,12 @@ if hasattr(os, "register_at_fork"):
 class TaskWaiter:
     """Suspends a task; wakes only tasks of the same loop."""
 
+    __slots__ = ("_future", "_loop", "_woken")
+
     def __init__(self) -> None:
-        self._future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+        self._woken = False
 
     @staticmethod
     def scope() -> Hashable:
@@ -88,34 +91,47 @@ class TaskWaiter:
 
     def wait(self) -> asyncio.Future[None]:
         """Something to await; that it is cancelled does not hurt the place."""
-        return asyncio.shield(self._future)
+        if self._future.cancelled():
+            self._future = self._loop.create_future()
+            if self._woken:
+                self._future.set_result(None)
+        return self._future
 
     def wake(self) -> None:
         """Let the task go on."""
-        with contextlib.suppress(RuntimeError):  # its loop has been closed: nobody is there any more
-            if not self._future.done():
+        self._woken = True
+        if not self._future.done():
+            with contextlib.suppress(RuntimeError):  # its loop has been closed: nobody is there any more
                 self._future.set_result(None)
 
 
-@dataclass(slots=True, eq=False)
 class _Entry(Generic[T]):
-    """A command that waits for its turn."""
+    """A command that waits for its turn.
 
-    target: Target
-    plan: Plan
-    command: Command[T]
-    waiter: Waiter
-    answer: T | None = None
-    error: Exception | None = None
-    queued: bool = True
-    settled: bool = False
-    abandoned: bool = False  # nobody waits for its answer any more
-    led: list[_Entry[Any]] | None = field(default=None)  # whom it is to lead, itself the first
+    :ivar queued: whether it is still in the queue.
+    :ivar settled: whether it has got its answer, or its error.
+    :ivar abandoned: whether nobody waits for its answer any more.
+    :ivar led: whom it is to lead, itself the first.
+    """
+
+    __slots__ = ("abandoned", "answer", "command", "error", "led", "plan", "queued", "settled", "target", "waiter")
+
+    def __init__(self, target: Target, plan: Plan, command: Command[T], waiter: Waiter) -> None:
+        self.target = target
+        self.plan = plan
+        self.command = command
+        self.waiter = waiter
+        self.answer: T | None = None
+        self.error: Exception | None = None
+        self.queued = True
+        self.settled = False
+        self.abandoned = False
+        self.led: list[_Entry[Any]] | None = None
 
     def goes_with(self, other: _Entry[Any]) -> bool:
         """Whether one exchange may carry both."""
         mine, its = self.target, other.target
-        return (
+        return mine is its or (
             self.plan == other.plan
             and mine.expiration == its.expiration
             and (mine.must_exist_once_made and mine.made) == (its.must_exist_once_made and its.made)

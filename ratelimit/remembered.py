@@ -65,6 +65,9 @@ class Remembered:
         """Remember what was seen; where that is nothing the key is forgotten."""
         with self._lock:
             old = self._seen.get(key)
+            if old is not None and seen.state is not None and _alike(old, seen):
+                self._seen[key] = seen
+                return
             if old is not None:
                 self._size -= _weight(key, old)
             if seen.state is None:
@@ -74,6 +77,11 @@ class Remembered:
             self._size += _weight(key, seen)
             while self._size > self._limit:
                 self._size -= _weight(*self._seen.popitem(last=False))
+
+
+def _alike(old: Seen, new: Seen) -> bool:
+    """Whether both weigh the same, as they usually do."""
+    return len(old.state or b"") == len(new.state or b"") and (old.bucket is None) is (new.bucket is None)
 
 
 def _weight(key: bytes, seen: Seen) -> int:

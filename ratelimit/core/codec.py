@@ -36,6 +36,9 @@ def encode(state: BucketState) -> bytes:
     """The bytes of a state."""
     configuration, version, consumed, states = state
     prefix, numbers = _layout(configuration, version is not None)
+    if len(states) == 1 and version is None:
+        last, size, error = states[0]
+        return prefix + numbers.pack(last, size, error, 1, consumed)
     values = [number for one in states for number in one]
     if version is None:
         return prefix + numbers.pack(*values, 1, consumed)

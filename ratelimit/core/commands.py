@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.bandwidth import BucketConfiguration
@@ -274,12 +275,22 @@ class Batch(Command[list[Any]]):
     commands: tuple[Command[Any], ...]
 
     def decide(self, state: BucketState, now: int) -> Decision[list[Any]]:
-        stored, answers = None, []
-        for command in self.commands:
-            after, answer = command.decide(state, now)
-            if after is not None:
-                stored = state = after
-            answers.append(answer)
+        stored: BucketState | None = None
+        answers: list[Any] = []
+        for command, equal in groupby(self.commands):
+            times = sum(1 for _ in equal)
+            if times > 1 and type(command) is TryConsume and command.tokens > 0:
+                # As many as there are tokens for, in one step.
+                admitted = max(0, min(times, state.available_tokens // command.tokens))
+                if admitted:
+                    stored = state = state.consumed(admitted * command.tokens)
+                answers += [True] * admitted + [False] * (times - admitted)
+                continue
+            for _ in range(times):
+                after, answer = command.decide(state, now)
+                if after is not None:
+                    stored = state = after
+                answers.append(answer)
         return stored, answers
 
     def answer_without_limit(self) -> list[Any]:

@@ -50,8 +50,9 @@ class BucketState(NamedTuple):
             last, size, error = _refilled(configuration.bandwidths[0], states[0], now)
             if tokens > size:
                 return None
-            one = (_new(BandwidthState, (last, wrap(size - tokens), error)),)
-            return _new(BucketState, (configuration, version, wrap(consumed + tokens), one))
+            consumed += tokens
+            one = (_new(BandwidthState, (last, size - tokens, error)),)  # as they are there, that does not overflow
+            return _new(BucketState, (configuration, version, consumed if consumed <= MAX else wrap(consumed), one))
         after = []
         for bandwidth, state in zip(configuration.bandwidths, states, strict=True):
             last, size, error = _refilled(bandwidth, state, now)
@@ -207,16 +208,18 @@ def _nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: 
 
 def _nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> int:
     missing = bandwidth.capacity - state.current_size
-    return _nanos_to_gain(bandwidth, state, wrap(missing), now) if missing > 0 else 0
+    if missing <= 0:
+        return 0
+    return _nanos_to_gain(bandwidth, state, missing if missing <= MAX else wrap(missing), now)
 
 
 def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, now: int) -> int:
     """The wait for the missing tokens; rounded down, so that a greedy bandwidth may need one more nanosecond."""
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if not bandwidth.refill_intervally:
-        needed = period * missing
-        if 0 <= state.rounding_error <= needed < MAX and tokens > 0:  # what follows, where nothing overflows
-            return (needed - state.rounding_error) // tokens
+        needed, error = period * missing, state.rounding_error
+        if 0 <= error <= needed < MAX and tokens > 0:  # what follows, where nothing overflows
+            return (needed - error) // tokens
         needed = saturating_product(period, missing)
         if needed == MAX:
             return truncated(float(missing) / float(tokens) * float(period))

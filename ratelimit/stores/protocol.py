@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ratelimit.core.commands import Command, Plan
 from ratelimit.core.expiration import Expiration
+from ratelimit.drive import Steps
 
 T = TypeVar("T")
 
@@ -75,6 +76,14 @@ class DecidingStore(Protocol):
 
     def known_now(self, key: bytes) -> int | None:
         """The time as ``now_nanos`` tells it; None where that would have to ask for it. A ``get`` brings it along."""
+        ...
+
+    def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
+        """``swap`` in steps, for who takes steps anyway."""
+        ...
+
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+        """``decide`` in steps."""
         ...
 
 

@@ -44,6 +44,10 @@ class _Node:
         self.scripts: set[str] = set()
         self.swaps_natively: bool | None = None  # None: not tried yet
 
+    def has_questions(self, local: int) -> bool:
+        """Whether something has to be asked along with the next command."""
+        return self.swaps_natively is None or self.time.is_stale(local)
+
 
 class _RedisSteps:
     """The conversation with a server, for both faces: what is sent, and what the replies mean.
@@ -62,7 +66,8 @@ class _RedisSteps:
         node = self._node_of(key)
         return _checked((yield from self._accompanied(node, key, ("GET", key), untried=False)), key)  # type: ignore[no-any-return]  # as the server sent it
 
-    def _swapped(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
+    def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
+        """The steps of ``swap``, for who takes steps anyway."""
         node = self._node_of(key)
         ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
         if node.swaps_natively:
@@ -82,16 +87,23 @@ class _RedisSteps:
         state = yield from self._run(node, script, key, arguments)
         return None if state == 1 else Lost(state)
 
-    def _decided(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+        """The steps of ``decide``."""
         done, before = yield from self._run(self._node_of(key), _DECIDE, key, arguments)
         return Decided(done == 1, before)
 
     def _run(self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
-            reply = yield from self._accompanied(node, key, ("EVALSHA", script.sha, 1, key, *arguments))
+            command = ("EVALSHA", script.sha, 1, key, *arguments)
+            if node.has_questions(self._monotonic()):
+                reply = yield from self._accompanied(node, key, command)
+            else:  # by far the most frequent case
+                (reply,) = yield self._channel.send(key, command)
+            if not isinstance(reply, ResponseError):
+                return reply
             if not isinstance(reply, NoScriptError):
-                return _checked(reply, key)
+                _checked(reply, key)
         reply = yield from self._accompanied(node, key, ("EVAL", script.text, 1, key, *arguments))
         _checked(reply, key)
         node.scripts.add(script.sha)
@@ -151,7 +163,8 @@ class _RedisSteps:
 
     def _node_of(self, key: bytes) -> _Node:
         name = self._channel.node(key)
-        return self._nodes.get(name) or self._nodes.setdefault(name, _Node())
+        node = self._nodes.get(name)
+        return self._nodes.setdefault(name, _Node()) if node is None else node
 
 
 def _is_refused_as_unknown(reply: Any) -> bool:
@@ -219,11 +232,11 @@ class RedisStore(_RedisSteps):
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
-        return drive(self._swapped(key, before, after, ttl_millis))
+        return drive(self.swapping(key, before, after, ttl_millis))
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
         """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
-        return drive(self._decided(key, arguments))
+        return drive(self.deciding(key, arguments))
 
     def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
@@ -274,11 +287,11 @@ class AsyncRedisStore(_RedisSteps):
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
-        return await adrive(self._swapped(key, before, after, ttl_millis))
+        return await adrive(self.swapping(key, before, after, ttl_millis))
 
     async def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
         """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
-        return await adrive(self._decided(key, arguments))
+        return await adrive(self.deciding(key, arguments))
 
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
