@@ -23,14 +23,10 @@ from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
-from ratelimit.stores.redis_channels import Command, Replies
+from ratelimit.stores.redis_channels import OUTDATED, Command, Replies
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
-
-_OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
-"""Replies of a server that one would not be connected to, or not so, if one connected now: it is no master any more, or
-does not know any longer who this is."""
 
 _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
@@ -211,7 +207,7 @@ class _Link:
             raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
         waiter = self._waiters[0]
         if isinstance(reply, Exception):
-            if isinstance(reply, _OUTDATED):
+            if isinstance(reply, OUTDATED):
                 self.usable = False
             if not isinstance(reply, exceptions.ResponseError):
                 self._refusal = reply

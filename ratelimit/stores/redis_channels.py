@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import struct
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+import hiredis
 import redis
-from hiredis import pack_command
-from redis.exceptions import (
-    AskError,
-    ClusterDownError,
-    MasterDownError,
-    MovedError,
-    ResponseError,
-    TryAgainError,
-)
+from redis import exceptions
+from redis._parsers import _HiredisParser
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.errors import StoreError
 from ratelimit.stores.redis_errors import FOREIGN, translated
@@ -77,15 +74,15 @@ class _KeptConnections:
         except IndexError:
             return self._from_pool()
         now = time.monotonic()
-        if now - kept.used_at < _LONGEST_PAUSE and now - kept.taken_at < _LONGEST_KEPT:
+        if now - kept.used_at < _LONGEST_PAUSE and now - kept.taken_at < _LONGEST_KEPT and kept.is_connected():
             return kept
-        self.pool.release(kept.connection)
+        self._release(kept)
         return self._from_pool()
 
     def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
         """After the request; a broken connection has been disconnected."""
         if broken or len(self._kept) >= self._most:
-            self.pool.release(kept.connection)
+            self._release(kept)
             return
         kept.used_at = time.monotonic()
         self._kept.append(kept)
@@ -96,7 +93,7 @@ class _KeptConnections:
         """Give all that is kept back to the pool."""
         with contextlib.suppress(IndexError):
             while True:
-                self.pool.release(self._kept.pop().connection)
+                self._release(self._kept.pop())
 
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
@@ -113,20 +110,98 @@ class _KeptConnections:
         finally:
             with self._lock:
                 self._waiting -= 1
-        now = time.monotonic()
-        return _Kept(connection, now, now)
+        return _Kept(connection)
+
+    def _release(self, kept: _Kept) -> None:
+        kept.restore()
+        self.pool.release(kept.connection)
 
 
 class _Kept:
-    """A connection, when it came from its pool, and when it was last used."""
+    """A connection, when it came from its pool, and when it was last used.
 
-    __slots__ = ("connection", "taken_at", "used_at")
+    Two requests in a row go over the connection's socket and through its parser without what redis-py has around them,
+    which is most of its time, where both are of the usual kind: a plain socket, and hiredis. The socket blocks
+    meanwhile, with the timeout in the hands of the system, as Python would otherwise ask it before each call whether
+    the socket is ready.
+    """
 
-    def __init__(self, connection: Any, taken_at: float, used_at: float) -> None:
+    __slots__ = ("_buffer", "_reader", "_socket", "connection", "outdated", "taken_at", "used_at")
+
+    def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.taken_at = taken_at
-        self.used_at = used_at
+        self.taken_at = self.used_at = time.monotonic()
+        self.outdated = False  # whether to connect again would be to connect to another server, or as another user
+        self._socket: socket.socket | None = None
+        self._reader: Any = None
+        self._buffer = bytearray(_READ_SIZE)
+        parser = getattr(connection, "_parser", None)
+        if type(parser) is _HiredisParser and not connection.health_check_interval:
+            own = getattr(connection, "_sock", None)
+            if type(own) is socket.socket and _let_system_time_out(own, connection.socket_timeout):
+                self._socket, self._reader = own, parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
+    def is_connected(self) -> bool:
+        """Whether nobody has disconnected it meanwhile; who knows of the others, whose pool has looked at them."""
+        return self._socket is None or self.connection._sock is self._socket  # noqa: SLF001
+
+    def request(self, packed: bytes, replies: int) -> Replies:
+        """Send commands, and read as many replies."""
+        if self._socket is None:
+            self.connection.send_packed_command([packed])
+            return [_read(self.connection) for _ in range(replies)]
+        try:
+            self._socket.sendall(packed)
+            return [self._reply() for _ in range(replies)]
+        except BlockingIOError as error:
+            raise exceptions.TimeoutError("Timeout reading from socket") from error
+        except OSError as error:
+            raise exceptions.ConnectionError(f"Error while reading from socket: {error}") from error
+
+    def _reply(self) -> Any:
+        reader = self._reader
+        while True:
+            reply = reader.gets(False)
+            while reply is NOT_ENOUGH_DATA:
+                received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
+                if not received:
+                    raise exceptions.ConnectionError("Connection closed by server.")
+                reader.feed(self._buffer, 0, received)
+                reply = reader.gets(False)
+            if type(reply) is not _PushNotification:
+                if isinstance(reply, Exception):
+                    if not isinstance(reply, exceptions.ResponseError):
+                        raise reply
+                    self.outdated |= isinstance(reply, OUTDATED)
+                return reply
+            self.connection._parser.handle_push_response(reply)  # noqa: SLF001
+
+    def restore(self) -> None:
+        """Leave the connection as the pool knows it."""
+        if self._socket is not None and self.is_connected():
+            self._socket.settimeout(self.connection.socket_timeout)
+
+
+def _let_system_time_out(own: socket.socket, timeout: float | None) -> bool:
+    if os.name != "posix":
+        return False
+    seconds, part = divmod(timeout or 0, 1)  # 0 stands for none
+    interval = struct.pack("@ll", int(seconds), int(part * 1_000_000))
+    try:
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            own.setsockopt(socket.SOL_SOCKET, option, interval)
+    except OSError:
+        return False
+    own.settimeout(None)
+    return True
+
+
+OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
+"""Replies of a server that one would not be connected to, or not so, if one connected now: it is no master any more, or
+does not know any longer who this is."""
+
+_READ_SIZE: Final = 16_384
+_PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
 
 _LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
 _LONGEST_KEPT: Final = 1.0
@@ -149,24 +224,28 @@ def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Com
         kept = connections.take()
     except FOREIGN as error:
         raise translated(error, key, in_doubt=False) from error
-    connection = kept.connection
+    if len(commands) == 1:
+        packed = hiredis.pack_command(commands[0])
+    else:
+        packed = b"".join([hiredis.pack_command(command) for command in commands])
     try:
-        connection.send_packed_command([pack_command(command) for command in commands])
-        replies = [_read(connection) for _ in commands]
+        replies = kept.request(packed, len(commands))
     except BaseException as error:
-        connection.disconnect()  # with a reply outstanding it would serve it to somebody else
+        kept.connection.disconnect()  # with a reply outstanding it would serve it to somebody else
         connections.give_back(kept, broken=True)
         if isinstance(error, FOREIGN):
             raise translated(error, key, in_doubt=True) from error
         raise
-    connections.give_back(kept)
+    if kept.outdated:
+        kept.connection.disconnect()
+    connections.give_back(kept, broken=kept.outdated)
     return replies
 
 
 def _read(connection: Any) -> Any:
     try:
         return connection.read_response(disable_decoding=True)
-    except ResponseError as error:
+    except exceptions.ResponseError as error:
         return error
 
 
@@ -204,7 +283,13 @@ def _most_kept(pool: Any, *, owned: bool) -> float:
     return float("inf") if owned else pool.max_connections // 2
 
 
-_REDIRECTIONS: Final = (MovedError, AskError, TryAgainError, ClusterDownError, MasterDownError)
+_REDIRECTIONS: Final = (
+    exceptions.MovedError,
+    exceptions.AskError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+)
 
 
 class ClusterChannel:
@@ -273,7 +358,7 @@ class ClusterChannel:
     def _find_and_send(self, client: redis.RedisCluster, node: Any, key: bytes, command: Command) -> Any:
         try:
             reply = client.execute_command(*command, target_nodes=node, **RAW)
-        except ResponseError as error:
+        except exceptions.ResponseError as error:
             reply = error
         except FOREIGN as error:
             raise translated(error, key, in_doubt=True) from error
