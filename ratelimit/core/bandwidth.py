@@ -218,7 +218,10 @@ class BucketConfiguration:
     """
 
     bandwidths: tuple[Bandwidth, ...]
-    _hash: int = field(init=False, repr=False, compare=False)  # kept, because every decision looks something up by it
+    # Kept, because every decision asks for them.
+    _hash: int = field(init=False, repr=False, compare=False)
+    starts_full: bool = field(init=False, repr=False, compare=False)
+    """Whether a new bucket holds what it can hold, in each bandwidth."""
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
         if not bandwidths:
@@ -232,6 +235,8 @@ class BucketConfiguration:
                 raise InvalidConfigurationError(f"two bandwidths have the id {id!r}", "id")
         object.__setattr__(self, "bandwidths", bandwidths)
         object.__setattr__(self, "_hash", hash(bandwidths))
+        starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
+        object.__setattr__(self, "starts_full", starts_full)
 
     def __hash__(self) -> int:
         return self._hash

@@ -76,12 +76,13 @@ class Expiration:
 
     def ttl_millis(self, state: BucketState, now: int) -> int:
         """The time to live of this state, in milliseconds; ``NO_EXPIRY`` for ever."""
-        if self.kind == "none":
+        kind = self.kind
+        if kind == "none":
             return NO_EXPIRY
-        if self.kind == "fixed":
+        if kind == "fixed":
             return self.duration_millis
         full = state.nanos_until_full(now)
-        if self.kind == "automatic":
+        if kind == "automatic":
             keep = _MARGIN_MILLIS if _same_when_new(state) else _IDLE_MILLIS
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
         # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
@@ -89,11 +90,11 @@ class Expiration:
 
 
 def _same_when_new(state: BucketState) -> bool:
-    for bandwidth, bandwidth_state in zip(state.configuration.bandwidths, state.bandwidth_states, strict=True):
-        capacity = bandwidth.capacity
-        if bandwidth.initial_tokens != capacity or bandwidth_state.current_size > capacity:
-            return False
-        if bandwidth.adaptive_initial_tokens:
+    configuration, _, _, states = state
+    if not configuration.starts_full:
+        return False
+    for bandwidth, (_, size, _) in zip(configuration.bandwidths, states, strict=True):
+        if size > bandwidth.capacity:
             return False
     return True
 

@@ -84,6 +84,13 @@ class _RedisSteps:
             script, arguments = _COMPARE_AND_SWAP_PX, (before, after, ttl)
         else:
             script, arguments = _COMPARE_AND_SWAP, (before, after)
+        if script.sha in node.scripts and not node.has_questions(self._monotonic()):  # by far the most frequent case
+            (state,) = yield self._channel.send(key, ("EVALSHA", script.sha, 1, key, *arguments))
+            if state == 1:
+                return None
+            if not isinstance(state, NoScriptError):
+                return Lost(_checked(state, key))
+            node.scripts.discard(script.sha)
         state = yield from self._run(node, script, key, arguments)
         return None if state == 1 else Lost(state)
 
@@ -95,11 +102,7 @@ class _RedisSteps:
     def _run(self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
-            command = ("EVALSHA", script.sha, 1, key, *arguments)
-            if node.has_questions(self._monotonic()):
-                reply = yield from self._accompanied(node, key, command)
-            else:  # by far the most frequent case
-                (reply,) = yield self._channel.send(key, command)
+            reply = yield from self._accompanied(node, key, ("EVALSHA", script.sha, 1, key, *arguments))
             if not isinstance(reply, ResponseError):
                 return reply
             if not isinstance(reply, NoScriptError):

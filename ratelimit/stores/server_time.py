@@ -54,9 +54,11 @@ class ServerTime:
     def usable_estimate(self, local: int) -> int | None:
         """The same; None also where the last reply is so old that it has to be asked for again."""
         known = self._interval
-        if known is None or local - known.at >= UNUSABLE_NANOS:
+        if known is None:
             return None
-        return local + known.low - _drift(local - known.at)
+        low, _, at = known
+        age = local - at
+        return None if age >= UNUSABLE_NANOS else local + low - _drift(age)
 
     def is_stale(self, local: int) -> bool:
         """Whether the last reply is so old that the time should be asked for along with something else."""
