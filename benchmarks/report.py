@@ -102,7 +102,8 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
 - `to floor` compares with the better floor of the table: a bare socket with hiredis, or redis-py's `evalsha`, which
   send the command that replaces a state of 107 bytes and do nothing else. `to best peer` compares with the best of
   published libraries and textbook scripts. The goals are about published libraries, and tell the ratio to the better of
-  the textbook scripts besides; for 32 processes they are about both. For times and sizes less is better, also as a ratio.
+  the textbook scripts besides; for 32 processes they are about both. For times and sizes less is better, also as a
+  ratio.
 - `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart.
 """
 

@@ -225,10 +225,11 @@ def server_time(run: Run) -> None:
         def slice(contender: Contender, server: Server = server) -> Sample:
             return _server_time(contender, server, run.seconds)
 
-        run.interleave(table, [each for each in _syncs(run) if each.name != SOCKET], slice, min(run.rounds, 3))
+        run.interleave(table, [each for each in _syncs(run) if each.asyncio is not None], slice, min(run.rounds, 3))
 
 
 def _server_time(contender: Contender, server: Server, seconds: float) -> Sample:
+    """What is sent, by one client in peace; and what that takes, of a server that 100 tasks keep at work."""
     assert contender.sync is not None
     server.flush()
     where = keys(1_000)
@@ -236,11 +237,8 @@ def _server_time(contender: Contender, server: Server, seconds: float) -> Sample
         for key in where:
             hit(key)
         before = server.counts()
-        decisions, rounds = 0, max(1, int(seconds * 8))
-        for _ in range(rounds):
-            for key in where:
-                hit(key)
-            decisions += len(where)
+        for key in where:
+            hit(key)
         after = server.counts()
 
         def some() -> None:
@@ -248,16 +246,36 @@ def _server_time(contender: Contender, server: Server, seconds: float) -> Sample
                 hit(key)
 
         sent, inner = server.watched(some)
+    trips = _reads(before, after) / len(where)
+    before, after, decisions = asyncio.run(_at_work(contender, server, where, max(1, int(seconds * 20))))
     micros = after.micros - before.micros
     # A script's time contains that of its commands, which are counted under their own names as well.
     top = sum(count * sent[name] / (sent[name] + inner[name]) for name, count in micros.items() if sent[name])
     return {
         "server_us": top / decisions,
         "cpu_us": (after.cpu - before.cpu) / decisions * 1e6,
-        "trips": _reads(before, after) / decisions,
+        "trips": trips,
         "commands": sent.total() / 50,
         "inner": inner.total() / 50,
     }
+
+
+async def _at_work(
+    contender: Contender, server: Server, where: Sequence[str], rounds: int
+) -> tuple[Counts, Counts, int]:
+    """What the server had counted before and after so many visits of every key by 100 tasks, and the decisions."""
+    assert contender.asyncio is not None
+    async with contender.asyncio(Setup(server.url, connections=100)) as hit:
+
+        async def visit(number: int, times: int) -> None:
+            for _ in range(times):
+                for key in where[number::100]:
+                    await hit(key)
+
+        await asyncio.gather(*(visit(number, 2) for number in range(100)))
+        before = server.counts()
+        await asyncio.gather(*(visit(number, rounds) for number in range(100)))
+        return before, server.counts(), rounds * len(where)
 
 
 def bytes_per_key(run: Run) -> None:
