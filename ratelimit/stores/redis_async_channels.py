@@ -163,9 +163,10 @@ class AsyncClusterChannel:
         self._turn = asyncio.Lock()
         if before is not None and before.is_closed():
             known: list[Any] = [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
-            for node in known:
-                with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
-                    await node.disconnect()
+            async with self._turn:  # or it would close what others of this loop have opened meanwhile
+                for node in known:
+                    with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
+                        await node.disconnect()
 
     async def close(self) -> None:
         """Close the connections, and the client where it is owned."""
