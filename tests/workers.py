@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.synchronize import Barrier, Event, Semaphore
@@ -20,7 +21,7 @@ import redis.asyncio
 from ratelimit import AsyncProxyManager, AsyncRedisStore, BucketConfiguration, ProxyManager, RedisStore, StoreError
 from ratelimit.manager import Settings
 from tests.faces import Manager, settled
-from tests.ways import By, Way, decide_by
+from tests.ways import By, Tap, Way, decide_by
 
 T = TypeVar("T")
 
@@ -251,6 +252,43 @@ def first_use_by_tasks(_number: int, access: Access, keys: list[str]) -> list[li
         return taken
 
     return [asyncio.run(main())]
+
+
+class Decision(NamedTuple):
+    """A decision about one token, and what it took; none where it went along with another one."""
+
+    taken: bool
+    round_trips: int
+
+
+_round_trips: ContextVar[list[str]] = ContextVar("_round_trips")
+
+
+def contend_by_threads(_number: int, access: Access, times: int) -> list[list[Decision]]:
+    """Try to consume, so many times in each thread, one after another and as fast as it goes."""
+    with access.manager() as manager, ThreadPoolExecutor(CALLERS) as threads:
+        Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+        return list(threads.map(lambda _: asyncio.run(_contend(manager, access.key, times)), range(CALLERS)))
+
+
+def contend_by_tasks(_number: int, access: Access, times: int) -> list[list[Decision]]:
+    """The same by tasks."""
+
+    async def main() -> list[list[Decision]]:
+        async with access.amanager() as manager:
+            Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+            return await asyncio.gather(*(_contend(manager, access.key, times) for _ in range(CALLERS)))
+
+    return asyncio.run(main())
+
+
+async def _contend(manager: Manager, key: str, times: int) -> list[Decision]:
+    decisions: list[Decision] = []
+    for _ in range(times):
+        round_trips: list[str] = []
+        _round_trips.set(round_trips)
+        decisions.append(Decision(await settled(manager.try_consume(key)), len(round_trips)))
+    return decisions
 
 
 class Wait(NamedTuple):
