@@ -132,7 +132,8 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             if before is None and must_exist:
                 raise BucketNotFoundError(target.key)
             if not isinstance(now, int):
-                now = yield backend.now(key) or store.now_nanos(key)  # the latter only where a read has not brought it
+                now = backend.now(key)
+                now = yield store.now_nanos(key) if now is None else now  # the former only where no read has brought it
             if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or trips >= _TRIPS_BEFORE_DELEGATION):
                 may_delegate = False
                 arguments = request(command, plan, target.expiration, now, must_exist=must_exist)

@@ -19,6 +19,7 @@ from ratelimit import (
 )
 from ratelimit.core import codec
 from tests.servers import RedisServer, ServerBinary, wait_until
+from tests.ways import WAYS, By, Way
 from tests.workers import (
     CALLERS,
     PATIENCE,
@@ -54,11 +55,26 @@ RATE = BucketConfiguration(Bandwidth.greedy(50, 1, refill_tokens=200))
 both_faces = pytest.mark.parametrize("by_callers", [by_threads, by_tasks])
 
 
+def over(*ways: Way) -> pytest.MarkDecorator:
+    """Let the decisions of the processes go these ways; without it they go as it comes."""
+    return pytest.mark.parametrize("workers", ways, ids=str, indirect=True)
+
+
+every_way = over(*WAYS)
+few_ways = over(Way(), Way(By.SWAPS, merging=False), Way(By.SCRIPT))
+
+
 @pytest.fixture(scope="module")
-def workers() -> Generator[Workers]:
+def processes() -> Generator[Workers]:
     workers = Workers()
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
+    processes.way = getattr(request, "param", Way())
+    return processes
 
 
 @pytest.fixture
@@ -90,6 +106,7 @@ def bound(limits: BucketConfiguration, nanos: int) -> int:
     return limit.capacity + nanos * limit.refill_tokens // limit.refill_period_nanos
 
 
+@every_way
 @both_faces
 def test_a_bucket_that_does_not_refill_admits_exactly_its_capacity(
     workers: Workers, client: redis.Redis, url: str, by_callers: Callable[..., list[int]]
@@ -99,6 +116,7 @@ def test_a_bucket_that_does_not_refill_admits_exactly_its_capacity(
     assert consumed(client, access) == 1000
 
 
+@few_ways
 @both_faces
 def test_a_bucket_that_refills_admits_no_more_than_its_bound(
     workers: Workers, client: redis.Redis, url: str, by_callers: Callable[..., list[int]]
@@ -113,6 +131,7 @@ def test_a_bucket_that_refills_admits_no_more_than_its_bound(
     assert taken == consumed(client, access)
 
 
+@every_way
 @pytest.mark.parametrize("first_use", [first_use_by_threads, first_use_by_tasks])
 def test_a_missing_bucket_is_made_once(
     workers: Workers, client: redis.Redis, url: str, first_use: Callable[..., list[list[int]]]
@@ -141,6 +160,7 @@ def test_a_bucket_that_expires_in_use_is_made_again(
     assert 5 <= sum(doing.answers) <= 20 * lives
 
 
+@few_ways
 @both_faces
 def test_a_bucket_that_is_removed_in_use_is_made_again(
     workers: Workers, client: redis.Redis, url: str, by_callers: Callable[..., list[int]]
@@ -170,6 +190,7 @@ def test_managers_that_remove_the_bucket_disturb_nobody(
     assert 0 < sum(doing.answers) <= 20 * 21
 
 
+@over(Way(), Way(By.SCRIPT))
 @both_faces
 def test_scripts_that_are_flushed_under_load_are_loaded_again(
     workers: Workers, client: redis.Redis, url: str, by_callers: Callable[..., list[int]]
@@ -183,6 +204,7 @@ def test_scripts_that_are_flushed_under_load_are_loaded_again(
     assert consumed(client, access) == 1000
 
 
+@few_ways
 @both_faces
 @pytest.mark.parametrize("limits", [QUOTA, BucketConfiguration(Bandwidth.greedy(1000, AGES))], ids=["whole", "greedy"])
 def test_no_token_is_taken_twice_where_connections_break(
@@ -227,6 +249,7 @@ def test_a_server_that_restarts_under_load_begins_anew(
     assert set().union(*(tally.errors for tally in tallies)) <= {"StoreUnavailableError", "StoreTimeoutError"}
 
 
+@every_way
 @both_faces
 def test_a_newer_configuration_replaces_the_older_under_load(
     workers: Workers, client: redis.Redis, url: str, by_callers: Callable[..., list[int]]
@@ -266,6 +289,7 @@ def check_turns(waits: list[Wait], limits: BucketConfiguration, nanos: int) -> N
         assert wait.served + error >= wait.due
 
 
+@few_ways
 @pytest.mark.parametrize("wait", [wait_by_threads, wait_by_tasks])
 def test_those_who_wait_are_served_at_the_rate(
     workers: Workers, client: redis.Redis, url: str, wait: Callable[..., list[Wait]]
@@ -278,6 +302,7 @@ def test_those_who_wait_are_served_at_the_rate(
     check_turns(waits, PATIENT, nanos)
 
 
+@few_ways
 def test_first_reserved_is_first_served(workers: Workers, client: redis.Redis, url: str) -> None:
     limits = BucketConfiguration(Bandwidth.greedy(1, 0.05))
     access = Access(url, limits)
@@ -289,6 +314,7 @@ def test_first_reserved_is_first_served(workers: Workers, client: redis.Redis, u
     check_turns(waits, limits, nanos)
 
 
+@few_ways
 @pytest.mark.parametrize("limits", [QUOTA, PATIENT], ids=["whole", "greedy"])
 def test_waits_that_are_cancelled_give_their_tokens_back(
     workers: Workers, client: redis.Redis, url: str, limits: BucketConfiguration
@@ -298,6 +324,7 @@ def test_waits_that_are_cancelled_give_their_tokens_back(
     assert PROCESSES * CALLERS * 10 <= taken == consumed(client, access)
 
 
+@every_way
 @pytest.mark.parametrize("limits", [QUOTA, BucketConfiguration(Bandwidth.greedy(1000, AGES))], ids=["whole", "greedy"])
 def test_a_call_that_is_cancelled_is_no_trouble_for_the_others(
     workers: Workers, client: redis.Redis, url: str, limits: BucketConfiguration

@@ -174,6 +174,14 @@ async def test_a_removed_key_is_made_anew(face: Face, store: Recorder) -> None:
     assert store.asked == ["create"]
 
 
+async def test_the_clock_may_begin_at_zero(kind: str, store: Recorder) -> None:
+    clock = ManualClock(0)
+    face = Face(kind, store, clock)
+    store.lose_swaps(state=None)
+    assert (await settled(face.face.bucket("key").verbose.try_consume())).operation_time_nanos == 0
+    assert stored(store).bandwidth_states[0].last_refill_time_nanos == 0
+
+
 async def test_attempts_are_bounded(kind: str, store: Recorder, clock: ManualClock) -> None:
     face = Face(kind, store, clock, max_attempts=7)
     store.lose_swaps(7, state=state(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Generator
 from urllib.parse import urlsplit
 
@@ -13,8 +14,11 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreUnavailableError
+from ratelimit.stores.scripts import load
 from tests.faces import Settled
+from tests.monitors import monitored
 from tests.proxies import Proxy
+from tests.ways import By, deciding_by
 
 pytestmark = pytest.mark.redis
 
@@ -127,3 +131,40 @@ async def test_a_read_whose_reply_is_lost_is_an_error_without_doubt_about_tokens
         await face.available_tokens("key")
     assert await face.available_tokens("key") == 99
     assert consumed(witness) == 1
+
+
+@pytest.mark.parametrize("loss", ["lose_replies", "lose_requests"])
+async def test_a_decision_of_the_server_whose_reply_or_request_is_lost_is_in_doubt_and_not_asked_for_again(
+    face: Settled, proxy: Proxy, witness: ProxyManager, redis_url: str, loss: str
+) -> None:
+    proxy.about = load("decide").sha.encode()
+    taken = 3 if loss == "lose_replies" else 0
+    for number, verb in enumerate(("try_consume", "consume", "consume_ignoring_rate_limits"), start=1):
+        with deciding_by(By.SCRIPT):
+            for _ in range(2):
+                assert await face.try_consume(verb)
+            with monitored(redis_url) as monitor:
+                setattr(proxy, loss, 1)
+                with pytest.raises(StoreUnavailableError, match="may have been carried out") as caught:
+                    await getattr(face, verb)(verb, 3)
+                assert monitor.sent() == ["EVALSHA"] * (taken > 0)
+            assert (proxy.lost, caught.value.key, caught.value.in_doubt) == (number, verb, True)
+            assert isinstance(caught.value.__cause__, redis.RedisError)
+            assert consumed(witness, verb) == 2 + taken
+            assert await face.try_consume(verb)
+            assert consumed(witness, verb) == 3 + taken
+
+
+async def test_those_who_are_merged_all_hear_of_a_decision_that_is_in_doubt(
+    proxy: Proxy, witness: ProxyManager
+) -> None:
+    proxy.about = load("decide").sha.encode()
+    async with AsyncProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", LIMITS) as manager:
+        with deciding_by(By.SCRIPT):
+            for _ in range(2):
+                assert await manager.try_consume("key")
+            proxy.lose_replies = 2  # of the first alone, and of the others together
+            answers = await asyncio.gather(*(manager.try_consume("key") for _ in range(5)), return_exceptions=True)
+    assert [isinstance(answer, StoreUnavailableError) and answer.in_doubt for answer in answers] == [True] * 5
+    assert len(set(map(id, answers))) == 5
+    assert consumed(witness) == 2 + 5

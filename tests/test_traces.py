@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from fractions import Fraction
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
+import redis
+import redis.asyncio
 
 from ratelimit import (
     AsyncMemoryStore,
     AsyncProxyManager,
+    AsyncRedisStore,
     BucketNotFoundError,
     ConsumptionProbe,
     EstimationProbe,
@@ -18,6 +24,7 @@ from ratelimit import (
     MemoryStore,
     ProxyManager,
     Recovery,
+    RedisStore,
     ReservationOverflowError,
     TokensInheritance,
     VerboseResult,
@@ -29,6 +36,7 @@ from ratelimit.testing import ManualClock
 from tests import vectors
 from tests.faces import settled
 from tests.raw_commands import Sync, run_raw
+from tests.ways import WAYS, By, Tap, Way, batched, deciding_by
 
 KEY = "bucket"
 ERRORS = {
@@ -55,18 +63,24 @@ class WatchedStore(MemoryStore):
 
 
 class Replay:
-    """One trace on one bucket; each step in a manager of one face, settled when it has to be awaited."""
+    """One trace on one bucket; each step in a manager of one face, settled when it has to be awaited.
 
-    def __init__(self, trace: dict[str, Any], *, asynchronous: bool) -> None:
-        self.store = WatchedStore()
+    :param store: what the manager asks.
+    :param witness: the same for who only looks, and for raw commands.
+    """
+
+    def __init__(self, trace: dict[str, Any], store: Any, witness: Any, *, merged: bool) -> None:
+        self.witness = witness
         self.clock = ManualClock(0, advance_on_sleep=False)
         self.configurations = [vectors.configuration(recorded) for recorded in trace["configurations"]]
         self.manager: Any
         self.drive: Any
-        if asynchronous:
-            self.manager, self.drive = AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock), adrive
+        if iscoroutinefunction(store.get):
+            self.manager, self.drive = AsyncProxyManager(store, clock=self.clock, merging=merged), adrive
         else:
-            self.manager, self.drive = ProxyManager(self.store, clock=self.clock), drive
+            self.manager, self.drive = ProxyManager(store, clock=self.clock, merging=merged), drive
+        if merged:
+            batched(self.manager)
         self.proxies = trace["proxies"]
         self.handles = [self.handle(proxy) for proxy in self.proxies]
 
@@ -87,7 +101,7 @@ class Replay:
         op, args, proxy = str(step["op"]), dict(step.get("args", {})), step["proxy"]
         bucket = self.handles[proxy]
         if op == "command":
-            return run_raw(self.store, KEY.encode(), args["command"], step["t"], self.configurations)
+            return run_raw(self.witness, KEY.encode(), args["command"], step["t"], self.configurations)
         if op == "remove":
             return await settled(self.manager.remove(KEY))
         if op == "get_configuration":
@@ -131,23 +145,83 @@ def recorded_form(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("face", ["sync", "asyncio"])
-@pytest.mark.parametrize("category", sorted({trace["category"] for trace in vectors.load("traces.json")["traces"]}))
-async def test_traces_of_category(category: str, face: str) -> None:
-    for trace in vectors.load("traces.json")["traces"]:
+TRACES = vectors.load("traces.json")["traces"]
+
+each_category = pytest.mark.parametrize("category", sorted({trace["category"] for trace in TRACES}))
+both_faces = pytest.mark.parametrize("face", ["sync", "asyncio"])
+merged_and_not = pytest.mark.parametrize("merged", [False, True], ids=["alone", "merged"])
+
+
+async def replayed(category: str, store: Any, witness: Any, *, merged: bool) -> None:
+    """Replay the traces of a category, and compare what is answered and what is stored after each step."""
+    written: list[bytes] | None = getattr(witness, "written", None)
+    for trace in TRACES:
         if trace["category"] != category:
             continue
-        replay = Replay(trace, asynchronous=face == "asyncio")
+        witness.delete(KEY.encode())
+        replay = Replay(trace, store, witness, merged=merged)
+        stored: bytes | None = None
         for number, step in enumerate(trace["steps"]):
             place = f"{trace['name']}, step {number}: {step['op']} {step.get('args', '')}"
-            replay.store.written.clear()
+            if written is not None:
+                written.clear()
             if "error" in step:
                 with pytest.raises(ERRORS[step["error"]]):
                     await replay.step(step)
             else:
                 assert await replay.step(step) == step["result"], place
-            written = [step["state"]] if "state" in step else []
-            assert [state.hex() for state in replay.store.written] == written, place
+            expected = [bytes.fromhex(step["state"])] if "state" in step else []
+            stored = None if step["op"] == "remove" else expected[0] if expected else stored
+            assert witness.get(KEY.encode()) == stored, place
+            if written is not None:
+                assert written == expected, place
+
+
+@merged_and_not
+@both_faces
+@each_category
+async def test_traces_by_swaps_in_memory(category: str, face: str, merged: bool) -> None:
+    store = WatchedStore()
+    await replayed(category, store if face == "sync" else AsyncMemoryStore(store), store, merged=merged)
+
+
+@both_faces
+@each_category
+async def test_traces_in_process(category: str, face: str) -> None:
+    store = MemoryStore(clock=ManualClock(0))  # at which nothing expires
+    assert store.executes
+    await replayed(category, store if face == "sync" else AsyncMemoryStore(store), store, merged=False)
+
+
+@pytest.fixture
+def witness(redis_url: str) -> Generator[RedisStore]:
+    with redis.Redis.from_url(redis_url) as client:
+        yield RedisStore(client)
+
+
+@asynccontextmanager
+async def redis_store(face: str, url: str) -> AsyncGenerator[Any]:
+    if face == "sync":
+        with redis.Redis.from_url(url) as client:
+            yield RedisStore(client)
+    else:
+        async with redis.asyncio.Redis.from_url(url) as aclient:
+            store = AsyncRedisStore(aclient)
+            yield store
+            await store.aclose()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("way", [way for way in WAYS if way.by is not By.EITHER], ids=str)
+@both_faces
+@each_category
+async def test_traces_over_redis(redis_url: str, witness: RedisStore, category: str, face: str, way: Way) -> None:
+    async with redis_store(face, redis_url) as store:
+        tap = Tap(store)
+        with deciding_by(way.by):
+            await replayed(category, store, witness, merged=way.merging)
+    raw = category == "commands"  # which the witness runs
+    assert ("decide" in tap.sent) == (way.by is By.SCRIPT and not raw)
 
 
 def test_every_trace_is_replayed() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 from multiprocessing.synchronize import Barrier, Event, Semaphore
@@ -18,7 +19,9 @@ import redis
 import redis.asyncio
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, BucketConfiguration, ProxyManager, RedisStore, StoreError
+from ratelimit.manager import Settings
 from tests.faces import Manager, settled
+from tests.ways import By, Tap, Way, decide_by
 
 T = TypeVar("T")
 
@@ -38,13 +41,16 @@ class Shared:
     start: ClassVar[Barrier]
     sign: ClassVar[Event]
     trouble: ClassVar[Semaphore]
+    way: ClassVar[Way]
 
 
 def _join(start: Barrier, sign: Event, trouble: Semaphore) -> None:
     Shared.start, Shared.sign, Shared.trouble = start, sign, trouble
 
 
-def _begin(share: Callable[..., T], *args: Any) -> T:
+def _begin(way: Way, share: Callable[..., T], *args: Any) -> T:
+    Shared.way = way
+    decide_by(way.by)
     Shared.start.wait(PATIENCE)
     return share(*args)
 
@@ -71,12 +77,16 @@ class Doing(Generic[T]):
 
 
 class Workers:
-    """Processes that stay from test to test: starting one takes longer than most of what it is asked to do."""
+    """Processes that stay from test to test: starting one takes longer than most of what it is asked to do.
+
+    :ivar way: the way that their decisions go.
+    """
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._start, self._sign, self._trouble = context.Barrier(PROCESSES), context.Event(), context.Semaphore(0)
         shared = (self._start, self._sign, self._trouble)
+        self.way = Way()
         self._pool = ProcessPoolExecutor(PROCESSES, context, _join, shared)
 
     @contextmanager
@@ -89,7 +99,7 @@ class Workers:
         self._sign.clear()
         while self._trouble.acquire(block=False):
             pass
-        shares = [self._pool.submit(_begin, share, number, *args) for number in range(PROCESSES)]
+        shares = [self._pool.submit(_begin, self.way, share, number, *args) for number in range(PROCESSES)]
         doing = Doing(shares, self._sign)
         try:
             yield doing
@@ -120,7 +130,25 @@ class Access(NamedTuple):
     url: str
     limits: BucketConfiguration
     key: str = "user:42"
-    settings: dict[str, Any] = {}  # noqa: RUF012  # nobody changes it
+    settings: Settings = {}  # noqa: RUF012  # nobody changes it
+
+    def manager(self, store: RedisStore | None = None) -> ProxyManager:
+        """A manager for a process, which is to close it: of a store of its own, if it is given none."""
+        if store is not None:
+            return ProxyManager(store, self.limits, **self._settings())
+        return ProxyManager.from_url(self.url, self.limits, **self._settings())
+
+    def amanager(self, store: AsyncRedisStore | None = None) -> AsyncProxyManager:
+        """The same for tasks."""
+        if store is not None:
+            return AsyncProxyManager(store, self.limits, **self._settings())
+        return AsyncProxyManager.from_url(self.url, self.limits, **self._settings())
+
+    def _settings(self) -> Settings:
+        settings: Settings = {**self.settings, "merging": Shared.way.merging}
+        if Shared.way.by is By.SWAPS:
+            settings["max_attempts"] = 10**6  # it is the script that spares a decision so many
+        return settings
 
 
 def patient(url: str) -> str:
@@ -131,7 +159,7 @@ def patient(url: str) -> str:
 def by_threads(number: int, *plans: tuple[Work[T], Access]) -> list[T]:
     work, access = plans[number % len(plans)]
     with (
-        ProxyManager.from_url(access.url, access.limits, **access.settings) as manager,
+        access.manager() as manager,
         ThreadPoolExecutor(CALLERS) as threads,
     ):
         return list(threads.map(lambda _: asyncio.run(work(manager, access.key)), range(CALLERS)))
@@ -141,7 +169,7 @@ def by_tasks(number: int, *plans: tuple[Work[T], Access]) -> list[T]:
     work, access = plans[number % len(plans)]
 
     async def main() -> list[T]:
-        async with AsyncProxyManager.from_url(access.url, access.limits, **access.settings) as manager:
+        async with access.amanager() as manager:
             return await asyncio.gather(*(work(manager, access.key) for _ in range(CALLERS)))
 
     return asyncio.run(main())
@@ -203,7 +231,7 @@ def first_use_by_threads(_number: int, access: Access, keys: list[str]) -> list[
     """Try each key once per thread, all processes at the same moment; the tokens taken for each."""
     taken: list[int] = []
     with (
-        ProxyManager.from_url(access.url, access.limits, **access.settings) as manager,
+        access.manager() as manager,
         ThreadPoolExecutor(CALLERS) as threads,
     ):
         for key in keys:
@@ -217,13 +245,50 @@ def first_use_by_tasks(_number: int, access: Access, keys: list[str]) -> list[li
 
     async def main() -> list[int]:
         taken: list[int] = []
-        async with AsyncProxyManager.from_url(access.url, access.limits, **access.settings) as manager:
+        async with access.amanager() as manager:
             for key in keys:
                 Shared.start.wait(PATIENCE)
                 taken.append(sum(await asyncio.gather(*(manager.try_consume(key) for _ in range(CALLERS)))))
         return taken
 
     return [asyncio.run(main())]
+
+
+class Decision(NamedTuple):
+    """A decision about one token, and what it took; none where it went along with another one."""
+
+    taken: bool
+    round_trips: int
+
+
+_round_trips: ContextVar[list[str]] = ContextVar("_round_trips")
+
+
+def contend_by_threads(_number: int, access: Access, times: int) -> list[list[Decision]]:
+    """Try to consume, so many times in each thread, one after another and as fast as it goes."""
+    with access.manager() as manager, ThreadPoolExecutor(CALLERS) as threads:
+        Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+        return list(threads.map(lambda _: asyncio.run(_contend(manager, access.key, times)), range(CALLERS)))
+
+
+def contend_by_tasks(_number: int, access: Access, times: int) -> list[list[Decision]]:
+    """The same by tasks."""
+
+    async def main() -> list[list[Decision]]:
+        async with access.amanager() as manager:
+            Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+            return await asyncio.gather(*(_contend(manager, access.key, times) for _ in range(CALLERS)))
+
+    return asyncio.run(main())
+
+
+async def _contend(manager: Manager, key: str, times: int) -> list[Decision]:
+    decisions: list[Decision] = []
+    for _ in range(times):
+        round_trips: list[str] = []
+        _round_trips.set(round_trips)
+        decisions.append(Decision(await settled(manager.try_consume(key)), len(round_trips)))
+    return decisions
 
 
 class Wait(NamedTuple):
@@ -238,7 +303,7 @@ def wait_by_threads(_number: int, access: Access, times: int) -> list[Wait]:
     """Wait for a token, so many times in each thread."""
     with redis.Redis.from_url(access.url) as client, ThreadPoolExecutor(CALLERS) as threads:
         store = RedisStore(client)
-        manager = ProxyManager(store, access.limits)
+        manager = access.manager(store)
         waits = threads.map(lambda _: asyncio.run(_wait(manager, store, access, times)), range(CALLERS))
         return list(chain.from_iterable(waits))
 
@@ -249,7 +314,7 @@ def wait_by_tasks(_number: int, access: Access, times: int) -> list[Wait]:
     async def main() -> list[Wait]:
         async with redis.asyncio.Redis.from_url(access.url) as client:
             store = AsyncRedisStore(client)
-            manager = AsyncProxyManager(store, access.limits)
+            manager = access.amanager(store)
             waits = await asyncio.gather(*(_wait(manager, store, access, times) for _ in range(CALLERS)))
             return list(chain.from_iterable(waits))
 
@@ -271,7 +336,7 @@ def cancel_half_way(_number: int, access: Access, times: int) -> list[int]:
         return taken
 
     async def main() -> list[int]:
-        async with AsyncProxyManager.from_url(access.url, access.limits) as manager:
+        async with access.amanager() as manager:
             return await asyncio.gather(*(wait_often(manager) for _ in range(CALLERS)))
 
     return asyncio.run(main())
@@ -282,7 +347,7 @@ def cancel_one_of_many(_number: int, access: Access, times: int) -> list[int]:
 
     async def main() -> list[int]:
         taken: list[int] = []
-        async with AsyncProxyManager.from_url(access.url, access.limits) as manager:
+        async with access.amanager() as manager:
             for _ in range(times):
                 calls = [asyncio.create_task(manager.try_consume(access.key)) for _ in range(CALLERS)]
                 cancelled = calls.pop(random.randrange(CALLERS))
@@ -299,7 +364,7 @@ def line_up(number: int, access: Access) -> list[Wait]:
     """Wait for a token, and begin when as many have been taken as there are processes of a lower number."""
     with redis.Redis.from_url(access.url) as client:
         store = RedisStore(client)
-        manager = ProxyManager(store, access.limits)
+        manager = access.manager(store)
         while manager.snapshot(access.key).consumed_tokens < number:
             time.sleep(0.001)
         return asyncio.run(_wait(manager, store, access, 1))

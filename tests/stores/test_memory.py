@@ -1,13 +1,29 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit import AsyncMemoryStore, MemoryStore
+from ratelimit import (
+    AsyncMemoryStore,
+    BucketConfiguration,
+    Expiration,
+    MemoryStore,
+    ProxyManager,
+    RateLimitError,
+    Recovery,
+    TokensInheritance,
+)
+from ratelimit.core import codec
+from ratelimit.core.int64 import MAX
+from ratelimit.core.state import BucketState
 from ratelimit.testing import ManualClock
+from tests.faces import SwappingStore
 
 MILLISECOND = 10**6
 
@@ -89,3 +105,107 @@ def test_both_faces_may_share_one_store() -> None:
     assert asyncio.run(AsyncMemoryStore(store).get(b"key")) == b"1"
     asyncio.run(AsyncMemoryStore(store).put(b"key", b"2"))
     assert store.get(b"key") == b"2"
+
+
+VERBS: list[Callable[[Any, int], Any]] = [
+    lambda bucket, tokens: bucket.try_consume(tokens),
+    lambda bucket, tokens: bucket.try_consume(tokens),
+    lambda bucket, tokens: bucket.verbose.try_consume_and_return_remaining(tokens),
+    lambda bucket, tokens: bucket.try_consume_as_much_as_possible(tokens),
+    lambda bucket, tokens: bucket.consume_ignoring_rate_limits(tokens),
+    lambda bucket, tokens: bucket.consume(tokens, timeout=30),
+    lambda bucket, tokens: bucket.estimate_ability_to_consume(tokens),
+    lambda bucket, _: bucket.available_tokens(),
+    lambda bucket, _: bucket.snapshot(),
+    lambda bucket, tokens: bucket.add_tokens(tokens),
+    lambda bucket, tokens: bucket.force_add_tokens(tokens),
+    lambda bucket, _: bucket.reset(),
+    lambda bucket, tokens: bucket.replace_configuration(f"{tokens}/minute", TokensInheritance.PROPORTIONALLY),
+]
+LIMITS = ["10/minute", "5/second; 20/hour intervally", "7/second initial 0", "3/5 seconds burst 9"]
+EXPIRATIONS = [
+    None,
+    Expiration.none(),
+    Expiration.fixed(0.001),
+    Expiration.fixed(20),
+    Expiration.after_refill(),
+    Expiration.after_refill(3),
+]
+
+
+class Pair:
+    """The same buckets in a store that executes commands, and in one that is asked by swaps."""
+
+    def __init__(self, limits: str, *, one_clock: bool, **settings: Any) -> None:
+        self.stores: list[MemoryStore] = []
+        self.managers: list[ProxyManager] = []
+        self.times: list[ManualClock] = []
+        self.expiries: list[ManualClock] = []
+        for kind in (MemoryStore, SwappingStore):
+            expiry = ManualClock(1_700_000_000 * 10**9, advance_on_sleep=False)
+            time = expiry if one_clock else ManualClock(0, advance_on_sleep=False)
+            store = kind(clock=expiry)
+            self.stores.append(store)
+            manager = ProxyManager(store, limits, clock=None if one_clock else time, **settings)
+            object.__setattr__(manager._backend, "sleep", lambda _: None)
+            self.managers.append(manager)
+            self.times.append(time)
+            self.expiries.append(expiry)
+        assert [store.executes for store in self.stores] == [True, False]
+        self.buckets = [
+            [manager.bucket(key, configuration_version=version) for key, version in KEYS] for manager in self.managers
+        ]
+
+    def done(self, verb: int, place: int, tokens: int, index: int) -> Any:
+        """Do one thing to one of the two."""
+        key, _ = KEYS[place]
+        if verb < len(VERBS):
+            return VERBS[verb](self.buckets[index][place], tokens)
+        if verb == len(VERBS):
+            return self.managers[index].remove(key)
+        return self.stores[index].put(key, FOREIGN if tokens < 12 else b"foreign")
+
+    def both(self, do: Callable[[int], Any]) -> None:
+        """Do the same to both, and compare what comes of it."""
+        answers = []
+        for index in range(2):
+            try:
+                answers.append(do(index))
+            except (RateLimitError, ArithmeticError) as error:
+                answers.append((type(error), str(error)))
+        assert answers[0] == answers[1]
+        for key in {key for key, _ in KEYS}:
+            assert self.stores[0].get(key) == self.stores[1].get(key)
+
+
+FOREIGN = codec.encode(BucketState.initial(BucketConfiguration.parse("4/second"), 1, 0))
+KEYS = [("a", None), ("b", None), ("b", 1), ("b", 2), ("c", 1)]
+
+
+@given(
+    st.sampled_from(LIMITS),
+    st.sampled_from(EXPIRATIONS),
+    st.sampled_from(Recovery),
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.integers(0, len(VERBS) + 1),
+            st.integers(0, len(KEYS) - 1),
+            st.one_of(st.integers(1, 12), st.just(MAX)),
+            st.one_of(st.just(0), st.integers(-2, 10), st.integers(0, 2000), st.integers(-(10**5), 10**8)),
+        ),
+        max_size=25,
+    ),
+)
+def test_commands_that_the_store_executes_do_what_swaps_do(
+    limits: str,
+    expiration: Expiration | None,
+    recovery: Recovery,
+    one_clock: bool,
+    steps: list[tuple[int, int, int, int]],
+) -> None:
+    pair = Pair(limits, one_clock=one_clock, expiration=expiration, recovery=recovery)
+    for verb, place, tokens, millis in steps:
+        for clock in {*pair.times, *pair.expiries}:
+            clock.advance(nanos=millis * MILLISECOND)
+        pair.both(partial(pair.done, verb, place, tokens))
