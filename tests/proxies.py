@@ -9,7 +9,6 @@ import threading
 from types import TracebackType
 from typing import Self
 
-
 SWAPS = rb"EVAL|\r\nSET\r\n"
 
 
@@ -17,7 +16,8 @@ class Proxy:
     """Forwards connections to a local port.
 
     ``lose_replies`` and ``lose_requests`` are how many of the next replies and requests are swallowed; the connection
-    that one of them came over is cut. Only those of commands in which the pattern ``about`` is found count, not the handshakes;
+    that one of them came over is cut. Only those of commands in which the pattern ``about`` is found count, not the
+    handshakes;
     at first these are the swaps, whether by a script or by the server's own command. Commands and replies are small
     here: each is one chunk.
     """

