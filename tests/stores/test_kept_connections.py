@@ -388,8 +388,8 @@ def keys_of(cluster: Cluster, count: int) -> list[list[str]]:
     keys: list[list[str]] = [[], []]
     with cluster.nodes[0].client() as client:
         for number in range(count * 10):
-            slot = int(client.execute_command("CLUSTER KEYSLOT", f"key {number}"))
-            keys[slot * 2 // servers.SLOTS].append(f"key {number}")
+            slot: Any = client.execute_command("CLUSTER KEYSLOT", f"key {number}")
+            keys[int(slot) * 2 // servers.SLOTS].append(f"key {number}")
     return [of_one[:count] for of_one in keys]
 
 
@@ -418,8 +418,9 @@ def test_each_node_of_a_cluster_is_asked_for_its_own_keys_its_time_and_its_swaps
 def move(source: RedisServer, target: RedisServer, keys: list[str]) -> None:
     """Move the slot of some keys."""
     with source.client() as here, target.client() as there:
-        slot = here.execute_command("CLUSTER KEYSLOT", keys[0])
-        source_id, target_id = (one.execute_command("CLUSTER MYID").decode() for one in (here, there))
+        slot: Any = here.execute_command("CLUSTER KEYSLOT", keys[0])
+        source_id: Any = here.execute_command("CLUSTER MYID")
+        target_id: Any = there.execute_command("CLUSTER MYID")
         there.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
         here.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
         here.execute_command("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
