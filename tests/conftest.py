@@ -43,6 +43,25 @@ def server_binary() -> servers.ServerBinary:
     return binary
 
 
+@pytest.fixture(scope="session")
+def native_swaps(redis_server: servers.SharedServer) -> bool:
+    """Whether the server that the tests share swaps by a command of its own."""
+    with redis.Redis.from_url(redis_server.url) as client:
+        return servers.swaps_natively(client)
+
+
+@pytest.fixture(scope="session")
+def native_binary() -> servers.ServerBinary:
+    """A program of a server that swaps by a command of its own."""
+    binary = servers.find_native_server()
+    if binary is None:
+        pytest.skip(
+            f"the server of the tests does not know SET IFEQ (Valkey 8.1, Redis 8.4), and {servers.NATIVE_VARIABLE} "
+            "names no other"
+        )
+    return binary
+
+
 @pytest.fixture(scope="module")
 def server(server_binary: servers.ServerBinary) -> Generator[servers.RedisServer]:
     """A server of the module's own."""

