@@ -172,13 +172,13 @@ class Merger:
         scope: Any = self._waiter.scope()
         place = (scope, target.stored_key)
         queues, lock = self._queues, self._lock
+        entry: _Entry[T] | None = None
         with lock:
-            leads = place not in queues
-            if leads:
-                queues[place] = _NOBODY
-            else:
+            if place in queues:
                 entry = self._enqueued(place, _Entry(target, plan, command, self._waiter(scope)))
-        if leads:
+            else:
+                queues[place] = _NOBODY
+        if entry is None:
             try:
                 return (yield from exchange(backend, target, plan, command, interruption))
             finally:
@@ -196,7 +196,7 @@ class Merger:
                 raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
 
-    def _enqueued(self, place: Hashable, entry: _Entry[Any]) -> _Entry[Any]:
+    def _enqueued(self, place: Hashable, entry: _Entry[T]) -> _Entry[T]:
         queue = self._queues[place]
         if queue is _NOBODY:
             queue = self._queues[place] = deque()

@@ -328,7 +328,7 @@ class ClusterChannel:
         """Send commands to the node of the key, in one write unless it has to be found first."""
         try:
             client = self._client()
-            node = client.get_node_from_key(key)
+            node: Any = client.get_node_from_key(key)
             connections = None if node is None else self._connections_to(client, node)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
