@@ -152,6 +152,20 @@ def test_of_a_shared_pool_half_is_kept_at_most(server: RedisServer, most: int) -
         assert in_use(client) == most // 2
 
 
+def test_after_a_pause_all_that_was_kept_goes_back(server: RedisServer, clock: Clock) -> None:
+    with server.client(max_connections=8) as client, server.client() as other:
+        store = RedisStore(client)
+        with ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(store.ask, b"list", "BLPOP", b"list", 10) for _ in range(4)]
+            wait_until(lambda: other.info("clients")["blocked_clients"] == 4, "all of them wait")
+            other.rpush("list", *range(4))
+            assert sorted(int(one.result()[1]) for one in waiting) == list(range(4))
+        assert in_use(client) == 4
+        clock.now += PAUSE
+        store.get(b"key")
+        assert in_use(client) == 1
+
+
 POOLS: dict[str, Callable[[str], redis.ConnectionPool]] = {
     "blocking": lambda url: redis.BlockingConnectionPool.from_url(url, max_connections=1, timeout=0.5),
     "plain": lambda url: redis.ConnectionPool.from_url(url, max_connections=1),
