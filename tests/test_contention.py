@@ -341,6 +341,15 @@ async def test_two_swaps_lost_by_one_decision_are_enough(scene: Scene) -> None:
         assert scene.tap.taken() == expected
 
 
+async def test_a_rejection_that_a_read_has_refuted_is_decided_by_the_server_after_one_lost_swap(scene: Scene) -> None:
+    await scene.try_consume(100)
+    scene.write(BucketState.initial(GREEDY, None, NOW))
+    scene.tap.taken()
+    scene.tap.before = Disturbance(scene, "key", GREEDY, removes=False, times=NEVER)
+    assert await scene.try_consume()
+    assert scene.tap.taken() == ["get", "swap", "decide"]
+
+
 async def test_after_sixteen_decisions_that_nobody_disturbed_swaps_are_back(scene: Scene) -> None:
     await scene.contend()
     for _ in range(16):
@@ -385,15 +394,17 @@ async def test_the_time_to_live_is_that_of_a_swap(scene: Scene) -> None:
     for expiration in (Expiration.none(), Expiration.fixed(1000), Expiration.after_refill(50), Expiration.automatic()):
         scene.others.unlink("key")
         scene.take_one()
-        lives = []
-        for by in (By.SWAPS, By.SCRIPT):
-            with deciding_by(by):
-                await settled(scene.make(GREEDY).bucket("key", expiration=expiration).consume_ignoring_rate_limits(1))
-            lives.append(int(scene.others.pttl("key")))
-        state = scene.state()
-        assert state is not None
-        assert lives[1] == pytest.approx(expiration.ttl_millis(state, NOW), abs=1000)
-        assert lives[1] == pytest.approx(lives[0], abs=2000)
+        for verb in ("try_consume", "consume_ignoring_rate_limits"):
+            lives = []
+            for by in (By.SWAPS, By.SCRIPT):
+                with deciding_by(by):
+                    bucket = scene.make(GREEDY).bucket("key", expiration=expiration)
+                    await settled(getattr(bucket, verb)(1))
+                lives.append(int(scene.others.pttl("key")))
+            state = scene.state()
+            assert state is not None
+            assert lives[1] == pytest.approx(expiration.ttl_millis(state, NOW), abs=1000)
+            assert lives[1] == pytest.approx(lives[0], abs=2000)
 
 
 async def test_a_bucket_that_must_exist_is_not_made_by_the_server(scene: Scene) -> None:
@@ -453,6 +464,9 @@ async def test_a_state_that_only_this_library_reads_is_decided_by_swaps(scene: S
     probe = await settled(manager.try_consume_and_return_remaining("key"))
     assert (probe.consumed, probe.remaining_tokens) == (True, 95)
     assert scene.tap.taken() == ["swap", "swap", "decide", "swap"]
+    scene.take_one(limits=limits)
+    assert not await settled(manager.try_consume("key", 1000))
+    assert scene.tap.taken() == ["decide"]  # which has told all that the answer needs
 
 
 async def test_a_refusal_of_the_script_is_an_error_without_doubt(scene: Scene) -> None:
