@@ -19,7 +19,7 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseErr
 
 from ratelimit.errors import StoreError
 from ratelimit.stores.multiplexer import Multiplexer
-from ratelimit.stores.redis_channels import RAW, Command, Replies
+from ratelimit.stores.redis_channels import Command, Replies, options_of
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _NOT_HERE: Final = (MovedError, AskError, TryAgainError)
@@ -145,7 +145,7 @@ class AsyncClusterChannel:
 
     async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command) -> Any:
         try:
-            return await self._client.execute_command(*command, target_nodes=node, **_options(command))
+            return await self._client.execute_command(*command, target_nodes=node, **options_of(command))
         except ResponseError as error:
             return error
         except FOREIGN as error:
@@ -176,11 +176,6 @@ class AsyncClusterChannel:
         if self._owned:
             await self._client.aclose()
         await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
-
-
-def _options(command: Command) -> dict[str, Any]:
-    """redis-py takes the reply to a ``SET`` for a yes or no unless it is told that there is ``GET`` in it."""
-    return {**RAW, "get": True} if command[0] == "SET" else RAW
 
 
 def _connection_to(node: ClusterNode) -> Any:

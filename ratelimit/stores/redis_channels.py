@@ -31,8 +31,6 @@ Command = tuple[Any, ...]
 Replies = list[Any]
 """One reply for each command, in order: as the server sent it, undecoded, or the ``ResponseError`` that it sent."""
 
-RAW: dict[str, Any] = {"NEVER_DECODE": True}  # redis-py's option that spares us ``decode_responses`` of the client
-
 
 class Channel(Protocol):
     """The connections of a client."""
@@ -242,6 +240,16 @@ def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Com
     return replies
 
 
+def options_of(command: Command) -> dict[str, Any]:
+    """What makes redis-py give replies as they come.
+
+    Without decoding, whatever ``decode_responses`` of the client says; and to a ``SET`` with ``GET`` what was stored,
+    of which it would make a yes or no.
+    """
+    options: dict[str, Any] = {"NEVER_DECODE": True}
+    return {**options, "get": True} if command[0] == "SET" else options
+
+
 def _read(connection: Any) -> Any:
     try:
         return connection.read_response(disable_decoding=True)
@@ -328,11 +336,11 @@ class ClusterChannel:
         """Send commands to the node of the key, in one write unless it has to be found first."""
         try:
             client = self._client()
-            node: Any = client.get_node_from_key(key)
+            node = client.get_node_from_key(key)
             connections = None if node is None else self._connections_to(client, node)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
-        if connections is None:
+        if node is None or connections is None:
             return [self._find_and_send(client, node, key, command) for command in commands]
         try:
             replies = _send_over(connections, key, commands)
@@ -357,7 +365,7 @@ class ClusterChannel:
 
     def _find_and_send(self, client: redis.RedisCluster, node: Any, key: bytes, command: Command) -> Any:
         try:
-            reply = client.execute_command(*command, target_nodes=node, **RAW)
+            reply = client.execute_command(*command, target_nodes=node, **options_of(command))
         except exceptions.ResponseError as error:
             reply = error
         except FOREIGN as error:
