@@ -40,7 +40,8 @@ WAYS = [Way(by, merging) for by in By for merging in (True, False)]
 def decide_by(by: By) -> None:
     """From now on, in this process."""
     lost, trips = by.value
-    vars(ratelimit.exchange).update(_LOST_BEFORE_DELEGATION=lost, _TRIPS_BEFORE_DELEGATION=trips)
+    for name, value in {"_LOST_BEFORE_DELEGATION": lost, "_TRIPS_BEFORE_DELEGATION": trips}.items():
+        setattr(ratelimit.exchange, name, value)
 
 
 @contextmanager
