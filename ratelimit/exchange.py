@@ -154,7 +154,8 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 raise codec.out_of_range(before or b"", target.key) from error
             if after is None:
                 if fresh:
-                    remembered.put(key, Seen(before, state, by_others, lost))
+                    undisturbed = seen.undisturbed if before == seen.state else 0
+                    remembered.put(key, Seen(before, state, by_others, lost, undisturbed))
                     return answer
                 known, before, state, fresh = before, (yield store.get(key)), None, True
                 by_others |= before != known

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -287,7 +287,8 @@ async def test_what_the_server_leaves_to_swaps_ends_when_others_do(scene: Scene,
             else:
                 await settled(manager.replace_configuration(key, replacement.configuration, TokensInheritance.AS_IS))
             scene.tap.before = lambda _: None
-            command = cast("Command[Any]", TryConsume(1) if raised else replacement)
+            commands: list[Command[Any]] = [replacement, TryConsume(1)]
+            command = commands[raised]
             before = None if disturbance.left is None else codec.decode(disturbance.left)
             after, _ = execute(command, plan, before, NOW)
             assert after is not None
