@@ -130,6 +130,8 @@ def render(results: Results, drawn: Sequence[str], *, command: str, rounds: int,
         "## Goals",
         goals_table(results),
     ]
+    if found := obstacles(results):
+        parts += ["What stands in the way, by the medians of this run:", "\n".join(f"- {each}" for each in found)]
     for id, family in FAMILIES.items():
         tables = [table for table in results.tables.values() if table.family == id and (table.rows or table.failures)]
         if not tables:
@@ -158,6 +160,12 @@ def goals_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
             measured += f" ({found.against})"
         rows.append([goal.text, goal.wanted, measured, goal.verdict(found)])
     return markdown(["goal", "wanted", "measured", "verdict"], rows)
+
+
+def obstacles(results: Results, goals: Sequence[Goal] = GOALS) -> list[str]:
+    """What is known of the goals that are not reached."""
+    missed = [goal for goal in goals if goal.verdict(goal.find(results)) == "NOT reached"]
+    return [found for goal in missed if (found := goal.obstacle(results)) is not None]
 
 
 def table_of(results: Results, table: Table) -> str:

@@ -92,6 +92,17 @@ def test_goals_are_judged_against_libraries_and_tell_of_the_textbook_besides(res
     assert found["sync, 1 thread, 1,000 keys: throughput to the best peer"] == Measured(2.0, f"{PEER}; 0.50x {SCRIPT}")
 
 
+def test_what_stands_in_the_way_is_told_of_a_goal_that_is_missed() -> None:
+    rows = {SOCKET: [10_000.0], "redis-py evalsha": [8_000.0], OURS: [5_000.0], PEER: [1.0]}
+    missed = results_with(table_with("sync-1-1000", "sync", "rate", rows))
+    (told,) = report.obstacles(missed)
+    assert "takes 100 us over a bare socket" in told
+    assert "takes 25 us more" in told
+    assert "a decision here 100 us more" in told
+    rows[OURS] = [9_900.0]
+    assert report.obstacles(results_with(table_with("sync-1-1000", "sync", "rate", rows))) == []
+
+
 def test_goals_for_processes_take_the_worst_round_where_they_say_so() -> None:
     rounds: list[Sample] = [
         {"rate": 80.0, "p99_us": 5.0, "share": share, "trips": 1.2, "most_trips": most}
