@@ -99,10 +99,15 @@ def consumed(client: redis.Redis, access: Access) -> int:
     return ProxyManager(RedisStore(client), access.limits).snapshot(access.key).consumed_tokens
 
 
+BEHIND = 25_000_000
+"""Nanoseconds that a client of a busy machine may be behind the server; what a full bucket is dated back by them comes
+in once more."""
+
+
 def bound(limits: BucketConfiguration, nanos: int) -> int:
     """Give the most that a full bucket can yield within this time."""
     (limit,) = limits
-    nanos += 1_000  # a difference of two times in whole microseconds may be short of nearly one
+    nanos += 1_000 + BEHIND  # a difference of two times in whole microseconds may be short of nearly one
     return limit.capacity + nanos * limit.refill_tokens // limit.refill_period_nanos
 
 

@@ -123,8 +123,8 @@ async def test_a_state_expires_whether_made_or_replaced(store: Any) -> None:
 
 @pytest.mark.parametrize("ttl", [0, -1])
 async def test_a_replacement_without_expiry_drops_the_one_there_was(store: Any, ttl: int) -> None:
-    await store.swap(b"key", None, b"1", 30)
-    await store.swap(b"witness", None, b"1", 60)
+    await store.swap(b"key", None, b"1", 400)
+    await store.swap(b"witness", None, b"1", 450)
     assert await store.swap(b"key", b"1", b"2", ttl) is None
     await expire(store, b"witness")
     assert await store.get(b"key") == b"2"
