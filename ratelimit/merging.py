@@ -171,23 +171,17 @@ class Merger:
             return (yield from exchange(backend, target, plan, command, interruption))
         scope: Any = self._waiter.scope()
         place = (scope, target.stored_key)
-        queues, lock = self._queues, self._lock
         entry: _Entry[T] | None = None
-        with lock:
-            if place in queues:
+        with self._lock:
+            if place in self._queues:
                 entry = self._enqueued(place, _Entry(target, plan, command, self._waiter(scope)))
             else:
-                queues[place] = _NOBODY
+                self._queues[place] = _NOBODY
         if entry is None:
             try:
                 return (yield from exchange(backend, target, plan, command, interruption))
             finally:
-                with lock:
-                    alone = queues[place] is _NOBODY
-                    if alone:
-                        del queues[place]
-                if not alone:
-                    self._hand_over(place)
+                self._hand_over(place)
         yield from self._wait(place, entry, interruption)
         if entry.led is not None:
             yield from self._lead(place, backend, entry.led, interruption)

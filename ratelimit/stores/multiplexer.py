@@ -18,15 +18,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, NamedTuple, Protocol
 
-import hiredis
 from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
-from ratelimit.stores.redis_channels import OUTDATED, Command, Replies
+from ratelimit.stores.redis_channels import OUTDATED, Command, PushNotification, Replies, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
-
-_PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
 
 _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
@@ -125,10 +122,7 @@ class _Link:
 
     def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
         loop, patience = self._loop, self._patience
-        if len(commands) == 1:
-            packed = hiredis.pack_command(commands[0])
-        else:
-            packed = b"".join([hiredis.pack_command(command) for command in commands])
+        packed = pack(commands)
         if not self._unsent and self._transport is not None:
             loop.call_soon(self._flush)
         self._unsent.append(packed)
@@ -196,7 +190,7 @@ class _Link:
         try:
             self._parser.feed(data)
             while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
-                if type(reply) is not _PushNotification:
+                if type(reply) is not PushNotification:
                     self.take(reply)
         except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
             self.end(error)

@@ -44,10 +44,6 @@ class _Node:
         self.scripts: set[str] = set()
         self.swaps_natively: bool | None = None  # None: not tried yet
 
-    def has_questions(self, local: int) -> bool:
-        """Whether something has to be asked along with the next command."""
-        return self.swaps_natively is None or self.time.is_stale(local)
-
 
 class _RedisSteps:
     """The conversation with a server, for both faces: what is sent, and what the replies mean.
@@ -64,7 +60,7 @@ class _RedisSteps:
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
         node = self._node_of(key)
-        return _checked((yield from self._accompanied(node, key, ("GET", key), untried=False)), key)  # type: ignore[no-any-return]  # as the server sent it
+        return _checked((yield from self._accompanied(node, key, ("GET", key), probing=False)), key)  # type: ignore[no-any-return]  # as the server sent it
 
     def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
         """The steps of ``swap``, for who takes steps anyway."""
@@ -84,13 +80,6 @@ class _RedisSteps:
             script, arguments = _COMPARE_AND_SWAP_PX, (before, after, ttl)
         else:
             script, arguments = _COMPARE_AND_SWAP, (before, after)
-        if script.sha in node.scripts and not node.has_questions(self._monotonic()):  # by far the most frequent case
-            (state,) = yield self._channel.send(key, ("EVALSHA", script.sha, 1, key, *arguments))
-            if state == 1:
-                return None
-            if not isinstance(state, NoScriptError):
-                return Lost(_checked(state, key))
-            node.scripts.discard(script.sha)
         state = yield from self._run(node, script, key, arguments)
         return None if state == 1 else Lost(state)
 
@@ -103,23 +92,20 @@ class _RedisSteps:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
             reply = yield from self._accompanied(node, key, ("EVALSHA", script.sha, 1, key, *arguments))
-            if not isinstance(reply, ResponseError):
-                return reply
             if not isinstance(reply, NoScriptError):
-                _checked(reply, key)
+                return _checked(reply, key)
         reply = yield from self._accompanied(node, key, ("EVAL", script.text, 1, key, *arguments))
         _checked(reply, key)
         node.scripts.add(script.sha)
         return reply
 
-    def _accompanied(self, node: _Node, key: bytes, command: Command, *, untried: bool | None = None) -> Steps[Any]:
+    def _accompanied(self, node: _Node, key: bytes, command: Command, *, probing: bool = True) -> Steps[Any]:
         """The reply to a command, which brings along what else has to be asked.
 
-        :param untried: whether the server is to be tried for the native swap; None: if it has not been yet.
+        :param probing: whether a server that has not been tried for the native swap yet is to be tried.
         """
         stale = node.time.is_stale(self._monotonic())
-        if untried is None:
-            untried = node.swaps_natively is None
+        untried = probing and node.swaps_natively is None
         if not stale and not untried:
             (reply,) = yield self._channel.send(key, command)
             return reply

@@ -160,19 +160,18 @@ class _Kept:
         reader = self._reader
         while True:
             reply = reader.gets(False)
-            while reply is NOT_ENOUGH_DATA:
+            if reply is NOT_ENOUGH_DATA:
                 received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
                 if not received:
                     raise exceptions.ConnectionError("Connection closed by server.")
                 reader.feed(self._buffer, 0, received)
-                reply = reader.gets(False)
-            if type(reply) is not _PushNotification:
-                if isinstance(reply, Exception):
-                    if not isinstance(reply, exceptions.ResponseError):
-                        raise reply
-                    self.outdated |= isinstance(reply, OUTDATED)
+            elif type(reply) is PushNotification:
+                self.connection._parser.handle_push_response(reply)  # noqa: SLF001
+            elif isinstance(reply, Exception) and not isinstance(reply, exceptions.ResponseError):
+                raise reply
+            else:
+                self.outdated |= isinstance(reply, OUTDATED)
                 return reply
-            self.connection._parser.handle_push_response(reply)  # noqa: SLF001
 
     def restore(self) -> None:
         """Leave the connection as the pool knows it."""
@@ -199,7 +198,7 @@ OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
 does not know any longer who this is."""
 
 _READ_SIZE: Final = 16_384
-_PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
+PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
 
 _LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
 _LONGEST_KEPT: Final = 1.0
@@ -222,12 +221,8 @@ def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Com
         kept = connections.take()
     except FOREIGN as error:
         raise translated(error, key, in_doubt=False) from error
-    if len(commands) == 1:
-        packed = hiredis.pack_command(commands[0])
-    else:
-        packed = b"".join([hiredis.pack_command(command) for command in commands])
     try:
-        replies = kept.request(packed, len(commands))
+        replies = kept.request(pack(commands), len(commands))
     except BaseException as error:
         kept.connection.disconnect()  # with a reply outstanding it would serve it to somebody else
         connections.give_back(kept, broken=True)
@@ -238,6 +233,14 @@ def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Com
         kept.connection.disconnect()
     connections.give_back(kept, broken=kept.outdated)
     return replies
+
+
+def pack(commands: Sequence[Command]) -> bytes:
+    """Commands as they are sent, next to each other."""
+    if len(commands) == 1:
+        packed: bytes = hiredis.pack_command(commands[0])
+        return packed
+    return b"".join([hiredis.pack_command(command) for command in commands])
 
 
 def options_of(command: Command) -> dict[str, Any]:
