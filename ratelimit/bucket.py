@@ -197,15 +197,15 @@ class AsyncBucket:
 
     async def try_consume(self, tokens: int = 1) -> bool:
         """See :meth:`Bucket.try_consume`."""
-        return await adrive(self._handle.run(try_consume(tokens)))
+        return await self._handle.awaited(try_consume(tokens))
 
     async def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await adrive(self._handle.run(try_consume_and_return_remaining(tokens)))
+        return await self._handle.awaited(try_consume_and_return_remaining(tokens))
 
     async def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return await adrive(self._handle.run(ConsumeAsMuchAsPossible(_limit(limit))))
+        return await self._handle.awaited(ConsumeAsMuchAsPossible(_limit(limit)))
 
     async def consume_ignoring_rate_limits(self, tokens: int) -> int:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
@@ -217,27 +217,27 @@ class AsyncBucket:
 
     async def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return await adrive(self._handle.run(EstimateAbilityToConsume(token_count(tokens))))
+        return await self._handle.awaited(EstimateAbilityToConsume(token_count(tokens)))
 
     async def available_tokens(self) -> int:
         """See :meth:`Bucket.available_tokens`."""
-        return await adrive(self._handle.run(GetAvailableTokens()))
+        return await self._handle.awaited(GetAvailableTokens())
 
     async def add_tokens(self, tokens: int) -> None:
         """See :meth:`Bucket.add_tokens`."""
-        await adrive(self._handle.run(AddTokens(token_count(tokens))))
+        await self._handle.awaited(AddTokens(token_count(tokens)))
 
     async def force_add_tokens(self, tokens: int) -> None:
         """See :meth:`Bucket.force_add_tokens`."""
-        await adrive(self._handle.run(ForceAddTokens(token_count(tokens))))
+        await self._handle.awaited(ForceAddTokens(token_count(tokens)))
 
     async def reset(self) -> None:
         """See :meth:`Bucket.reset`."""
-        await adrive(self._handle.run(Reset()))
+        await self._handle.awaited(Reset())
 
     async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
         """See :meth:`Bucket.replace_configuration`."""
-        await adrive(self._handle.run(replacement(configuration, inheritance)))
+        await self._handle.awaited(replacement(configuration, inheritance))
 
     async def sync(self) -> None:
         """See :meth:`Bucket.sync`."""
@@ -258,15 +258,15 @@ class AsyncVerboseBucket:
 
     async def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
         """See :meth:`Bucket.try_consume`."""
-        return await adrive(self._handle.run(Verbose(try_consume(tokens))))
+        return await self._handle.awaited(Verbose(try_consume(tokens)))
 
     async def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await adrive(self._handle.run(Verbose(try_consume_and_return_remaining(tokens))))
+        return await self._handle.awaited(Verbose(try_consume_and_return_remaining(tokens)))
 
     async def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return await adrive(self._handle.run(Verbose(ConsumeAsMuchAsPossible(_limit(limit)))))
+        return await self._handle.awaited(Verbose(ConsumeAsMuchAsPossible(_limit(limit))))
 
     async def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
@@ -278,27 +278,27 @@ class AsyncVerboseBucket:
 
     async def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return await adrive(self._handle.run(Verbose(EstimateAbilityToConsume(token_count(tokens)))))
+        return await self._handle.awaited(Verbose(EstimateAbilityToConsume(token_count(tokens))))
 
     async def available_tokens(self) -> VerboseResult[int]:
         """See :meth:`Bucket.available_tokens`."""
-        return await adrive(self._handle.run(Verbose(GetAvailableTokens())))
+        return await self._handle.awaited(Verbose(GetAvailableTokens()))
 
     async def add_tokens(self, tokens: int) -> VerboseResult[None]:
         """See :meth:`Bucket.add_tokens`."""
-        return await adrive(self._handle.run(Verbose(AddTokens(token_count(tokens)))))
+        return await self._handle.awaited(Verbose(AddTokens(token_count(tokens))))
 
     async def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
-        return await adrive(self._handle.run(Verbose(ForceAddTokens(token_count(tokens)))))
+        return await self._handle.awaited(Verbose(ForceAddTokens(token_count(tokens))))
 
     async def reset(self) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""
-        return await adrive(self._handle.run(Verbose(Reset())))
+        return await self._handle.awaited(Verbose(Reset()))
 
     async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return await adrive(self._handle.run(Verbose(replacement(configuration, inheritance))))
+        return await self._handle.awaited(Verbose(replacement(configuration, inheritance)))
 
     async def snapshot(self) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""

@@ -107,6 +107,10 @@ class Interruption:
     error: BaseException | None = None
 
 
+Exchange = Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
+"""What takes a command to the store and gives its answer, alone or together with others."""
+
+
 def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would only hand its variables around
     backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None = None
 ) -> Steps[T]:
@@ -193,7 +197,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 yield backend.pause(_jittered_pause(attempts - _IMMEDIATE_ATTEMPTS))
                 before = yield store.get(key)
             now = _NOT_ASKED
-    except (StoreError, CorruptStateError) as error:
+    except (StoreError, CorruptStateError) as error:  # as errors_named does, at less cost
         error.key = target.key
         raise
 
@@ -219,7 +223,7 @@ def executed(backend: Backend, target: Target, plan: Plan, command: Command[T]) 
             now,
             must_exist=target.must_exist_once_made and target.made,
         )
-    except CorruptStateError as error:
+    except CorruptStateError as error:  # the same
         error.key = target.key
         raise
     if done is None:

@@ -25,7 +25,7 @@ from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, NEVER
 from ratelimit.core.results import Snapshot, VerboseResult
-from ratelimit.drive import Steps, drive
+from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import (
     BucketNotFoundError,
     InvalidArgumentError,
@@ -35,12 +35,13 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Interruption, Target, exchange_in_process, executed
-from ratelimit.optimizing import Exchange, Optimizer
+from ratelimit.exchange import Backend, Exchange, Interruption, Target, exchange_in_process, executed
+from ratelimit.optimizing import Optimizer
 
 T = TypeVar("T")
 
 LimitsOfKey = Callable[[Any], Limits | None]
+Join = Callable[[Target, Plan, Command[Any]], Awaitable[Any] | None]
 AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
 
 _logger = logging.getLogger("ratelimit")
@@ -52,6 +53,7 @@ class Handle:
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
     :param optimizer: knows what its manager has handed out without telling the store.
+    :param join: queues a command behind an exchange that is in flight in this event loop, if there is one.
     """
 
     backend: Backend
@@ -61,6 +63,7 @@ class Handle:
     version: int | None
     inheritance: TokensInheritance
     optimizer: Optimizer
+    join: Join | None
     plan: Plan | None = field(init=False)  # None: it depends on what the callable answers
 
     def __post_init__(self) -> None:
@@ -71,12 +74,15 @@ class Handle:
 
     def run(self, command: Command[T], interruption: Interruption | None = None) -> Steps[T]:
         """Decide a command; a key without limits is answered without the store."""
-        plan = self.plan
-        if plan is None:
-            limits = yield self.limits(self.target.key)  # type: ignore[operator]  # there is a plan for all others
-            if limits is None:
-                return command.answer_without_limit()
-            plan = self._planned(BucketConfiguration.of(limits))
+        if self.plan is None:
+            return self._run_planned(command, interruption)
+        return self.exchange(self.backend, self.target, self.plan, command, interruption)
+
+    def _run_planned(self, command: Command[T], interruption: Interruption | None) -> Steps[T]:
+        limits = yield self.limits(self.target.key)  # type: ignore[operator]  # there is a plan for all others
+        if limits is None:
+            return command.answer_without_limit()
+        plan = self._planned(BucketConfiguration.of(limits))
         return (yield from self.exchange(self.backend, self.target, plan, command, interruption))  # type: ignore[no-any-return]  # whatever the command answers
 
     def answer(self, command: Command[T]) -> T:
@@ -84,6 +90,14 @@ class Handle:
         if self.exchange is exchange_in_process and self.plan is not None:
             return executed(self.backend, self.target, self.plan, command)
         return drive(self.run(command))
+
+    def awaited(self, command: Command[T]) -> Awaitable[T]:
+        """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""
+        if self.join is not None and self.plan is not None:
+            answer = self.join(self.target, self.plan, command)
+            if answer is not None:
+                return answer
+        return adrive(self.run(command))
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""

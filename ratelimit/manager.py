@@ -22,7 +22,7 @@ from ratelimit.core.optimization import Optimization
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
-from ratelimit.exchange import Backend, Target, exchange, exchange_in_process
+from ratelimit.exchange import Backend, Exchange, Target, exchange, exchange_in_process
 from ratelimit.handle import (
     AsyncLimitsOfKey,
     Handle,
@@ -32,8 +32,8 @@ from ratelimit.handle import (
     stored_configuration,
     stored_key,
 )
-from ratelimit.merging import Merger, TaskWaiter, ThreadWaiter
-from ratelimit.optimizing import Exchange, Optimizer
+from ratelimit.merging import TaskMerger, ThreadMerger
+from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
@@ -86,7 +86,7 @@ class _Manager(Generic[StoreT, BucketT]):
         recovery: Recovery,
         max_attempts: int,
         memory_limit_bytes: int,
-        merger: Merger | None,
+        merger: ThreadMerger | TaskMerger | None,
         optimization: Optimization | None,
     ) -> None:
         if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
@@ -107,6 +107,8 @@ class _Manager(Generic[StoreT, BucketT]):
         asking: Exchange = exchange if merger is None else merger.exchange
         self._optimizer = Optimizer(asking if executing is None else exchange_in_process, memory_limit_bytes)
         self._exchange = self._optimizer.optimized(_checked_optimization(optimization))
+        asks_at_once = executing is None and optimization is None
+        self._join = merger.join if asks_at_once and isinstance(merger, TaskMerger) else None
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
@@ -145,17 +147,19 @@ class _Manager(Generic[StoreT, BucketT]):
             target.expiration = _checked_expiration(expiration)
         if recovery is not None:
             target.must_exist_once_made = _checked_recovery(recovery) is Recovery.RAISE
+        asking, join = self._exchange, self._join
+        if optimization is not None:
+            asking, join = self._optimizer.optimized(_checked_optimization(optimization)), None
         return self._make(
             Handle(
                 self._backend,
-                self._exchange
-                if optimization is None
-                else self._optimizer.optimized(_checked_optimization(optimization)),
+                asking,
                 target,
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
                 self._optimizer,
+                join,
             )
         )
 
@@ -225,7 +229,7 @@ class ProxyManager(_Manager[Store, Bucket]):
             recovery=recovery,
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
-            merger=Merger(ThreadWaiter) if merging else None,
+            merger=ThreadMerger() if merging else None,
             optimization=optimization,
         )
 
@@ -365,7 +369,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
             recovery=recovery,
             max_attempts=max_attempts,
             memory_limit_bytes=memory_limit_bytes,
-            merger=Merger(TaskWaiter) if merging else None,
+            merger=TaskMerger() if merging else None,
             optimization=optimization,
         )
 

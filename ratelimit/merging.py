@@ -1,13 +1,15 @@
 """One exchange in flight for each key of a manager: what arrives meanwhile goes together in the next.
 
 Callers of one process that want the same bucket at once would only lose swaps to each other, more of them the more they
-are. Here the first leads: it runs its exchange. Those who come meanwhile queue; when it is done the first of them leads
-all that wait, by one command that decides theirs in order, and hands each its answer. Nobody waits for more than the
-exchange in flight and the one that carries its own command, and every answer is the one that the caller would have had
-in that order, one by one.
+are. Here the first runs its exchange. Those who come meanwhile queue; when it is done, all that wait are decided by one
+command, in order, and each gets its answer. Nobody waits for more than the exchange in flight and the one that carries
+its own command, and every answer is the one that the caller would have had in that order, one by one.
 
-A leader that fails shares its error, for they had all asked for the same. A leader that is cancelled before its swap is
-sent leaves the others where they were, and the next one leads; once the swap is sent it is seen through.
+Of threads, the first that waits leads the others: it runs the exchange of all. For tasks, one of the merger's own does
+that, so that a caller is woken once, by its answer, and nobody's cancellation touches the others.
+
+An exchange that fails shares its error, for they had all asked for the same. Who is cancelled in the queue is not
+charged; once the swap is sent it is seen through.
 """
 
 from __future__ import annotations
@@ -16,52 +18,204 @@ import asyncio
 import copy
 import os
 import threading
+from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Any, Final, Generic, Protocol, TypeVar
+from contextlib import suppress
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.commands import Batch, Command, Plan
-from ratelimit.drive import Steps
-from ratelimit.errors import errors_named
+from ratelimit.drive import Steps, adrive
+from ratelimit.errors import CorruptStateError, Key, StoreError
 from ratelimit.exchange import Backend, Interruption, Target, exchange
 
 T = TypeVar("T")
 
 
-class Waiter(Protocol):
-    """A place to wait in, once."""
-
-    def wait(self) -> Any:
-        """Wait until woken: by blocking, or by giving something to await."""
-        ...
-
-    def wake(self) -> None:
-        """Let it go on."""
-        ...
+def _go_together(one: _Queued[Any] | _Entry[Any], other: _Queued[Any] | _Entry[Any]) -> bool:
+    """Whether one exchange may carry the commands of both."""
+    mine, its = one.target, other.target
+    return mine is its or (
+        one.plan == other.plan
+        and mine.expiration == its.expiration
+        and (mine.must_exist_once_made and mine.made) == (its.must_exist_once_made and its.made)
+    )
 
 
-class ThreadWaiter:
-    """Blocks a thread; a forked process, in which the thread that leads is missing, waits for itself alone."""
+def _copied(error: Exception, key: Key) -> Exception:
+    """The same error for another caller, who adds a traceback to it; it names the key as that caller gave it."""
+    try:
+        copied = copy.copy(error)
+    except Exception:  # noqa: BLE001  # an exception of the caller's clock or store, made in a way of its own
+        return error
+    copied.__cause__ = error.__cause__
+    if isinstance(copied, (StoreError, CorruptStateError)):
+        copied.key = key
+    return copied
 
-    def __init__(self, _scope: object) -> None:
-        self._event = threading.Event()
 
-    @staticmethod
-    def scope() -> object:
-        """Those who can wait for each other."""
-        return _process
+class _Queued(NamedTuple, Generic[T]):
+    """A command that waits for its answer; the future is cancelled where nobody waits any more."""
 
-    def wait(self) -> None:
-        """Block until woken."""
-        self._event.wait()
+    target: Target
+    plan: Plan
+    command: Command[T]
+    answer: asyncio.Future[T]
 
-    def wake(self) -> None:
-        """Let the thread go on."""
-        self._event.set()
 
+class TaskMerger:
+    """The queues of a manager for asyncio; tasks of different event loops do not wait for each other."""
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[AbstractEventLoop, bytes], list[_Queued[Any]]] = {}
+        self._carriers: set[asyncio.Task[None]] = set()  # the loop itself does not keep them alive
+
+    def exchange(
+        self,
+        backend: Backend,
+        target: Target,
+        plan: Plan,
+        command: Command[T],
+        interruption: Interruption | None = None,
+    ) -> Steps[T]:
+        """As :func:`ratelimit.exchange.exchange`, or in the one that carries what has come meanwhile."""
+        if command.only_reads:
+            return (yield from exchange(backend, target, plan, command, interruption))
+        answer = self.join(target, plan, command)
+        if answer is not None:
+            return (yield from self._wait(target, answer, interruption))
+        place = (asyncio.get_running_loop(), target.stored_key)
+        self._queues[place] = []
+        try:
+            return (yield from exchange(backend, target, plan, command, interruption))
+        finally:
+            self._hand_over(place, backend)
+
+    def join(self, target: Target, plan: Plan, command: Command[T]) -> asyncio.Future[T] | None:
+        """Queue behind the exchange in flight: the answer to be. None where there is none in flight, and for reads."""
+        loop = asyncio.get_running_loop()
+        queue = self._queues.get((loop, target.stored_key))
+        if queue is None or command.only_reads:
+            return None
+        answer: asyncio.Future[T] = loop.create_future()
+        queue.append(_new(_Queued, (target, plan, command, answer)))
+        return answer
+
+    def _wait(self, target: Target, answer: asyncio.Future[T], interruption: Interruption | None) -> Steps[T]:
+        """Until there is the answer; once the command is on its way no cancellation ends that, if there is a hold."""
+        while interruption is not None:
+            try:
+                return (yield asyncio.shield(answer))  # type: ignore[no-any-return]
+            except asyncio.CancelledError as error:
+                queue = self._queues.get((answer.get_loop(), target.stored_key), ())
+                if answer.cancelled() or any(queued.answer is answer for queued in queue):
+                    answer.cancel()
+                    raise
+                interruption.error = error  # what becomes of the command must be known, and then undone
+        return (yield answer)  # type: ignore[no-any-return]
+
+    def _hand_over(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
+        """Let those who have come meanwhile go together."""
+        if not self._queues[place]:
+            del self._queues[place]
+            return
+        loop, _ = place
+        try:
+            if loop is asyncio.get_running_loop():
+                self._start_carrier(place, backend)
+                return
+        except RuntimeError:  # no loop runs here: who was in flight has been collected
+            pass
+        try:
+            loop.call_soon_threadsafe(self._start_carrier, place, backend)
+        except RuntimeError:  # it is closed, and nobody waits any more
+            del self._queues[place]
+
+    def _start_carrier(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
+        loop, _ = place
+        carrier = loop.create_task(self._carry(place, backend))
+        self._carriers.add(carrier)
+        carrier.add_done_callback(self._carriers.discard)
+
+    async def _carry(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
+        """Run one exchange after the other until nobody waits."""
+        queue = self._queues[place]
+        together: list[_Queued[Any]] = []
+        try:
+            while queue:
+                together = _next_of(queue)
+                if together:
+                    await _carry_together(backend, together)
+        finally:
+            del self._queues[place]
+            with suppress(RuntimeError):  # the loop is closed
+                for queued in (*together, *queue):  # some are left where the loop ends
+                    queued.answer.cancel()
+
+
+_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+
+
+def _next_of(queue: list[_Queued[Any]]) -> list[_Queued[Any]]:
+    """Take from a queue who goes together; who was cancelled does not go."""
+    first = queue[0]
+    count = 1
+    while count < len(queue) and _go_together(queue[count], first):
+        count += 1
+    together = [queued for queued in queue[:count] if not queued.answer.done()]
+    del queue[:count]
+    return together
+
+
+async def _carry_together(backend: Backend, together: list[_Queued[Any]]) -> None:
+    """Run one exchange for all of them, and hand out the answers."""
+    target, plan, _, _ = together[0]
+    try:
+        batch = Batch(tuple([queued.command for queued in together]))
+        answers = await adrive(exchange(backend, target, plan, batch))
+    except Exception as error:  # noqa: BLE001  # it is for those who wait
+        for queued in together:
+            if not queued.answer.done():
+                queued.answer.set_exception(_copied(error, queued.target.key))
+    else:
+        for queued, answer in zip(together, answers, strict=True):
+            if not queued.answer.done():
+                queued.answer.set_result(answer)
+
+
+class _Entry(Generic[T]):
+    """A command of a thread that waits for its turn.
+
+    :ivar queued: whether it is still in the queue.
+    :ivar settled: whether it has got its answer, or its error.
+    :ivar abandoned: whether nobody waits for its answer any more.
+    :ivar led: whom it is to lead, itself the first.
+    """
+
+    __slots__ = ("abandoned", "answer", "command", "error", "led", "plan", "queued", "settled", "target", "woken")
+
+    def __init__(self, target: Target, plan: Plan, command: Command[T]) -> None:
+        self.target = target
+        self.plan = plan
+        self.command = command
+        self.woken = threading.Event()
+        self.answer: T | None = None
+        self.error: Exception | None = None
+        self.queued = True
+        self.settled = False
+        self.abandoned = False
+        self.led: list[_Entry[Any]] | None = None
+
+    def settle(self) -> None:
+        self.settled = True
+        self.woken.set()
+
+
+_NOBODY: Final[deque[_Entry[Any]]] = deque()
+"""The queue of a place where one leads and nobody has come yet; it stays empty."""
 
 _process = object()
-"""Stands for this process; another one after a fork."""
+"""Stands for this process; another one after a fork, in which the thread that leads is missing."""
 
 
 def _become_another_process() -> None:
@@ -73,88 +227,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_become_another_process)
 
 
-class TaskWaiter:
-    """Suspends a task; wakes only tasks of the same loop."""
+class ThreadMerger:
+    """The queues of a manager for threads."""
 
-    __slots__ = ("_future", "_loop", "_woken")
-
-    def __init__(self, scope: asyncio.AbstractEventLoop) -> None:
-        self._loop = scope
-        self._future: asyncio.Future[None] = scope.create_future()
-        self._woken = False
-
-    @staticmethod
-    def scope() -> asyncio.AbstractEventLoop:
-        """Those who can wait for each other."""
-        return asyncio.get_running_loop()
-
-    def wait(self) -> asyncio.Future[None]:
-        """Something to await; that it is cancelled does not hurt the place."""
-        if self._future.cancelled():
-            self._future = self._loop.create_future()
-            if self._woken:
-                self._future.set_result(None)
-        return self._future
-
-    def wake(self) -> None:
-        """Let the task go on."""
-        self._woken = True
-        if not self._future.done():
-            try:  # noqa: SIM105  # which takes a fraction of the time of what stands for it
-                self._future.set_result(None)
-            except RuntimeError:  # its loop has been closed: nobody is there any more
-                pass
-
-
-class _Entry(Generic[T]):
-    """A command that waits for its turn.
-
-    :ivar queued: whether it is still in the queue.
-    :ivar settled: whether it has got its answer, or its error.
-    :ivar abandoned: whether nobody waits for its answer any more.
-    :ivar led: whom it is to lead, itself the first.
-    """
-
-    __slots__ = ("abandoned", "answer", "command", "error", "led", "plan", "queued", "settled", "target", "waiter")
-
-    def __init__(self, target: Target, plan: Plan, command: Command[T], waiter: Waiter) -> None:
-        self.target = target
-        self.plan = plan
-        self.command = command
-        self.waiter = waiter
-        self.answer: T | None = None
-        self.error: Exception | None = None
-        self.queued = True
-        self.settled = False
-        self.abandoned = False
-        self.led: list[_Entry[Any]] | None = None
-
-    def goes_with(self, other: _Entry[Any]) -> bool:
-        """Whether one exchange may carry both."""
-        mine, its = self.target, other.target
-        return mine is its or (
-            self.plan == other.plan
-            and mine.expiration == its.expiration
-            and (mine.must_exist_once_made and mine.made) == (its.must_exist_once_made and its.made)
-        )
-
-    def settle(self) -> None:
-        self.settled = True
-        self.waiter.wake()
-
-
-_NOBODY: Final[deque[_Entry[Any]]] = deque()
-"""The queue of a place where one leads and nobody has come yet; it stays empty."""
-
-
-class Merger:
-    """The queues of a manager.
-
-    :param waiter: makes a place to wait in; those of different ``scope`` do not wait for each other.
-    """
-
-    def __init__(self, waiter: type[ThreadWaiter | TaskWaiter]) -> None:
-        self._waiter = waiter
+    def __init__(self) -> None:
         self._queues: dict[Hashable, deque[_Entry[Any]]] = {}
         self._lock = threading.Lock()
 
@@ -169,12 +245,11 @@ class Merger:
         """As :func:`ratelimit.exchange.exchange`, which carries the commands of others as well."""
         if command.only_reads:
             return (yield from exchange(backend, target, plan, command, interruption))
-        scope: Any = self._waiter.scope()
-        place = (scope, target.stored_key)
+        place = (_process, target.stored_key)
         entry: _Entry[T] | None = None
         with self._lock:
             if place in self._queues:
-                entry = self._enqueued(place, _Entry(target, plan, command, self._waiter(scope)))
+                entry = self._enqueued(place, _Entry(target, plan, command))
             else:
                 self._queues[place] = _NOBODY
         if entry is None:
@@ -182,12 +257,11 @@ class Merger:
                 return (yield from exchange(backend, target, plan, command, interruption))
             finally:
                 self._hand_over(place)
-        yield from self._wait(place, entry, interruption)
+        self._wait(place, entry, interruption)
         if entry.led is not None:
             yield from self._lead(place, backend, entry.led, interruption)
         if entry.error is not None:
-            with errors_named(target.key):
-                raise entry.error
+            raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
 
     def _enqueued(self, place: Hashable, entry: _Entry[T]) -> _Entry[T]:
@@ -197,17 +271,17 @@ class Merger:
         queue.append(entry)
         return entry
 
-    def _wait(self, place: Hashable, entry: _Entry[Any], interruption: Interruption | None) -> Steps[None]:
-        """Until the entry is settled, or is to lead."""
+    def _wait(self, place: Hashable, entry: _Entry[Any], interruption: Interruption | None) -> None:
+        """Block until the entry is settled, or is to lead."""
         while True:
             try:
-                yield entry.waiter.wait()
+                entry.woken.wait()
             except BaseException as error:
                 with self._lock:
                     if entry.queued:
                         self._queues[place].remove(entry)
                     decided = entry.settled or (entry.led is None and not entry.queued)
-                    stays = decided and interruption is not None and not isinstance(error, GeneratorExit)
+                    stays = decided and interruption is not None
                     entry.abandoned = not stays
                 if interruption is None or not stays:
                     if entry.led is not None:
@@ -233,7 +307,7 @@ class Merger:
             unsettled = []
         except Exception as error:
             for entry in others:
-                entry.error = _copied(error)
+                entry.error = _copied(error, entry.target.key)
             unsettled = []
             if interruption is None and held.error is not None:
                 raise held.error from error
@@ -258,19 +332,9 @@ class Merger:
                 del self._queues[place]
                 return
             led = [queue.popleft()]
-            while queue and queue[0].goes_with(led[0]):
+            while queue and _go_together(queue[0], led[0]):
                 led.append(queue.popleft())
             for entry in led:
                 entry.queued = False
             led[0].led = led
-        led[0].waiter.wake()
-
-
-def _copied(error: Exception) -> Exception:
-    """The same error for another caller, who adds to it a traceback and a key of his own."""
-    try:
-        copied = copy.copy(error)
-    except Exception:  # noqa: BLE001  # an exception of the caller's clock or store, made in a way of its own
-        return error
-    copied.__cause__ = error.__cause__
-    return copied
+        led[0].woken.set()

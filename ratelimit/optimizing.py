@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -41,11 +40,9 @@ from ratelimit.core.optimization import Optimization
 from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import RateLimitError, StoreError
-from ratelimit.exchange import Backend, Interruption, Target
+from ratelimit.exchange import Backend, Exchange, Interruption, Target
 
 T = TypeVar("T")
-
-Exchange = Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
 
 _OVERHEAD_BYTES: Final = 1_500  # of an entry: its state, some ten small objects, and a place in the dictionary, roughly
 ASK: Final = object()

@@ -7,6 +7,8 @@ import pytest
 import redis
 
 from tests import servers
+from tests.ways import Way
+from tests.workers import Workers
 
 
 def pytest_report_header() -> list[str]:
@@ -75,3 +77,18 @@ def redis_url(redis_server: servers.SharedServer) -> str:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushdb()
     return redis_server.url
+
+
+@pytest.fixture(scope="module")
+def processes() -> Generator[Workers]:
+    """Other processes, which a module's tests share."""
+    workers = Workers()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture
+def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
+    """The same, told by which way decisions are to go."""
+    processes.way = getattr(request, "param", Way())
+    return processes

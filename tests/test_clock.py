@@ -26,7 +26,7 @@ from ratelimit import (
     SystemClock,
 )
 from ratelimit.clock import MonotonicSleep
-from ratelimit.stores.server_time import STALE_NANOS, UNUSABLE_NANOS
+from ratelimit.stores.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS
 from ratelimit.testing import ManualClock
 from tests.faces import Settled
 from tests.monitors import monitored
@@ -147,7 +147,7 @@ async def test_the_time_is_asked_for_along_with_something_else_once_a_second(sto
             new = b"%d" % number
             assert await host.swap(b"key", state, new, 10_000) is None
             state = new
-        assert monitor.sent().count("TIME") == 1
+        assert monitor.sent().count("TIME") == FIRST_REPLIES
         bound = host.face.clock_error_nanos(b"key")
         clock.ahead += SECOND
         assert host.face.clock_error_nanos(b"key") > bound
@@ -160,13 +160,15 @@ async def test_a_read_renews_a_stale_estimate_in_the_same_round_trip(stores: Any
     monotonic = Monotonic(0)
     host = stores(monotonic)
     await host.swap(b"key", None, b"state", -1)
+    for _ in range(FIRST_REPLIES):
+        await host.get(b"key")
     with monitored(redis_url) as monitor:
         sent = []
-        for passed in (0, STALE_NANOS, 0):
+        for passed in (0, STALE_NANOS):
             monotonic.ahead += passed
             assert await host.get(b"key") == b"state"
             sent.append(monitor.sent())
-    assert sent == [["GET"], ["TIME", "GET"], ["GET"]]
+    assert sent == [["GET"], ["TIME", "GET"]]
 
 
 @pytest.mark.redis

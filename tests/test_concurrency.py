@@ -64,19 +64,6 @@ every_way = over(*WAYS)
 few_ways = over(Way(), Way(By.SWAPS, merging=False), Way(By.SCRIPT))
 
 
-@pytest.fixture(scope="module")
-def processes() -> Generator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.close()
-
-
-@pytest.fixture
-def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
-    processes.way = getattr(request, "param", Way())
-    return processes
-
-
 @pytest.fixture
 def url(redis_url: str) -> str:
     return patient(redis_url)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -539,19 +539,6 @@ async def test_threads_and_tasks_on_a_contended_bucket_get_what_is_there(scene: 
     assert scene.remembered() == scene.stored() or not merging
 
 
-@pytest.fixture(scope="module")
-def processes() -> Generator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.close()
-
-
-@pytest.fixture
-def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
-    processes.way = request.param
-    return processes
-
-
 @pytest.mark.parametrize("workers", [Way(), Way(merging=False), Way(By.SCRIPT, merging=False)], ids=str, indirect=True)
 @pytest.mark.parametrize("contend", [contend_by_threads, contend_by_tasks])
 def test_nobody_starves(workers: Workers, redis_url: str, contend: Callable[..., list[list[Decision]]]) -> None:
@@ -564,6 +551,8 @@ def test_nobody_starves(workers: Workers, redis_url: str, contend: Callable[...,
     decisions = [decision for caller in callers for decision in caller]
     assert sum(decision.taken for decision in decisions) == 1000
     assert max(decision.round_trips for decision in decisions) <= 3
-    round_trips = sum(decision.round_trips for decision in decisions)
-    assert round_trips <= len(commands) <= round_trips + PROCESSES * CALLERS  # the first ones try the native swap
-    assert round_trips <= 1.5 * len(decisions)
+    probes = PROCESSES * CALLERS  # at most: the first ones try the native swap
+    assert len(commands) <= 1.5 * len(decisions) + probes
+    if not workers.way.merging or contend is contend_by_threads:  # tasks that go together have no round trip of theirs
+        round_trips = sum(decision.round_trips for decision in decisions)
+        assert round_trips <= len(commands) <= round_trips + probes

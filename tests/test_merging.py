@@ -23,7 +23,7 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.errors import Key
-from ratelimit.merging import Merger
+from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.faces import AsyncSwappingStore, SwappingStore
@@ -134,7 +134,7 @@ def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
 
 def queues(manager: Any) -> dict[Any, Any]:
     merger = manager._optimizer._exchange.__self__
-    assert isinstance(merger, Merger)
+    assert isinstance(merger, ThreadMerger | TaskMerger)
     return merger._queues
 
 

@@ -44,6 +44,12 @@ class _Node:
         self.scripts: set[str] = set()
         self.swaps_natively: bool | None = None  # None: not tried yet
 
+    def learn_from_probe(self, answer: Any) -> None:
+        if not isinstance(answer, ResponseError):
+            self.swaps_natively = True
+        elif _is_refused_as_unknown(answer):
+            self.swaps_natively = False
+
 
 class _RedisSteps:
     """The conversation with a server, for both faces: what is sent, and what the replies mean.
@@ -60,7 +66,8 @@ class _RedisSteps:
 
     def _read(self, key: bytes) -> Steps[bytes | None]:
         node = self._node_of(key)
-        return _checked((yield from self._accompanied(node, key, ("GET", key), probing=False)), key)  # type: ignore[no-any-return]  # as the server sent it
+        questions = (_TIME,) * node.time.is_stale(self._monotonic())  # a probe would be a write
+        return _checked((yield from self._accompanied(questions, node, key, ("GET", key))), key)  # type: ignore[no-any-return]  # as the server sent it
 
     def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
         """The steps of ``swap``, for who takes steps anyway."""
@@ -69,7 +76,12 @@ class _RedisSteps:
         if node.swaps_natively:
             condition = ("NX",) if before is None else ("IFEQ", before)
             expiry = ("PX", ttl) if ttl > 0 else ()
-            state = yield from self._accompanied(node, key, ("SET", key, after, *condition, "GET", *expiry))
+            command = ("SET", key, after, *condition, "GET", *expiry)
+            questions = self._questions(node, key)
+            if questions:
+                state = yield from self._accompanied(questions, node, key, command)
+            else:
+                (state,) = yield self._channel.send(key, command)
             if not _is_refused_as_unknown(state):
                 return None if _checked(state, key) == before else Lost(state)
             node.swaps_natively = False  # another server has taken its place
@@ -91,34 +103,38 @@ class _RedisSteps:
     def _run(self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
-            reply = yield from self._accompanied(node, key, ("EVALSHA", script.sha, 1, key, *arguments))
+            command = ("EVALSHA", script.sha, 1, key, *arguments)
+            questions = self._questions(node, key)
+            if questions:
+                reply = yield from self._accompanied(questions, node, key, command)
+            else:
+                (reply,) = yield self._channel.send(key, command)
             if not isinstance(reply, NoScriptError):
                 return _checked(reply, key)
-        reply = yield from self._accompanied(node, key, ("EVAL", script.text, 1, key, *arguments))
+        reply = yield from self._accompanied(
+            self._questions(node, key), node, key, ("EVAL", script.text, 1, key, *arguments)
+        )
         _checked(reply, key)
         node.scripts.add(script.sha)
         return reply
 
-    def _accompanied(self, node: _Node, key: bytes, command: Command, *, probing: bool = True) -> Steps[Any]:
-        """The reply to a command, which brings along what else has to be asked.
-
-        :param probing: whether a server that has not been tried for the native swap yet is to be tried.
-        """
+    def _questions(self, node: _Node, key: bytes) -> tuple[Command, ...]:
+        """What else has to be asked, and can go along: mostly nothing."""
         stale = node.time.is_stale(self._monotonic())
-        untried = probing and node.swaps_natively is None
-        if not stale and not untried:
-            (reply,) = yield self._channel.send(key, command)
-            return reply
-        questions = (_TIME,) * stale + (("SET", key, *_PROBE),) * untried
+        if not stale and node.swaps_natively is not None:
+            return ()
+        return (_TIME,) * stale + (("SET", key, *_PROBE),) * (node.swaps_natively is None)
+
+    def _accompanied(self, questions: tuple[Command, ...], node: _Node, key: bytes, command: Command) -> Steps[Any]:
+        """The reply to a command, which goes together with questions."""
         sent = self._monotonic()
-        *answers, reply = yield from self._send(key, *questions, command)
-        # An error among the answers is for who needs them, not for a command that is carried out.
-        if stale and not isinstance(answers[0], ResponseError):
-            self._learn_time(key, answers[0], sent)
-        if untried and not isinstance(answers[-1], ResponseError):
-            node.swaps_natively = True
-        elif untried and _is_refused_as_unknown(answers[-1]):
-            node.swaps_natively = False
+        *answers, reply = yield self._channel.send(key, *questions, command)
+        for question, answer in zip(questions, answers, strict=True):
+            # An error among the answers is for who needs them, not for a command that is carried out.
+            if question is not _TIME:
+                node.learn_from_probe(answer)
+            elif not isinstance(answer, ResponseError):
+                self._learn_time(key, answer, sent)
         return reply
 
     def _deleted(self, key: bytes) -> Steps[None]:
@@ -126,7 +142,7 @@ class _RedisSteps:
 
     def known_now(self, key: bytes) -> int | None:
         """The server's time by the estimate; None where it is too old for a decision."""
-        return self._node_of(key).time.usable_estimate(self._monotonic())
+        return self._node_of(key).time.estimate(self._monotonic())
 
     def _asked_time(self, key: bytes) -> Steps[int]:
         sent = self._monotonic()

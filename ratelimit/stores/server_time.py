@@ -16,6 +16,9 @@ _DRIFT_PER_MILLION = 500
 STALE_NANOS = 1_000_000_000
 """An estimate this old is renewed where that costs no round trip of its own."""
 
+FIRST_REPLIES = 4
+"""So many are asked for at once: the first may have been long under way, and one quick reply makes up for it."""
+
 UNUSABLE_NANOS = 60_000_000_000
 """An estimate this old is renewed before a decision; the drift assumed has put it back by 30 ms."""
 
@@ -32,6 +35,7 @@ class ServerTime:
     """What is known of one server's clock; all times in nanoseconds, local ones monotonic."""
 
     def __init__(self) -> None:
+        self._replies = 0
         self._interval: _Interval | None = None  # replaced as a whole, so that threads need no lock
 
     def observe(self, server: int, sent: int, received: int) -> None:
@@ -42,17 +46,18 @@ class ServerTime:
         if known is not None:
             drift = _drift(received - known.at)
             common_low, common_high = max(low, known.low - drift), min(high, known.high + drift)
-            if common_low <= common_high:  # otherwise the server's clock was set, or it is another server: believe it
+            if common_low <= common_high:
                 low, high = common_low, common_high
+            else:  # the server's clock was set, or it is another server: believe it
+                self._replies = 0
+        self._replies += 1
         self._interval = _Interval(low, high, received)
 
     def estimate(self, local: int) -> int | None:
-        """The server's time at this local time, at the earliest; None before the first reply."""
-        known = self._interval
-        return None if known is None else local + known.low - _drift(local - known.at)
+        """The server's time at this local time, at the earliest.
 
-    def usable_estimate(self, local: int) -> int | None:
-        """The same; None also where the last reply is so old that it has to be asked for again."""
+        None before the first reply, and where the last is so old that the time has to be asked for again.
+        """
         known = self._interval
         if known is None:
             return None
@@ -61,9 +66,9 @@ class ServerTime:
         return None if age >= UNUSABLE_NANOS else local + low - _drift(age)
 
     def is_stale(self, local: int) -> bool:
-        """Whether the last reply is so old that the time should be asked for along with something else."""
+        """Whether the time should be asked for along with something else: replies are few, or the last is old."""
         known = self._interval
-        return known is None or local - known.at >= STALE_NANOS
+        return known is None or self._replies < FIRST_REPLIES or local - known.at >= STALE_NANOS
 
     def error_bound(self, local: int) -> int | None:
         """How far the estimate may be behind; None before the first reply."""

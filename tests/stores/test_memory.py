@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import (
     AsyncMemoryStore,
     BucketConfiguration,
+    BucketNotFoundError,
     Expiration,
     MemoryStore,
     ProxyManager,
@@ -176,6 +178,17 @@ class Pair:
         assert answers[0] == answers[1]
         for key in {key for key, _ in KEYS}:
             assert self.stores[0].get(key) == self.stores[1].get(key)
+
+
+@pytest.mark.parametrize("make", [MemoryStore, SwappingStore])
+def test_a_handle_that_replaced_the_configuration_may_insist_on_its_bucket(make: type[MemoryStore]) -> None:
+    store = make(clock=ManualClock(0))
+    manager = ProxyManager(store, "5/hour", recovery=Recovery.RAISE, configuration_version=2)
+    assert ProxyManager(store, "4/hour").try_consume("key")
+    assert manager.try_consume("key")
+    store.delete(b"key")
+    with pytest.raises(BucketNotFoundError):
+        manager.try_consume("key")
 
 
 FOREIGN = codec.encode(BucketState.initial(BucketConfiguration.parse("4/second"), 1, 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.stores.server_time import STALE_NANOS, UNUSABLE_NANOS, ServerTime
+from ratelimit.stores.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS, ServerTime
 
 SECOND = 10**9
 MILLISECOND = 10**6
@@ -15,7 +15,6 @@ def test_nothing_is_known_before_the_first_reply() -> None:
     times = ServerTime()
     assert times.estimate(5) is None
     assert times.is_stale(5)
-    assert times.usable_estimate(5) is None
     assert times.error_bound(5) is None
 
 
@@ -27,10 +26,20 @@ def test_one_reply_tells_the_time_to_within_its_round_trip() -> None:
     assert bound is not None
     assert 0 <= 1000 * SECOND + MILLISECOND - estimate <= bound
     assert 2 * MILLISECOND <= bound <= 2 * MILLISECOND + 5000  # resolution, and drift under way
-    assert not times.is_stale(12 * MILLISECOND + STALE_NANOS - 1)
-    assert times.is_stale(12 * MILLISECOND + STALE_NANOS)
-    assert times.usable_estimate(12 * MILLISECOND + UNUSABLE_NANOS - 1) is not None
-    assert times.usable_estimate(12 * MILLISECOND + UNUSABLE_NANOS) is None
+    assert times.estimate(12 * MILLISECOND + UNUSABLE_NANOS - 1) is not None
+    assert times.estimate(12 * MILLISECOND + UNUSABLE_NANOS) is None
+
+
+def test_it_is_asked_for_until_there_are_some_replies_and_then_once_a_second() -> None:
+    times = ServerTime()
+    for reply in range(FIRST_REPLIES):
+        assert times.is_stale(reply * MILLISECOND)
+        times.observe(1000 * SECOND + reply * MILLISECOND, sent=reply * MILLISECOND, received=reply * MILLISECOND)
+    last = (FIRST_REPLIES - 1) * MILLISECOND
+    assert not times.is_stale(last + STALE_NANOS - 1)
+    assert times.is_stale(last + STALE_NANOS)
+    times.observe(2000 * SECOND, sent=last, received=last)  # another server: all begins anew
+    assert times.is_stale(last)
 
 
 def test_a_quick_reply_makes_a_slow_one_exact_and_a_slow_one_spoils_nothing() -> None:
@@ -80,6 +89,6 @@ def test_the_estimate_is_behind_by_its_bound_at_most_and_never_ahead(
         assert -2 <= server_at(local) - estimate <= bound + 2
     local += silence
     estimate, bound = times.estimate(local), times.error_bound(local)
-    assert estimate is not None
+    assert (estimate is None) == (silence >= UNUSABLE_NANOS)
     assert bound is not None
-    assert -2 <= server_at(local) - estimate <= bound + 2
+    assert estimate is None or -2 <= server_at(local) - estimate <= bound + 2
