@@ -23,6 +23,7 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.errors import Key
+from ratelimit.handle import try_consume
 from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
@@ -74,6 +75,7 @@ class AsyncGatedStore(AsyncMemoryStore):
         self.swaps += 1
         await self.gate.wait()
         if self.closes_behind_a_swap:
+            self.closes_behind_a_swap = False
             self.gate.clear()
         return self.inner.swap(key, before, after, ttl_millis)
 
@@ -252,16 +254,17 @@ async def test_one_that_is_cancelled_in_the_queue_is_not_charged(tasks: Tasks) -
     assert tasks.idle()
 
 
-async def test_a_leader_that_is_cancelled_in_flight_takes_the_others_with_it_to_the_end(tasks: Tasks) -> None:
+async def test_one_that_is_cancelled_in_flight_is_charged_and_the_others_do_not_notice(tasks: Tasks) -> None:
     first = await tasks.hold()
     others = await tasks.queue(4)
+    tasks.store.closes_behind_a_swap = True
     tasks.store.gate.set()
     assert await first
-    tasks.store.gate.clear()
     while tasks.store.swaps < 3:
         await asyncio.sleep(0)
     others[0].cancel()
     await asyncio.sleep(0)
+    assert not any(task.done() for task in others[1:])
     tasks.store.gate.set()
     cancelled, *answers = await ended(others)
     assert isinstance(cancelled, asyncio.CancelledError)
@@ -270,7 +273,7 @@ async def test_a_leader_that_is_cancelled_in_flight_takes_the_others_with_it_to_
     assert tasks.idle()
 
 
-async def test_a_leader_that_is_cancelled_while_it_reads_lets_the_next_one_lead(tasks: Tasks) -> None:
+async def test_who_is_cancelled_while_the_bucket_is_read_holds_up_nobody(tasks: Tasks) -> None:
     first = await tasks.hold(tokens=99)
     others = await tasks.queue(3)
     reads = tasks.store.reads
@@ -289,7 +292,7 @@ async def test_a_leader_that_is_cancelled_while_it_reads_lets_the_next_one_lead(
     assert tasks.idle()
 
 
-async def test_a_leader_that_is_cancelled_before_it_has_begun_lets_the_next_one_lead(tasks: Tasks) -> None:
+async def test_who_is_cancelled_before_the_next_exchange_has_begun_holds_up_nobody(tasks: Tasks) -> None:
     first = await tasks.hold()
     others = await tasks.queue(3)
     first.add_done_callback(lambda _: others[0].cancel())  # it has been woken by then, and has not run yet
@@ -306,9 +309,9 @@ async def test_a_waiter_that_is_cancelled_in_the_swap_of_others_gives_its_tokens
     (leader,) = await tasks.queue(1)
     waiting = asyncio.create_task(tasks.manager.consume("key", 200))
     await asyncio.sleep(0)
+    tasks.store.closes_behind_a_swap = True
     tasks.store.gate.set()
     assert await first
-    tasks.store.gate.clear()
     while tasks.store.swaps < 3:
         await asyncio.sleep(0)
     waiting.cancel()
@@ -429,6 +432,66 @@ def test_a_loop_that_was_left_in_the_middle_holds_up_no_other() -> None:
     loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
     loop.close()
     assert not queues(manager)
+
+
+def test_a_loop_that_ends_takes_with_it_who_is_in_flight_and_who_queues() -> None:
+    tasks = Tasks()
+
+    async def leave() -> list[asyncio.Task[bool]]:
+        first = await tasks.hold()
+        others = await tasks.queue(3)
+        tasks.store.closes_behind_a_swap = True
+        tasks.store.gate.set()
+        assert await first
+        while tasks.store.swaps < 3:
+            await asyncio.sleep(0)
+        return others + await tasks.queue(2)
+
+    left = asyncio.run(leave())
+    assert all(task.cancelled() for task in left)
+    assert tasks.idle()
+
+
+def test_who_was_in_flight_and_is_collected_outside_of_the_loop_holds_up_nobody() -> None:
+    tasks = Tasks()
+    loop = asyncio.new_event_loop()
+    steps = loop.run_until_complete(_left_in_flight(tasks))
+    others = loop.run_until_complete(tasks.queue(3))
+    tasks.store.gate.set()
+    steps.close()
+    assert loop.run_until_complete(ended(others)) == [True] * 3
+    assert tasks.idle()
+    steps = loop.run_until_complete(_left_in_flight(tasks))
+    for task in loop.run_until_complete(tasks.queue(1)):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    steps.close()
+    assert tasks.idle()
+
+
+async def _left_in_flight(tasks: Tasks) -> Any:
+    """The steps of a decision that has sent its swap, in the hands of nobody."""
+    steps = tasks.manager.bucket("key")._handle.run(try_consume(1))
+    swap = next(steps)
+    while hasattr(swap, "__next__") or not hasattr(swap, "__await__"):
+        swap = steps.send(await swap if hasattr(swap, "__await__") else swap)
+    swap.close()
+    return steps
+
+
+async def test_a_wait_that_is_cancelled_in_the_queue_is_not_charged(tasks: Tasks) -> None:
+    first = await tasks.hold()
+    waiting = [asyncio.create_task(tasks.manager.consume("key", 5)) for _ in range(3)]
+    await asyncio.sleep(0)
+    waiting[1].cancel()
+    await asyncio.sleep(0)
+    tasks.store.gate.set()
+    assert await first
+    results = await ended(waiting)
+    assert [results[0], type(results[1]), results[2]] == [True, asyncio.CancelledError, True]
+    assert await tasks.consumed() == 2 + 10
+    assert tasks.idle()
 
 
 def test_a_crowd_of_threads_does_not_fight() -> None:
