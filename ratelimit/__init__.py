@@ -33,7 +33,10 @@ from ratelimit.errors import (
     StoreUnavailableError,
     UnsupportedStateError,
 )
+from ratelimit.listener import CountingListener, Decision, Listener
 from ratelimit.manager import AsyncProxyManager, ProxyManager, Recovery
+from ratelimit.on_error import OnError
+from ratelimit.stores.circuit import CircuitBreaker, CircuitState, CircuitStatus
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Lost, Store
 from ratelimit.stores.redis import AsyncRedisStore, RedisStore
@@ -51,16 +54,23 @@ __all__ = [
     "Bucket",
     "BucketConfiguration",
     "BucketNotFoundError",
+    "CircuitBreaker",
+    "CircuitState",
+    "CircuitStatus",
     "Clock",
     "ConsumptionProbe",
     "ContentionError",
     "CorruptStateError",
+    "CountingListener",
+    "Decision",
     "EstimationProbe",
     "Expiration",
     "InvalidArgumentError",
     "InvalidConfigurationError",
+    "Listener",
     "Lost",
     "MemoryStore",
+    "OnError",
     "Optimization",
     "ProxyManager",
     "RateLimitError",

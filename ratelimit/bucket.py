@@ -25,6 +25,9 @@ from ratelimit.handle import Handle, replacement, token_count, try_consume, try_
 class Bucket:
     """One bucket, for sync code; made by :meth:`ProxyManager.bucket`. Cheap: nothing is sent before the first verb.
 
+    Every verb has a ``timeout``, a ``timedelta`` or seconds above 0: by then it has answered or raised an error. When
+    none is given, it is that of the bucket or the manager; of ``consume`` too, whose own is about waiting for tokens.
+
     Verbs raise ``InvalidArgumentError`` for a number of tokens that is no ``int`` of 1 or more, ``StoreError`` or one
     of its kinds for trouble with the store, ``ContentionError``, and ``CorruptStateError`` for foreign bytes under the
     key.
@@ -48,24 +51,24 @@ class Bucket:
         """The same verbs, answering with the bucket after them."""
         return VerboseBucket(self._handle)
 
-    def try_consume(self, tokens: int = 1) -> bool:
+    def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """Consume the tokens if all of them are there; whether they were."""
-        return self._handle.answer(try_consume(tokens))
+        return self._handle.answer(try_consume(tokens), timeout)
 
-    def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
+    def try_consume_and_return_remaining(self, tokens: int = 1, *, timeout: Duration | None = None) -> ConsumptionProbe:
         """Consume the tokens if all of them are there; with what is left, and how long to wait."""
-        return self._handle.answer(try_consume_and_return_remaining(tokens))
+        return self._handle.answer(try_consume_and_return_remaining(tokens), timeout)
 
-    def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
+    def try_consume_as_much_as_possible(self, limit: int | None = None, *, timeout: Duration | None = None) -> int:
         """Consume what is there, at most ``limit``; how many tokens that was."""
-        return self._handle.answer(ConsumeAsMuchAsPossible(_limit(limit)))
+        return self._handle.answer(ConsumeAsMuchAsPossible(_limit(limit)), timeout)
 
-    def consume_ignoring_rate_limits(self, tokens: int) -> int:
+    def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> int:
         """Consume the tokens, in debt if need be; nanoseconds until they would have been there.
 
         :raises ReservationOverflowError: where the debt does not fit into 64 bits.
         """
-        return drive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens))))
+        return drive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
 
     def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """Wait for the tokens: take them on credit, then sleep until they are there. First reserved, first served.
@@ -78,29 +81,31 @@ class Bucket:
         """
         return drive(self._handle.consume(tokens, timeout))
 
-    def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
+    def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """Whether the tokens could be consumed now, and how long to wait for them."""
-        return self._handle.answer(EstimateAbilityToConsume(token_count(tokens)))
+        return self._handle.answer(EstimateAbilityToConsume(token_count(tokens)), timeout)
 
-    def available_tokens(self) -> int:
+    def available_tokens(self, *, timeout: Duration | None = None) -> int:
         """The tokens that are there now; negative in debt."""
-        return self._handle.answer(GetAvailableTokens())
+        return self._handle.answer(GetAvailableTokens(), timeout)
 
-    def add_tokens(self, tokens: int) -> None:
+    def add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> None:
         """Put tokens in, up to the capacity."""
-        self._handle.answer(AddTokens(token_count(tokens)))
+        self._handle.answer(AddTokens(token_count(tokens)), timeout)
 
-    def force_add_tokens(self, tokens: int) -> None:
+    def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> None:
         """Put tokens in, above the capacity if need be."""
-        self._handle.answer(ForceAddTokens(token_count(tokens)))
+        self._handle.answer(ForceAddTokens(token_count(tokens)), timeout)
 
-    def reset(self) -> None:
+    def reset(self, *, timeout: Duration | None = None) -> None:
         """Fill the bucket to its capacity; a debt is forgotten."""
-        self._handle.answer(Reset())
+        self._handle.answer(Reset(), timeout)
 
-    def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
+    def replace_configuration(
+        self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> None:
         """Put other limits in the place of the stored ones; see :class:`TokensInheritance` for the tokens."""
-        self._handle.answer(replacement(configuration, inheritance))
+        self._handle.answer(replacement(configuration, inheritance), timeout)
 
     def sync(self) -> None:
         """Tell the store what was handed out without asking it, and learn what it holds; see :class:`Optimization`.
@@ -109,12 +114,12 @@ class Bucket:
         """
         drive(self._handle.sync())
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, timeout: Duration | None = None) -> Snapshot:
         """The state of the bucket now.
 
         :raises BucketNotFoundError: for a key that is not limited.
         """
-        return drive(self._handle.snapshot())
+        return drive(self._handle.snapshot(timeout))
 
 
 class VerboseBucket:
@@ -125,53 +130,61 @@ class VerboseBucket:
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
-    def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
+    def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.try_consume`."""
-        return self._handle.answer(Verbose(try_consume(tokens)))
+        return self._handle.answer(Verbose(try_consume(tokens)), timeout)
 
-    def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
+    def try_consume_and_return_remaining(
+        self, tokens: int = 1, *, timeout: Duration | None = None
+    ) -> VerboseResult[ConsumptionProbe]:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return self._handle.answer(Verbose(try_consume_and_return_remaining(tokens)))
+        return self._handle.answer(Verbose(try_consume_and_return_remaining(tokens)), timeout)
 
-    def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
+    def try_consume_as_much_as_possible(
+        self, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> VerboseResult[int]:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return self._handle.answer(Verbose(ConsumeAsMuchAsPossible(_limit(limit))))
+        return self._handle.answer(Verbose(ConsumeAsMuchAsPossible(_limit(limit))), timeout)
 
-    def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
+    def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return drive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens)))))
+        return drive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
 
     def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.consume`."""
         return drive(self._handle.consume_verbosely(tokens, timeout))
 
-    def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
+    def estimate_ability_to_consume(
+        self, tokens: int, *, timeout: Duration | None = None
+    ) -> VerboseResult[EstimationProbe]:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return self._handle.answer(Verbose(EstimateAbilityToConsume(token_count(tokens))))
+        return self._handle.answer(Verbose(EstimateAbilityToConsume(token_count(tokens))), timeout)
 
-    def available_tokens(self) -> VerboseResult[int]:
+    def available_tokens(self, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.available_tokens`."""
-        return self._handle.answer(Verbose(GetAvailableTokens()))
+        return self._handle.answer(Verbose(GetAvailableTokens()), timeout)
 
-    def add_tokens(self, tokens: int) -> VerboseResult[None]:
+    def add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.add_tokens`."""
-        return self._handle.answer(Verbose(AddTokens(token_count(tokens))))
+        return self._handle.answer(Verbose(AddTokens(token_count(tokens))), timeout)
 
-    def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
+    def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
-        return self._handle.answer(Verbose(ForceAddTokens(token_count(tokens))))
+        return self._handle.answer(Verbose(ForceAddTokens(token_count(tokens))), timeout)
 
-    def reset(self) -> VerboseResult[None]:
+    def reset(self, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""
-        return self._handle.answer(Verbose(Reset()))
+        return self._handle.answer(Verbose(Reset()), timeout)
 
-    def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
+    def replace_configuration(
+        self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return self._handle.answer(Verbose(replacement(configuration, inheritance)))
+        return self._handle.answer(Verbose(replacement(configuration, inheritance)), timeout)
 
-    def snapshot(self) -> VerboseResult[Snapshot]:
+    def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
-        return drive(self._handle.snapshot_verbosely())
+        return drive(self._handle.snapshot_verbosely(timeout))
 
 
 class AsyncBucket:
@@ -195,57 +208,63 @@ class AsyncBucket:
         """The same verbs, answering with the bucket after them."""
         return AsyncVerboseBucket(self._handle)
 
-    async def try_consume(self, tokens: int = 1) -> bool:
+    async def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.try_consume`."""
-        return await self._handle.awaited(try_consume(tokens))
+        return await self._handle.awaited(try_consume(tokens), timeout)
 
-    async def try_consume_and_return_remaining(self, tokens: int = 1) -> ConsumptionProbe:
+    async def try_consume_and_return_remaining(
+        self, tokens: int = 1, *, timeout: Duration | None = None
+    ) -> ConsumptionProbe:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await self._handle.awaited(try_consume_and_return_remaining(tokens))
+        return await self._handle.awaited(try_consume_and_return_remaining(tokens), timeout)
 
-    async def try_consume_as_much_as_possible(self, limit: int | None = None) -> int:
+    async def try_consume_as_much_as_possible(
+        self, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> int:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return await self._handle.awaited(ConsumeAsMuchAsPossible(_limit(limit)))
+        return await self._handle.awaited(ConsumeAsMuchAsPossible(_limit(limit)), timeout)
 
-    async def consume_ignoring_rate_limits(self, tokens: int) -> int:
+    async def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return await adrive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens))))
+        return await adrive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
 
     async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.consume`."""
         return await adrive(self._handle.consume(tokens, timeout))
 
-    async def estimate_ability_to_consume(self, tokens: int) -> EstimationProbe:
+    async def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return await self._handle.awaited(EstimateAbilityToConsume(token_count(tokens)))
+        return await self._handle.awaited(EstimateAbilityToConsume(token_count(tokens)), timeout)
 
-    async def available_tokens(self) -> int:
+    async def available_tokens(self, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.available_tokens`."""
-        return await self._handle.awaited(GetAvailableTokens())
+        return await self._handle.awaited(GetAvailableTokens(), timeout)
 
-    async def add_tokens(self, tokens: int) -> None:
+    async def add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.add_tokens`."""
-        await self._handle.awaited(AddTokens(token_count(tokens)))
+        await self._handle.awaited(AddTokens(token_count(tokens)), timeout)
 
-    async def force_add_tokens(self, tokens: int) -> None:
+    async def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.force_add_tokens`."""
-        await self._handle.awaited(ForceAddTokens(token_count(tokens)))
+        await self._handle.awaited(ForceAddTokens(token_count(tokens)), timeout)
 
-    async def reset(self) -> None:
+    async def reset(self, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.reset`."""
-        await self._handle.awaited(Reset())
+        await self._handle.awaited(Reset(), timeout)
 
-    async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> None:
+    async def replace_configuration(
+        self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> None:
         """See :meth:`Bucket.replace_configuration`."""
-        await self._handle.awaited(replacement(configuration, inheritance))
+        await self._handle.awaited(replacement(configuration, inheritance), timeout)
 
     async def sync(self) -> None:
         """See :meth:`Bucket.sync`."""
         await adrive(self._handle.sync())
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
-        return await adrive(self._handle.snapshot())
+        return await adrive(self._handle.snapshot(timeout))
 
 
 class AsyncVerboseBucket:
@@ -256,53 +275,61 @@ class AsyncVerboseBucket:
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
-    async def try_consume(self, tokens: int = 1) -> VerboseResult[bool]:
+    async def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.try_consume`."""
-        return await self._handle.awaited(Verbose(try_consume(tokens)))
+        return await self._handle.awaited(Verbose(try_consume(tokens)), timeout)
 
-    async def try_consume_and_return_remaining(self, tokens: int = 1) -> VerboseResult[ConsumptionProbe]:
+    async def try_consume_and_return_remaining(
+        self, tokens: int = 1, *, timeout: Duration | None = None
+    ) -> VerboseResult[ConsumptionProbe]:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return await self._handle.awaited(Verbose(try_consume_and_return_remaining(tokens)))
+        return await self._handle.awaited(Verbose(try_consume_and_return_remaining(tokens)), timeout)
 
-    async def try_consume_as_much_as_possible(self, limit: int | None = None) -> VerboseResult[int]:
+    async def try_consume_as_much_as_possible(
+        self, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> VerboseResult[int]:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return await self._handle.awaited(Verbose(ConsumeAsMuchAsPossible(_limit(limit))))
+        return await self._handle.awaited(Verbose(ConsumeAsMuchAsPossible(_limit(limit))), timeout)
 
-    async def consume_ignoring_rate_limits(self, tokens: int) -> VerboseResult[int]:
+    async def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return await adrive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens)))))
+        return await adrive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
 
     async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.consume`."""
         return await adrive(self._handle.consume_verbosely(tokens, timeout))
 
-    async def estimate_ability_to_consume(self, tokens: int) -> VerboseResult[EstimationProbe]:
+    async def estimate_ability_to_consume(
+        self, tokens: int, *, timeout: Duration | None = None
+    ) -> VerboseResult[EstimationProbe]:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return await self._handle.awaited(Verbose(EstimateAbilityToConsume(token_count(tokens))))
+        return await self._handle.awaited(Verbose(EstimateAbilityToConsume(token_count(tokens))), timeout)
 
-    async def available_tokens(self) -> VerboseResult[int]:
+    async def available_tokens(self, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.available_tokens`."""
-        return await self._handle.awaited(Verbose(GetAvailableTokens()))
+        return await self._handle.awaited(Verbose(GetAvailableTokens()), timeout)
 
-    async def add_tokens(self, tokens: int) -> VerboseResult[None]:
+    async def add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.add_tokens`."""
-        return await self._handle.awaited(Verbose(AddTokens(token_count(tokens))))
+        return await self._handle.awaited(Verbose(AddTokens(token_count(tokens))), timeout)
 
-    async def force_add_tokens(self, tokens: int) -> VerboseResult[None]:
+    async def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
-        return await self._handle.awaited(Verbose(ForceAddTokens(token_count(tokens))))
+        return await self._handle.awaited(Verbose(ForceAddTokens(token_count(tokens))), timeout)
 
-    async def reset(self) -> VerboseResult[None]:
+    async def reset(self, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""
-        return await self._handle.awaited(Verbose(Reset()))
+        return await self._handle.awaited(Verbose(Reset()), timeout)
 
-    async def replace_configuration(self, configuration: Limits, inheritance: TokensInheritance) -> VerboseResult[None]:
+    async def replace_configuration(
+        self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return await self._handle.awaited(Verbose(replacement(configuration, inheritance)))
+        return await self._handle.awaited(Verbose(replacement(configuration, inheritance)), timeout)
 
-    async def snapshot(self) -> VerboseResult[Snapshot]:
+    async def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
-        return await adrive(self._handle.snapshot_verbosely())
+        return await adrive(self._handle.snapshot_verbosely(timeout))
 
 
 def _limit(limit: int | None) -> int:

@@ -60,6 +60,25 @@ _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
 
 
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a verb: until when it is to be answered, and what happened to it on its way.
+
+    :param deadline: on the clock of ``Backend.monotonic``; None: as long as the store itself waits.
+    :param holds: whether a cancellation that arrives while a request is in flight does not end the exchange with its
+        outcome unknown: the request is seen through, and the cancellation is left in here.
+    :ivar interruption: the cancellation that is held back.
+    :ivar round_trips: how often the store was asked.
+    :ivar degraded: whether the answer is not the store's, which has failed.
+    """
+
+    deadline: float | None = None
+    holds: bool = False
+    interruption: BaseException | None = None
+    round_trips: int = 0
+    degraded: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """What all buckets of a manager have in common.
@@ -67,6 +86,8 @@ class Backend:
     :param now: from the stored key to the time, in nanoseconds; None where a read has to bring it first.
     :param sleep: waits for a number of nanoseconds by the clock of the buckets.
     :param pause: waits for a number of nanoseconds between attempts, in real time.
+    :param monotonic: the clock of deadlines, in seconds.
+    :param timeout: how long a call may take where nothing else is said, in seconds; waiting for tokens is not in it.
     :param attempts: swaps that one decision may lose before it gives up.
     :param deciding: the store, if it can decide by itself.
     :param executing: the store's own way to execute commands, if it has one, and the time to do it at, unless that is
@@ -77,10 +98,16 @@ class Backend:
     now: Callable[[bytes], Any]
     sleep: Callable[[int], Any]
     pause: Callable[[int], Any]
+    monotonic: Callable[[], float]
+    timeout: float
     remembered: Remembered
     attempts: int
     deciding: DecidingStore | None
     executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
+
+    def call(self, timeout: float | None = None, *, holds: bool = False) -> Call:
+        """A call that begins now."""
+        return Call(self.monotonic() + (self.timeout if timeout is None else timeout), holds)
 
 
 @dataclass(slots=True)
@@ -100,54 +127,44 @@ class Target:
     made: bool = False
 
 
-@dataclass(slots=True)
-class Interruption:
-    """Holds back a cancellation that arrives while a swap is in flight, until it is known what became of the swap."""
-
-    error: BaseException | None = None
-
-
-Exchange = Callable[[Backend, Target, Plan, Command[Any], Interruption | None], Steps[Any]]
+Exchange = Callable[[Backend, Target, Plan, Command[Any], Call], Steps[Any]]
 """What takes a command to the store and gives its answer, alone or together with others."""
 
 
 def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would only hand its variables around
-    backend: Backend, target: Target, plan: Plan, command: Command[T], interruption: Interruption | None = None
+    backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call
 ) -> Steps[T]:
-    """Decide a command for a bucket, and store what it changes.
-
-    :param interruption: where given, a cancellation of a request in flight does not end the exchange with its outcome
-        unknown: the request is seen through, and the cancellation is left in here.
-    """
+    """Decide a command for a bucket, and store what it changes."""
     store, key, remembered = backend.store, target.stored_key, backend.remembered
     must_exist = target.must_exist_once_made and target.made
     seen = remembered.get(key)
     before, state, by_others, lost, _ = seen
     fresh = False  # whether ``before`` was shown to this very exchange
-    trips = attempts = 0
+    attempts = 0
     deciding = backend.deciding
     may_delegate = deciding is not None
     try:
         now: Any = backend.now(key) if may_delegate else _NOT_ASKED
         if now is None or command.only_reads or (before is None and must_exist):
-            before, state, fresh = (yield store.get(key)), None, True
-            trips += 1
+            call.round_trips += 1
+            before, state, fresh = (yield got(backend, key, call)), None, True
         while True:
             if before is None and must_exist:
                 raise BucketNotFoundError(target.key)
             if not isinstance(now, int):
                 now = backend.now(key)
-                now = yield store.now_nanos(key) if now is None else now  # the former only where no read has brought it
-            if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or trips >= _TRIPS_BEFORE_DELEGATION):
+                now = yield _asked_time(backend, key, call) if now is None else now  # where no read has brought it
+            if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or call.round_trips >= _TRIPS_BEFORE_DELEGATION):
                 may_delegate = False
                 arguments = request(command, plan, target.expiration, now, must_exist=must_exist)
                 if arguments is not None:
-                    done, before = yield from _delegated(deciding, key, arguments, interruption)
+                    call.round_trips += 1
+                    done, before = yield from _delegated(deciding, key, arguments, call)
                     state, fresh = None, True
                     if done:
                         return _explained(backend, target, plan, command, seen, before, now)
-                    if interruption is not None and interruption.error is not None:
-                        raise interruption.error  # nothing was consumed
+                    if call.interruption is not None:
+                        raise call.interruption  # nothing was consumed
                     now = _NOT_ASKED
                     continue
             if state is None and before is not None:
@@ -161,50 +178,49 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                     undisturbed = seen.undisturbed if before == seen.state else 0
                     remembered.put(key, Seen(before, state, by_others, lost, undisturbed))
                     return answer
-                known, before, state, fresh = before, (yield store.get(key)), None, True
+                call.round_trips += 1
+                known, before, state, fresh = before, (yield got(backend, key, call)), None, True
                 by_others |= before != known
-                trips += 1
                 now = _NOT_ASKED
                 continue
             new = codec.encode(after)
             swap = (key, before, new, target.expiration.ttl_millis(after, now))
-            trips += 1
+            call.round_trips += 1
             try:
-                if interruption is not None:
-                    loss = yield from _seen_through(store.swap(*swap), interruption)
+                if call.holds:
+                    loss = yield from _seen_through(_swapped(backend, swap, call), call)
                 elif deciding is not None:
-                    loss = yield from deciding.swapping(*swap)
+                    loss = yield from deciding.swapping(*swap, call.deadline)
                 else:
                     loss = yield store.swap(*swap)
             except BaseException as error:  # noqa: BLE001  # raised again, unless it can be told what became of the swap
                 traces = _Traces(_holds_reading(state, after, now), by_others)
-                loss = yield from _repeated(backend, target, swap, traces, error, interruption)
+                loss = yield from _repeated(backend, target, swap, traces, error, call)
             if loss is None:
                 remembered.put(key, _new(Seen, (new, after, by_others, lost if attempts else 0, 0)))
                 if state is None or state.configuration_version != after.configuration_version:
                     target.made = True
                 return answer
-            if interruption is not None and interruption.error is not None:
-                raise interruption.error  # nothing was consumed
+            if call.interruption is not None:
+                raise call.interruption  # nothing was consumed
             before, state, fresh = loss.state, None, True
             by_others |= before is not None
             lost += 1
             attempts += 1
-            if attempts >= backend.attempts:
+            if attempts >= backend.attempts or (call.deadline is not None and backend.monotonic() >= call.deadline):
                 remembered.put(key, Seen(before, None, by_others, lost))
                 raise ContentionError(target.key, attempts)
             if attempts >= _IMMEDIATE_ATTEMPTS:
                 yield backend.pause(_jittered_pause(attempts - _IMMEDIATE_ATTEMPTS))
-                before = yield store.get(key)
+                call.round_trips += 1
+                before = yield got(backend, key, call)
             now = _NOT_ASKED
     except (StoreError, CorruptStateError) as error:  # as errors_named does, at less cost
         error.key = target.key
         raise
 
 
-def exchange_in_process(
-    backend: Backend, target: Target, plan: Plan, command: Command[T], _interruption: Interruption | None = None
-) -> Steps[T]:
+def exchange_in_process(backend: Backend, target: Target, plan: Plan, command: Command[T], _call: Call) -> Steps[T]:
     """The same with a store that executes commands itself: there is nothing to wait for, and no step to take."""
     yield from ()
     return executed(backend, target, plan, command)
@@ -234,13 +250,30 @@ def executed(backend: Backend, target: Target, plan: Plan, command: Command[T]) 
     return answer  # type: ignore[no-any-return]  # whatever the command answers
 
 
-def _delegated(
-    deciding: Any, key: bytes, arguments: tuple[bytes, ...], interruption: Interruption | None
-) -> Steps[Decided]:
+def _delegated(deciding: Any, key: bytes, arguments: tuple[bytes, ...], call: Call) -> Steps[Decided]:
     """Let the store decide."""
-    if interruption is None:
-        return (yield from deciding.deciding(key, arguments))  # type: ignore[no-any-return]
-    return (yield from _seen_through(deciding.decide(key, arguments), interruption))  # type: ignore[return-value]
+    if not call.holds:
+        return (yield from deciding.deciding(key, arguments, call.deadline))  # type: ignore[no-any-return]
+    return (yield from _seen_through(deciding.decide(key, arguments, deadline=call.deadline), call))  # type: ignore[return-value]
+
+
+def got(backend: Backend, key: bytes, call: Call) -> Any:
+    """Ask the store for a state."""
+    if backend.deciding is None:
+        return backend.store.get(key)
+    return backend.deciding.get(key, deadline=call.deadline)
+
+
+def _asked_time(backend: Backend, key: bytes, call: Call) -> Any:
+    if backend.deciding is None:
+        return backend.store.now_nanos(key)
+    return backend.deciding.now_nanos(key, deadline=call.deadline)
+
+
+def _swapped(backend: Backend, swap: tuple[bytes, bytes | None, bytes, int], call: Call) -> Any:
+    if backend.deciding is None:
+        return backend.store.swap(*swap)
+    return backend.deciding.swap(*swap, deadline=call.deadline)
 
 
 def _explained(  # noqa: PLR0917  # all that an exchange is about
@@ -275,19 +308,20 @@ def _repeated(  # noqa: PLR0917  # the same
     swap: tuple[bytes, bytes | None, bytes, int],
     traces: _Traces,
     failure: BaseException,
-    interruption: Interruption | None,
+    call: Call,
 ) -> Steps[Lost | None]:
     """After a swap whose reply was lost: swap once more."""
     if isinstance(failure, StoreError):
         if not failure.in_doubt:
             raise failure
-    elif interruption is None or isinstance(failure, GeneratorExit):
+    elif not call.holds or isinstance(failure, GeneratorExit):
         raise failure
     else:  # sync, or with a loop that is closing: there is no reply to wait for any more
-        interruption.error = failure
+        call.interruption = failure
     key, _, after, _ = swap
+    call.round_trips += 1
     try:
-        loss: Lost | None = yield backend.store.swap(*swap)
+        loss: Lost | None = yield _swapped(backend, swap, call)
     except StoreError as error:
         error.in_doubt = True
         raise
@@ -301,7 +335,7 @@ def _repeated(  # noqa: PLR0917  # the same
     ) from failure
 
 
-def _seen_through(pending: Any, interruption: Interruption) -> Steps[Lost | None]:
+def _seen_through(pending: Any, call: Call) -> Steps[Lost | None]:
     """Wait for a swap that is in flight whatever cancels who waits for it; a sync one has ended already."""
     swapping = asyncio.ensure_future(pending) if isawaitable(pending) else None
     while swapping is not None:
@@ -310,7 +344,7 @@ def _seen_through(pending: Any, interruption: Interruption) -> Steps[Lost | None
         except asyncio.CancelledError as error:
             if swapping.cancelled():
                 raise
-            interruption.error = error
+            call.interruption = error
     return (yield pending)  # type: ignore[no-any-return]
 
 

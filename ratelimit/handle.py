@@ -21,7 +21,7 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
 )
-from ratelimit.core.duration import Duration, to_nanos
+from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, NEVER
 from ratelimit.core.results import Snapshot, VerboseResult
@@ -35,14 +35,18 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Exchange, Interruption, Target, exchange_in_process, executed
+from ratelimit.exchange import Backend, Call, Exchange, Target, exchange_in_process, executed, got
+from ratelimit.guard import Guard
+from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
 
 T = TypeVar("T")
 
 LimitsOfKey = Callable[[Any], Limits | None]
-Join = Callable[[Target, Plan, Command[Any]], Awaitable[Any] | None]
+Join = Callable[[Target, Plan, Command[Any], Call], Awaitable[Any] | None]
 AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
+
+_LONGEST_TIMEOUT = 10.0**8  # seconds; more than that does not fit into what systems wait for
 
 _logger = logging.getLogger("ratelimit")
 
@@ -52,7 +56,9 @@ class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
+    :param timeout: how long a call may take, in seconds, but for waiting for tokens; None: as the backend says.
     :param optimizer: knows what its manager has handed out without telling the store.
+    :param guard: is around each exchange; None: nobody is told, and errors are raised.
     :param join: queues a command behind an exchange that is in flight in this event loop, if there is one.
     """
 
@@ -62,7 +68,10 @@ class Handle:
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
     inheritance: TokensInheritance
+    timeout: float | None
     optimizer: Optimizer
+    on_error: ErrorPolicy
+    guard: Guard | None
     join: Join | None
     plan: Plan | None = field(init=False)  # None: it depends on what the callable answers
 
@@ -72,32 +81,42 @@ class Handle:
     def _planned(self, limits: BucketConfiguration) -> Plan:
         return Plan(limits, self.version, self.inheritance)
 
-    def run(self, command: Command[T], interruption: Interruption | None = None) -> Steps[T]:
+    def run(self, command: Command[T], call: Call) -> Steps[T]:
         """Decide a command; a key without limits is answered without the store."""
         if self.plan is None:
-            return self._run_planned(command, interruption)
-        return self.exchange(self.backend, self.target, self.plan, command, interruption)
+            return self._run_planned(command, call)
+        return self._exchanged(self.plan, command, call)
 
-    def _run_planned(self, command: Command[T], interruption: Interruption | None) -> Steps[T]:
+    def _run_planned(self, command: Command[T], call: Call) -> Steps[T]:
         limits = yield self.limits(self.target.key)  # type: ignore[operator]  # there is a plan for all others
         if limits is None:
             return command.answer_without_limit()
         plan = self._planned(BucketConfiguration.of(limits))
-        return (yield from self.exchange(self.backend, self.target, plan, command, interruption))  # type: ignore[no-any-return]  # whatever the command answers
+        return (yield from self._exchanged(plan, command, call))
 
-    def answer(self, command: Command[T]) -> T:
+    def _exchanged(self, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
+        if self.guard is None:
+            return self.exchange(self.backend, self.target, plan, command, call)
+        return self.guard.run(self.on_error, self.exchange, self.backend, self.target, plan, command, call)
+
+    def call(self, timeout: Duration | None = None, *, holds: bool = False) -> Call:
+        """A call that begins now, with its own timeout or that of the bucket."""
+        return self.backend.call(self.timeout if timeout is None else seconds(timeout), holds=holds)
+
+    def answer(self, command: Command[T], timeout: Duration | None = None) -> T:
         """The same for sync code: driven, or without a step where there is nothing to wait for."""
-        if self.exchange is exchange_in_process and self.plan is not None:
+        if self.exchange is exchange_in_process and self.plan is not None and self.guard is None:
             return executed(self.backend, self.target, self.plan, command)
-        return drive(self.run(command))
+        return drive(self.run(command, self.call(timeout)))
 
-    def awaited(self, command: Command[T]) -> Awaitable[T]:
+    def awaited(self, command: Command[T], timeout: Duration | None = None) -> Awaitable[T]:
         """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""
+        call = self.call(timeout)
         if self.join is not None and self.plan is not None:
-            answer = self.join(self.target, self.plan, command)
+            answer = self.join(self.target, self.plan, command, call)
             if answer is not None:
                 return answer
-        return adrive(self.run(command))
+        return adrive(self.run(command, call))
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
@@ -111,58 +130,60 @@ class Handle:
 
     def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[int]], Command[T]]) -> Steps[T]:
         reservation = Reserve(token_count(tokens), NEVER if timeout is None else _longest_wait(timeout))
-        interruption = Interruption()
+        call = self.call(holds=True)
         try:
-            answer = yield from self.run(wrap(reservation), interruption)
+            answer = yield from self.run(wrap(reservation), call)
         except RateLimitError as error:
-            if interruption.error is not None:
-                raise interruption.error from error
+            if call.interruption is not None:
+                raise call.interruption from error
             raise
         wait = _value(answer)
-        if wait == NEVER and timeout is None:
+        if wait == NEVER and timeout is None and not call.degraded:
             raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
-        if wait == NEVER and interruption.error is None:
+        if wait == NEVER and call.interruption is None:
             return answer
-        if interruption.error is None and wait > 0:
+        if call.interruption is None and wait > 0:
             try:
                 yield self.backend.sleep(wait)
             except GeneratorExit:
                 raise
             except BaseException as error:  # noqa: BLE001  # raised again below, once the tokens are back
-                interruption.error = error
-        if interruption.error is not None:
+                call.interruption = error
+        if call.interruption is not None:
             if wait != NEVER:
-                yield from self._give_back(tokens)
-            raise interruption.error
+                yield from self._give_back(tokens, call.interruption)
+            raise call.interruption
         return answer
 
-    def _give_back(self, tokens: int) -> Steps[None]:
+    def _give_back(self, tokens: int, interruption: BaseException) -> Steps[None]:
+        if self.guard is not None:
+            self.guard.interrupted(self.target.key, tokens, interruption)
         try:
-            yield from self.run(GiveBack(tokens))
+            yield from self.run(GiveBack(tokens), self.call())
         except RateLimitError as error:  # the interruption is what the caller must hear of
             _logger.warning("%d tokens of a wait that was interrupted could not be given back: %s", tokens, error)
 
-    def penalty(self, command: Command[T]) -> Steps[T]:
+    def penalty(self, command: Command[T], timeout: Duration | None = None) -> Steps[T]:
         """Run a ConsumeIgnoringRateLimits, plain or verbose."""
-        answer = yield from self.run(command)
+        answer = yield from self.run(command, self.call(timeout))
         if _value(answer) == NEVER:
             raise ReservationOverflowError("so many tokens could never be paid back")
         return answer
 
     def sync(self) -> Steps[None]:
         """Tell the store what was handed out without asking it, and learn what it holds."""
-        return self.optimizer.sync(self.backend, self.target.stored_key)
+        return self.optimizer.sync(self.backend, self.target.stored_key, self.call())
 
-    def snapshot(self) -> Steps[Snapshot]:
+    def snapshot(self, timeout: Duration | None = None) -> Steps[Snapshot]:
         """The state at present."""
-        snapshot = yield from self.run(TakeSnapshot())
+        snapshot = yield from self.run(TakeSnapshot(), self.call(timeout))
         if snapshot is None:
             raise BucketNotFoundError(self.target.key)
         return snapshot
 
-    def snapshot_verbosely(self) -> Steps[VerboseResult[Snapshot]]:
+    def snapshot_verbosely(self, timeout: Duration | None = None) -> Steps[VerboseResult[Snapshot]]:
         """The state at present, twice."""
-        result = yield from self.run(Verbose(TakeSnapshot()))
+        result = yield from self.run(Verbose(TakeSnapshot()), self.call(timeout))
         if result.value is None:
             raise BucketNotFoundError(self.target.key)
         return result  # type: ignore[return-value]  # the value is not None
@@ -171,7 +192,10 @@ class Handle:
 def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
-        yield backend.store.delete(target.stored_key)
+        if backend.deciding is None:
+            yield backend.store.delete(target.stored_key)
+        else:
+            yield backend.deciding.delete(target.stored_key, deadline=backend.call().deadline)
     backend.remembered.forget(target.stored_key)
     optimizer.forget(target.stored_key)
 
@@ -179,7 +203,7 @@ def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[Non
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
     """The configuration that is stored with a bucket."""
     with errors_named(target.key):
-        state = yield backend.store.get(target.stored_key)
+        state = yield got(backend, target.stored_key, backend.call())
     return None if state is None else codec.decode(state, target.key).configuration
 
 
@@ -237,12 +261,21 @@ def stored_key(prefix: bytes, key: Key) -> bytes:
 
 
 def _longest_wait(timeout: Duration) -> int:
+    return _nanos(timeout, " (try_consume does not wait)")
+
+
+def seconds(timeout: Duration) -> float:
+    """Check how long a call may take."""
+    return min(_nanos(timeout) / NANOS_PER_SECOND, _LONGEST_TIMEOUT)
+
+
+def _nanos(timeout: Duration, advice: str = "") -> int:
     try:
         nanos = to_nanos(timeout)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"timeout {error}") from None
     if nanos < 1:
-        raise InvalidArgumentError(f"timeout must be above 0, not {timeout!r} (try_consume does not wait)")
+        raise InvalidArgumentError(f"timeout must be above 0, not {timeout!r}{advice}")
     return nanos
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -20,28 +22,38 @@ from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, MIN
 from ratelimit.core.optimization import Optimization
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
-from ratelimit.drive import adrive, drive
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key
+from ratelimit.drive import Steps, adrive, drive
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError
 from ratelimit.exchange import Backend, Exchange, Target, exchange, exchange_in_process
+from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.handle import (
     AsyncLimitsOfKey,
     Handle,
     LimitsOfKey,
     checked_inheritance,
     removed,
+    seconds,
     stored_configuration,
     stored_key,
 )
+from ratelimit.listener import Listener
 from ratelimit.merging import TaskMerger, ThreadMerger
+from ratelimit.on_error import ErrorPolicy, OnError
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
+from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
 
 BucketT = TypeVar("BucketT")
 StoreT = TypeVar("StoreT", Store, AsyncStore)
 
+_logger = logging.getLogger("ratelimit")
+
 _HANDLES_OF_ITS_OWN = 10_000
+
+DEFAULT_TIMEOUT = 0.5
+"""Seconds: long enough for a server that is busy, or for a connection that has to be made anew, over some distance."""
 
 
 class Recovery(Enum):
@@ -62,6 +74,9 @@ class Settings(TypedDict, total=False):
     configuration_version: int | None
     inheritance: TokensInheritance
     prefix: Key
+    timeout: Duration
+    on_error: ErrorPolicy
+    listener: Listener | None
     max_attempts: int
     memory_limit_bytes: int
     merging: bool
@@ -80,6 +95,10 @@ class _Manager(Generic[StoreT, BucketT]):
         pause: Callable[[int], Any],
         make: Callable[[Handle], BucketT],
         prefix: Key,
+        timeout: Duration,
+        on_error: ErrorPolicy,
+        listener: Listener | None,
+        spawn: Callable[[Steps[None]], None],
         configuration_version: int | None,
         inheritance: TokensInheritance,
         expiration: Expiration | None,
@@ -99,6 +118,8 @@ class _Manager(Generic[StoreT, BucketT]):
             now=_by_clock(clock) if clock is not None else getattr(deciding, "known_now", store.now_nanos),
             sleep=_sleep(clock, asynchronous=iscoroutinefunction(pause)),
             pause=pause,
+            monotonic=time.monotonic,
+            timeout=seconds(timeout),
             remembered=Remembered(memory_limit_bytes),
             attempts=max_attempts,
             deciding=deciding,
@@ -109,6 +130,9 @@ class _Manager(Generic[StoreT, BucketT]):
         self._exchange = self._optimizer.optimized(_checked_optimization(optimization))
         asks_at_once = executing is None and optimization is None
         self._join = merger.join if asks_at_once and isinstance(merger, TaskMerger) else None
+        self._on_error = _checked_policy(on_error)
+        self._local = LocalBuckets(None if clock is None else _by_clock(clock), memory_limit_bytes)
+        self._guard = Guard(_checked_listener(listener), self._local, spawn, asynchronous=iscoroutinefunction(pause))
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
@@ -129,6 +153,8 @@ class _Manager(Generic[StoreT, BucketT]):
         inheritance: TokensInheritance | None = None,
         expiration: Expiration | None = None,
         recovery: Recovery | None = None,
+        timeout: Duration | None = None,
+        on_error: ErrorPolicy | None = None,
         optimization: Optimization | None = None,
     ) -> BucketT:
         """A handle on the bucket of a key; cheap, nothing is sent before its first verb.
@@ -150,6 +176,8 @@ class _Manager(Generic[StoreT, BucketT]):
         asking, join = self._exchange, self._join
         if optimization is not None:
             asking, join = self._optimizer.optimized(_checked_optimization(optimization)), None
+        policy = self._on_error if on_error is None else _checked_policy(on_error)
+        guard = None if policy == OnError.RAISE and self._guard.listener is None else self._guard
         return self._make(
             Handle(
                 self._backend,
@@ -158,8 +186,11 @@ class _Manager(Generic[StoreT, BucketT]):
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
+                None if timeout is None else seconds(timeout),
                 self._optimizer,
-                join,
+                policy,
+                guard,
+                join if guard is None else None,
             )
         )
 
@@ -168,6 +199,19 @@ class _Manager(Generic[StoreT, BucketT]):
             return self._kept_bucket(key)
         except TypeError:  # not hashable, hence no key
             return self.bucket(key)
+
+    def _told(self) -> Steps[None]:
+        """The store, of all that was handed out without asking it."""
+        yield from self._optimizer.sync_all(self._backend)
+        try:
+            yield from self._guard.charge_all(self._exchange, self._backend)
+        except RateLimitError as error:
+            _logger.warning("what was consumed without the store could not be charged to it: %s", error)
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """How the circuits to the servers are, by node; none of a store in memory. See :class:`CircuitBreaker`."""
+        circuits = getattr(self._store, "circuits", None)
+        return {} if circuits is None else circuits()
 
     def _target(self, key: Key) -> Target:
         return Target(key, stored_key(self._prefix, key), self._expiration, self._recovery is Recovery.RAISE)
@@ -194,6 +238,11 @@ class ProxyManager(_Manager[Store, Bucket]):
     :param configuration_version: replaces the configuration of stored buckets that have a lower version, or none.
     :param inheritance: what becomes of the tokens of such a bucket.
     :param prefix: put before every key; the same key with no prefix is the same bucket for every Bucket4j client.
+    :param timeout: how long a decision may take, in seconds or as a ``timedelta``, above 0: connecting, and waiting for
+        others of this process, are in it, waiting for tokens is not. Then ``StoreTimeoutError``.
+    :param on_error: what is answered where the store fails: an ``OnError``, or a callable that chooses one by the key
+        and the error.
+    :param listener: is told of every decision.
     :param max_attempts: swaps that one decision may lose to others before ``ContentionError``; 1 or more.
     :param memory_limit_bytes: roughly the memory for states last seen; a key that does not fit costs a round trip.
     :param merging: whether calls that want the same bucket at the same time share a swap; it changes no answer.
@@ -211,6 +260,9 @@ class ProxyManager(_Manager[Store, Bucket]):
         configuration_version: int | None = None,
         inheritance: TokensInheritance = TokensInheritance.RESET,
         prefix: Key = "",
+        timeout: Duration = DEFAULT_TIMEOUT,
+        on_error: ErrorPolicy = OnError.RAISE,
+        listener: Listener | None = None,
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
         merging: bool = True,
@@ -223,6 +275,10 @@ class ProxyManager(_Manager[Store, Bucket]):
             pause=_pause,
             make=Bucket,
             prefix=prefix,
+            timeout=timeout,
+            on_error=on_error,
+            listener=listener,
+            spawn=_spawn,
             configuration_version=configuration_version,
             inheritance=inheritance,
             expiration=expiration,
@@ -254,7 +310,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         Tokens that an optimization has handed out without telling the store are told to it before that.
         """
         try:
-            drive(self._optimizer.sync_all(self._backend))
+            drive(self._told())
         finally:
             if self._owns_store:
                 self._store.close()
@@ -275,57 +331,63 @@ class ProxyManager(_Manager[Store, Bucket]):
         """Forget the bucket of a key."""
         drive(removed(self._backend, self._target(key), self._optimizer))
 
-    def try_consume(self, key: Key, tokens: int = 1) -> bool:
+    def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.try_consume`."""
-        return self._own_bucket(key).try_consume(tokens)
+        return self._own_bucket(key).try_consume(tokens, timeout=timeout)
 
-    def try_consume_and_return_remaining(self, key: Key, tokens: int = 1) -> ConsumptionProbe:
+    def try_consume_and_return_remaining(
+        self, key: Key, tokens: int = 1, *, timeout: Duration | None = None
+    ) -> ConsumptionProbe:
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
-        return self._own_bucket(key).try_consume_and_return_remaining(tokens)
+        return self._own_bucket(key).try_consume_and_return_remaining(tokens, timeout=timeout)
 
-    def try_consume_as_much_as_possible(self, key: Key, limit: int | None = None) -> int:
+    def try_consume_as_much_as_possible(
+        self, key: Key, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> int:
         """See :meth:`Bucket.try_consume_as_much_as_possible`."""
-        return self._own_bucket(key).try_consume_as_much_as_possible(limit)
+        return self._own_bucket(key).try_consume_as_much_as_possible(limit, timeout=timeout)
 
-    def consume_ignoring_rate_limits(self, key: Key, tokens: int) -> int:
+    def consume_ignoring_rate_limits(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return self._own_bucket(key).consume_ignoring_rate_limits(tokens)
+        return self._own_bucket(key).consume_ignoring_rate_limits(tokens, timeout=timeout)
 
     def consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.consume`."""
         return self._own_bucket(key).consume(tokens, timeout=timeout)
 
-    def estimate_ability_to_consume(self, key: Key, tokens: int) -> EstimationProbe:
+    def estimate_ability_to_consume(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
-        return self._own_bucket(key).estimate_ability_to_consume(tokens)
+        return self._own_bucket(key).estimate_ability_to_consume(tokens, timeout=timeout)
 
-    def available_tokens(self, key: Key) -> int:
+    def available_tokens(self, key: Key, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.available_tokens`."""
-        return self._own_bucket(key).available_tokens()
+        return self._own_bucket(key).available_tokens(timeout=timeout)
 
-    def add_tokens(self, key: Key, tokens: int) -> None:
+    def add_tokens(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.add_tokens`."""
-        self._own_bucket(key).add_tokens(tokens)
+        self._own_bucket(key).add_tokens(tokens, timeout=timeout)
 
-    def force_add_tokens(self, key: Key, tokens: int) -> None:
+    def force_add_tokens(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.force_add_tokens`."""
-        self._own_bucket(key).force_add_tokens(tokens)
+        self._own_bucket(key).force_add_tokens(tokens, timeout=timeout)
 
-    def reset(self, key: Key) -> None:
+    def reset(self, key: Key, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.reset`."""
-        self._own_bucket(key).reset()
+        self._own_bucket(key).reset(timeout=timeout)
 
-    def replace_configuration(self, key: Key, configuration: Limits, inheritance: TokensInheritance) -> None:
+    def replace_configuration(
+        self, key: Key, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> None:
         """See :meth:`Bucket.replace_configuration`."""
-        self._own_bucket(key).replace_configuration(configuration, inheritance)
+        self._own_bucket(key).replace_configuration(configuration, inheritance, timeout=timeout)
 
     def sync(self, key: Key) -> None:
         """See :meth:`Bucket.sync`."""
         drive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
 
-    def snapshot(self, key: Key) -> Snapshot:
+    def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
-        return self._own_bucket(key).snapshot()
+        return self._own_bucket(key).snapshot(timeout=timeout)
 
 
 class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
@@ -351,6 +413,9 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         configuration_version: int | None = None,
         inheritance: TokensInheritance = TokensInheritance.RESET,
         prefix: Key = "",
+        timeout: Duration = DEFAULT_TIMEOUT,
+        on_error: ErrorPolicy = OnError.RAISE,
+        listener: Listener | None = None,
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
         merging: bool = True,
@@ -363,6 +428,10 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
             pause=_apause,
             make=AsyncBucket,
             prefix=prefix,
+            timeout=timeout,
+            on_error=on_error,
+            listener=listener,
+            spawn=_aspawn,
             configuration_version=configuration_version,
             inheritance=inheritance,
             expiration=expiration,
@@ -391,7 +460,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     async def aclose(self) -> None:
         """See :meth:`ProxyManager.close`."""
         try:
-            await adrive(self._optimizer.sync_all(self._backend))
+            await adrive(self._told())
         finally:
             if self._owns_store:
                 await self._store.aclose()
@@ -412,61 +481,82 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         """Forget the bucket of a key."""
         await adrive(removed(self._backend, self._target(key), self._optimizer))
 
-    async def try_consume(self, key: Key, tokens: int = 1) -> bool:
+    async def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`AsyncBucket.try_consume`."""
-        return await self._own_bucket(key).try_consume(tokens)
+        return await self._own_bucket(key).try_consume(tokens, timeout=timeout)
 
-    async def try_consume_and_return_remaining(self, key: Key, tokens: int = 1) -> ConsumptionProbe:
+    async def try_consume_and_return_remaining(
+        self, key: Key, tokens: int = 1, *, timeout: Duration | None = None
+    ) -> ConsumptionProbe:
         """See :meth:`AsyncBucket.try_consume_and_return_remaining`."""
-        return await self._own_bucket(key).try_consume_and_return_remaining(tokens)
+        return await self._own_bucket(key).try_consume_and_return_remaining(tokens, timeout=timeout)
 
-    async def try_consume_as_much_as_possible(self, key: Key, limit: int | None = None) -> int:
+    async def try_consume_as_much_as_possible(
+        self, key: Key, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> int:
         """See :meth:`AsyncBucket.try_consume_as_much_as_possible`."""
-        return await self._own_bucket(key).try_consume_as_much_as_possible(limit)
+        return await self._own_bucket(key).try_consume_as_much_as_possible(limit, timeout=timeout)
 
-    async def consume_ignoring_rate_limits(self, key: Key, tokens: int) -> int:
+    async def consume_ignoring_rate_limits(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> int:
         """See :meth:`AsyncBucket.consume_ignoring_rate_limits`."""
-        return await self._own_bucket(key).consume_ignoring_rate_limits(tokens)
+        return await self._own_bucket(key).consume_ignoring_rate_limits(tokens, timeout=timeout)
 
     async def consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`AsyncBucket.consume`."""
         return await self._own_bucket(key).consume(tokens, timeout=timeout)
 
-    async def estimate_ability_to_consume(self, key: Key, tokens: int) -> EstimationProbe:
+    async def estimate_ability_to_consume(
+        self, key: Key, tokens: int, *, timeout: Duration | None = None
+    ) -> EstimationProbe:
         """See :meth:`AsyncBucket.estimate_ability_to_consume`."""
-        return await self._own_bucket(key).estimate_ability_to_consume(tokens)
+        return await self._own_bucket(key).estimate_ability_to_consume(tokens, timeout=timeout)
 
-    async def available_tokens(self, key: Key) -> int:
+    async def available_tokens(self, key: Key, *, timeout: Duration | None = None) -> int:
         """See :meth:`AsyncBucket.available_tokens`."""
-        return await self._own_bucket(key).available_tokens()
+        return await self._own_bucket(key).available_tokens(timeout=timeout)
 
-    async def add_tokens(self, key: Key, tokens: int) -> None:
+    async def add_tokens(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`AsyncBucket.add_tokens`."""
-        await self._own_bucket(key).add_tokens(tokens)
+        await self._own_bucket(key).add_tokens(tokens, timeout=timeout)
 
-    async def force_add_tokens(self, key: Key, tokens: int) -> None:
+    async def force_add_tokens(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`AsyncBucket.force_add_tokens`."""
-        await self._own_bucket(key).force_add_tokens(tokens)
+        await self._own_bucket(key).force_add_tokens(tokens, timeout=timeout)
 
-    async def reset(self, key: Key) -> None:
+    async def reset(self, key: Key, *, timeout: Duration | None = None) -> None:
         """See :meth:`AsyncBucket.reset`."""
-        await self._own_bucket(key).reset()
+        await self._own_bucket(key).reset(timeout=timeout)
 
-    async def replace_configuration(self, key: Key, configuration: Limits, inheritance: TokensInheritance) -> None:
+    async def replace_configuration(
+        self, key: Key, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
+    ) -> None:
         """See :meth:`AsyncBucket.replace_configuration`."""
-        await self._own_bucket(key).replace_configuration(configuration, inheritance)
+        await self._own_bucket(key).replace_configuration(configuration, inheritance, timeout=timeout)
 
     async def sync(self, key: Key) -> None:
         """See :meth:`AsyncBucket.sync`."""
         await adrive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
 
-    async def snapshot(self, key: Key) -> Snapshot:
+    async def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`AsyncBucket.snapshot`."""
-        return await self._own_bucket(key).snapshot()
+        return await self._own_bucket(key).snapshot(timeout=timeout)
 
 
 def _pause(nanos: int) -> None:
     time.sleep(nanos / NANOS_PER_SECOND)
+
+
+def _spawn(steps: Steps[None]) -> None:
+    threading.Thread(target=drive, args=(steps,), name="ratelimit-charge", daemon=True).start()
+
+
+_spawned: set[asyncio.Task[None]] = set()  # event loops do not keep their tasks alive
+
+
+def _aspawn(steps: Steps[None]) -> None:
+    task = asyncio.get_running_loop().create_task(adrive(steps))
+    _spawned.add(task)
+    task.add_done_callback(_spawned.discard)
 
 
 async def _apause(nanos: int) -> None:
@@ -513,6 +603,20 @@ def _checked_optimization(optimization: Optimization | None) -> Optimization | N
     if optimization is not None and not isinstance(optimization, Optimization):
         raise InvalidArgumentError(f"optimization must be an Optimization, not {optimization!r}")
     return optimization
+
+
+def _checked_policy(policy: ErrorPolicy) -> ErrorPolicy:
+    if not isinstance(policy, OnError) and not callable(policy):
+        raise InvalidArgumentError(f"on_error must be an OnError, or a callable that gives one, not {policy!r}")
+    return policy
+
+
+def _checked_listener(listener: Listener | None) -> Listener | None:
+    if listener is not None and not all(
+        callable(getattr(listener, name, None)) for name in ("on_decision", "on_interrupted")
+    ):
+        raise InvalidArgumentError(f"a listener must have on_decision and on_interrupted, which {listener!r} has not")
+    return listener
 
 
 def _checked_recovery(recovery: Recovery) -> Recovery:

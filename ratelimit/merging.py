@@ -9,25 +9,28 @@ Of threads, the first that waits leads the others: it runs the exchange of all. 
 that, so that a caller is woken once, by its answer, and nobody's cancellation touches the others.
 
 An exchange that fails shares its error, for they had all asked for the same. Who is cancelled in the queue is not
-charged; once the swap is sent it is seen through.
+charged; once the swap is sent it is seen through. Nobody waits beyond a deadline of his own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import os
 import threading
+import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
-from ratelimit.errors import CorruptStateError, Key, StoreError
-from ratelimit.exchange import Backend, Interruption, Target, exchange
+from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
+from ratelimit.exchange import Backend, Call, Target, exchange
 
 T = TypeVar("T")
 
@@ -60,97 +63,142 @@ class _Queued(NamedTuple, Generic[T]):
     target: Target
     plan: Plan
     command: Command[T]
+    call: Call
     answer: asyncio.Future[T]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where an exchange is in flight, and others queue.
+
+    :ivar queue: who has come meanwhile.
+    :ivar carried: those whose commands the exchange carries, but for a first one that carries its own.
+    :ivar timer: for the first deadline of them all.
+    """
+
+    key: bytes
+    loop: AbstractEventLoop
+    queue: list[_Queued[Any]] = field(default_factory=list)
+    carried: list[_Queued[Any]] = field(default_factory=list)
+    timer: asyncio.TimerHandle | None = None
+    due: float = math.inf
+
+    def watch(self, deadline: float) -> None:
+        """Let nobody wait for longer than until this deadline, or the ones that are watched already."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.due = deadline
+        self.timer = self.loop.call_later(deadline - time.monotonic(), self._on_deadline)
+
+    def _on_deadline(self) -> None:
+        now, next_due = time.monotonic(), math.inf
+        self.timer, self.due = None, math.inf
+        for waiting, in_doubt in ((self.carried, True), (self.queue, False)):
+            for target, _, _, call, answer in waiting:
+                if answer.done() or call.deadline is None:
+                    continue
+                if call.deadline <= now:
+                    answer.set_exception(_too_late(target.key, in_doubt=in_doubt))
+                else:
+                    next_due = min(next_due, call.deadline)
+        if next_due < math.inf:
+            self.watch(next_due)
+
+    def end(self) -> None:
+        """Nobody is in flight any more."""
+        if self.timer is not None:
+            self.timer.cancel()
+        with suppress(RuntimeError):  # the loop is closed
+            for queued in (*self.carried, *self.queue):  # some are left where the loop ends
+                queued.answer.cancel()
+
+
+def _too_late(key: Key, *, in_doubt: bool) -> StoreTimeoutError:
+    waited_for = "an answer" if in_doubt else "those who came before"
+    return StoreTimeoutError(key, f"there was no time left to wait for {waited_for}", in_doubt)
 
 
 class TaskMerger:
     """The queues of a manager for asyncio; tasks of different event loops do not wait for each other."""
 
     def __init__(self) -> None:
-        self._queues: dict[tuple[AbstractEventLoop, bytes], list[_Queued[Any]]] = {}
+        self._places: dict[tuple[AbstractEventLoop, bytes], _Place] = {}
         self._carriers: set[asyncio.Task[None]] = set()  # the loop itself does not keep them alive
 
-    def exchange(
-        self,
-        backend: Backend,
-        target: Target,
-        plan: Plan,
-        command: Command[T],
-        interruption: Interruption | None = None,
-    ) -> Steps[T]:
+    def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, or in the one that carries what has come meanwhile."""
         if command.only_reads:
-            return (yield from exchange(backend, target, plan, command, interruption))
-        answer = self.join(target, plan, command)
+            return (yield from exchange(backend, target, plan, command, call))
+        answer = self.join(target, plan, command, call)
         if answer is not None:
-            return (yield from self._wait(target, answer, interruption))
-        place = (asyncio.get_running_loop(), target.stored_key)
-        self._queues[place] = []
+            return (yield from self._wait(target, answer, call))
+        loop = asyncio.get_running_loop()
+        place = self._places[loop, target.stored_key] = _Place(target.stored_key, loop)
         try:
-            return (yield from exchange(backend, target, plan, command, interruption))
+            return (yield from exchange(backend, target, plan, command, call))
         finally:
             self._hand_over(place, backend)
 
-    def join(self, target: Target, plan: Plan, command: Command[T]) -> asyncio.Future[T] | None:
+    def join(self, target: Target, plan: Plan, command: Command[T], call: Call) -> asyncio.Future[T] | None:
         """Queue behind the exchange in flight: the answer to be. None where there is none in flight, and for reads."""
         loop = asyncio.get_running_loop()
-        queue = self._queues.get((loop, target.stored_key))
-        if queue is None or command.only_reads:
+        place = self._places.get((loop, target.stored_key))
+        if place is None or command.only_reads:
             return None
         answer: asyncio.Future[T] = loop.create_future()
-        queue.append(_new(_Queued, (target, plan, command, answer)))
+        place.queue.append(_new(_Queued, (target, plan, command, call, answer)))
+        if call.deadline is not None and call.deadline < place.due:
+            place.watch(call.deadline)
         return answer
 
-    def _wait(self, target: Target, answer: asyncio.Future[T], interruption: Interruption | None) -> Steps[T]:
-        """Until there is the answer; once the command is on its way no cancellation ends that, if there is a hold."""
-        while interruption is not None:
+    def _wait(self, target: Target, answer: asyncio.Future[T], call: Call) -> Steps[T]:
+        """Until there is the answer; once the command is on its way no cancellation ends that, if the call holds it."""
+        while call.holds:
             try:
                 return (yield asyncio.shield(answer))  # type: ignore[no-any-return]
             except asyncio.CancelledError as error:
-                queue = self._queues.get((answer.get_loop(), target.stored_key), ())
-                if answer.cancelled() or any(queued.answer is answer for queued in queue):
+                place = self._places.get((answer.get_loop(), target.stored_key))
+                queued = place is not None and any(queued.answer is answer for queued in place.queue)
+                if answer.cancelled() or queued:
                     answer.cancel()
                     raise
-                interruption.error = error  # what becomes of the command must be known, and then undone
+                call.interruption = error  # what becomes of the command must be known, and then undone
         return (yield answer)  # type: ignore[no-any-return]
 
-    def _hand_over(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
+    def _hand_over(self, place: _Place, backend: Backend) -> None:
         """Let those who have come meanwhile go together."""
-        if not self._queues[place]:
-            del self._queues[place]
+        if not place.queue:
+            self._leave(place)
             return
-        loop, _ = place
         try:
-            if loop is asyncio.get_running_loop():
+            if place.loop is asyncio.get_running_loop():
                 self._start_carrier(place, backend)
                 return
         except RuntimeError:  # no loop runs here: who was in flight has been collected
             pass
         try:
-            loop.call_soon_threadsafe(self._start_carrier, place, backend)
+            place.loop.call_soon_threadsafe(self._start_carrier, place, backend)
         except RuntimeError:  # it is closed, and nobody waits any more
-            del self._queues[place]
+            self._leave(place)
 
-    def _start_carrier(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
-        loop, _ = place
-        carrier = loop.create_task(self._carry(place, backend))
+    def _leave(self, place: _Place) -> None:
+        del self._places[place.loop, place.key]
+        place.end()
+
+    def _start_carrier(self, place: _Place, backend: Backend) -> None:
+        carrier = place.loop.create_task(self._carry(place, backend))
         self._carriers.add(carrier)
         carrier.add_done_callback(self._carriers.discard)
 
-    async def _carry(self, place: tuple[AbstractEventLoop, bytes], backend: Backend) -> None:
+    async def _carry(self, place: _Place, backend: Backend) -> None:
         """Run one exchange after the other until nobody waits."""
-        queue = self._queues[place]
-        together: list[_Queued[Any]] = []
         try:
-            while queue:
-                together = _next_of(queue)
-                if together:
-                    await _carry_together(backend, together)
+            while place.queue:
+                place.carried = _next_of(place.queue)
+                if place.carried:
+                    await _carry_together(backend, place.carried)
         finally:
-            del self._queues[place]
-            with suppress(RuntimeError):  # the loop is closed
-                for queued in (*together, *queue):  # some are left where the loop ends
-                    queued.answer.cancel()
+            self._leave(place)
 
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
@@ -168,17 +216,21 @@ def _next_of(queue: list[_Queued[Any]]) -> list[_Queued[Any]]:
 
 
 async def _carry_together(backend: Backend, together: list[_Queued[Any]]) -> None:
-    """Run one exchange for all of them, and hand out the answers."""
-    target, plan, _, _ = together[0]
+    """Run one exchange for all of them, until the last of their deadlines, and hand out the answers."""
+    target, plan = together[0].target, together[0].plan
+    deadlines = [queued.call.deadline for queued in together]
+    call = Call(None if None in deadlines else max(deadlines))  # type: ignore[type-var]  # there is no None
     try:
         batch = Batch(tuple([queued.command for queued in together]))
-        answers = await adrive(exchange(backend, target, plan, batch))
+        answers = await adrive(exchange(backend, target, plan, batch, call))
     except Exception as error:  # noqa: BLE001  # it is for those who wait
         for queued in together:
+            queued.call.round_trips = call.round_trips
             if not queued.answer.done():
                 queued.answer.set_exception(_copied(error, queued.target.key))
     else:
         for queued, answer in zip(together, answers, strict=True):
+            queued.call.round_trips = call.round_trips
             if not queued.answer.done():
                 queued.answer.set_result(answer)
 
@@ -192,12 +244,15 @@ class _Entry(Generic[T]):
     :ivar led: whom it is to lead, itself the first.
     """
 
-    __slots__ = ("abandoned", "answer", "command", "error", "led", "plan", "queued", "settled", "target", "woken")
+    __slots__ = (
+        *("abandoned", "answer", "call", "command", "error", "led", "plan", "queued", "settled", "target", "woken"),
+    )
 
-    def __init__(self, target: Target, plan: Plan, command: Command[T]) -> None:
+    def __init__(self, target: Target, plan: Plan, command: Command[T], call: Call) -> None:
         self.target = target
         self.plan = plan
         self.command = command
+        self.call = call
         self.woken = threading.Event()
         self.answer: T | None = None
         self.error: Exception | None = None
@@ -234,32 +289,25 @@ class ThreadMerger:
         self._queues: dict[Hashable, deque[_Entry[Any]]] = {}
         self._lock = threading.Lock()
 
-    def exchange(
-        self,
-        backend: Backend,
-        target: Target,
-        plan: Plan,
-        command: Command[T],
-        interruption: Interruption | None = None,
-    ) -> Steps[T]:
+    def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, which carries the commands of others as well."""
         if command.only_reads:
-            return (yield from exchange(backend, target, plan, command, interruption))
+            return (yield from exchange(backend, target, plan, command, call))
         place = (_process, target.stored_key)
         entry: _Entry[T] | None = None
         with self._lock:
             if place in self._queues:
-                entry = self._enqueued(place, _Entry(target, plan, command))
+                entry = self._enqueued(place, _Entry(target, plan, command, call))
             else:
                 self._queues[place] = _NOBODY
         if entry is None:
             try:
-                return (yield from exchange(backend, target, plan, command, interruption))
+                return (yield from exchange(backend, target, plan, command, call))
             finally:
                 self._hand_over(place)
-        self._wait(place, entry, interruption)
+        self._wait(place, entry)
         if entry.led is not None:
-            yield from self._lead(place, backend, entry.led, interruption)
+            yield from self._lead(place, backend, entry.led)
         if entry.error is not None:
             raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
@@ -271,54 +319,65 @@ class ThreadMerger:
         queue.append(entry)
         return entry
 
-    def _wait(self, place: Hashable, entry: _Entry[Any], interruption: Interruption | None) -> None:
+    def _wait(self, place: Hashable, entry: _Entry[Any]) -> None:
         """Block until the entry is settled, or is to lead."""
+        call = entry.call
         while True:
             try:
-                entry.woken.wait()
+                if entry.woken.wait(None if call.deadline is None else max(0.0, call.deadline - time.monotonic())):
+                    return
             except BaseException as error:
                 with self._lock:
                     if entry.queued:
                         self._queues[place].remove(entry)
                     decided = entry.settled or (entry.led is None and not entry.queued)
-                    stays = decided and interruption is not None
+                    stays = decided and call.holds
                     entry.abandoned = not stays
-                if interruption is None or not stays:
+                if not stays:
                     if entry.led is not None:
                         self._hand_over(place, entry.led[1:])
                     raise
-                interruption.error = error  # what becomes of the command must be known, and then undone
-                if not entry.settled:
-                    continue
-            return
+                call.interruption = error  # what becomes of the command must be known, and then undone
+                if entry.settled:
+                    return
+                continue
+            with self._lock:
+                if entry.settled or entry.led is not None:
+                    return
+                in_doubt = not entry.queued
+                if entry.queued:
+                    self._queues[place].remove(entry)
+                entry.abandoned = True
+            raise _too_late(entry.target.key, in_doubt=in_doubt)
 
-    def _lead(
-        self, place: Hashable, backend: Backend, led: list[_Entry[Any]], interruption: Interruption | None
-    ) -> Steps[None]:
+    def _lead(self, place: Hashable, backend: Backend, led: list[_Entry[Any]]) -> Steps[None]:
         """Run one exchange for all that are led, and hand out the answers."""
         first, others = led[0], led[1:]
-        held = interruption or Interruption()
+        asking = first.call if first.call.holds else Call(first.call.deadline, holds=True)
         unsettled = others
         try:
             command = Batch(tuple(entry.command for entry in led))
-            answers = yield from exchange(backend, first.target, first.plan, command, held)
+            answers = yield from exchange(backend, first.target, first.plan, command, asking)
             for entry, answer in zip(led, answers, strict=True):
                 entry.answer = answer
             unsettled = []
         except Exception as error:
-            for entry in others:
-                entry.error = _copied(error, entry.target.key)
-            unsettled = []
-            if interruption is None and held.error is not None:
-                raise held.error from error
+            if not isinstance(error, StoreTimeoutError) or error.in_doubt:  # else they may have more time, and try
+                for entry in others:
+                    entry.error = _copied(error, entry.target.key)
+                unsettled = []
+            if asking is not first.call and asking.interruption is not None:
+                raise asking.interruption from error
             raise
         finally:
+            for entry in led:
+                entry.call.round_trips = asking.round_trips
             if not unsettled:
                 for entry in others:
                     entry.settle()
             self._hand_over(place, unsettled)
-        if interruption is None and held.error is not None:
-            raise held.error
+        if asking is not first.call and asking.interruption is not None:
+            raise asking.interruption
 
     def _hand_over(self, place: Hashable, returned: Sequence[_Entry[Any]] = ()) -> None:
         """Let the next one lead; those that are returned go first."""

@@ -40,7 +40,7 @@ from ratelimit.core.optimization import Optimization
 from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import RateLimitError, StoreError
-from ratelimit.exchange import Backend, Exchange, Interruption, Target
+from ratelimit.exchange import Backend, Call, Exchange, Target
 
 T = TypeVar("T")
 
@@ -164,13 +164,13 @@ class Optimizer:
         with self._lock:
             self._drop(key)
 
-    def sync(self, backend: Backend, key: bytes) -> Steps[None]:
+    def sync(self, backend: Backend, key: bytes, call: Call | None = None) -> Steps[None]:
         """Tell the store what was handed out of a bucket, and learn what it holds; nothing where nothing is known."""
         with self._lock:
             entry = self._entries.get(key)
             begun = None if entry is None else _begin(entry, carrying=True)
         if begun is not None:
-            yield from self._ask(backend, begun, TakeSnapshot(), None, 0)
+            yield from self._ask(backend, begun, TakeSnapshot(), call or backend.call(), 0)
 
     def sync_all(self, backend: Backend) -> Steps[None]:
         """Tell the store all that was handed out and not told.
@@ -200,7 +200,7 @@ class Optimizer:
         target: Target,
         plan: Plan,
         command: Command[T],
-        interruption: Interruption | None = None,
+        call: Call,
     ) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, without the store where that is allowed."""
         if target.stored_key in self._entries:
@@ -208,12 +208,12 @@ class Optimizer:
             decided = ASK if now is None else self.decided(optimization, target.stored_key, plan, command, now)
             if decided is not ASK:
                 return decided  # type: ignore[return-value]  # the answer of the command
-        elif not (yield from self._make_room(backend, _weight(target, plan))):
-            answer = yield from self._exchange(backend, target, plan, command, interruption)
+        elif not (yield from self._make_room(backend, _weight(target, plan), call)):
+            answer = yield from self._exchange(backend, target, plan, command, call)
             return answer  # type: ignore[no-any-return]  # that of the command
         with self._lock:
             begun = _begin(self._entry(target, plan), carrying=not command.only_reads)
-        return (yield from self._ask(backend, begun, command, interruption, optimization.max_samples))
+        return (yield from self._ask(backend, begun, command, call, optimization.max_samples))
 
     def decided(self, optimization: Optimization, key: bytes, plan: Plan, command: Command[Any], now: int) -> Any:
         """The answer, where it needs no exchange; else ``ASK``. Nothing is sent, and nobody waited for."""
@@ -236,24 +236,26 @@ class Optimizer:
         backend: Backend,
         begun: _Begun,
         command: Command[T],
-        interruption: Interruption | None,
+        call: Call,
         samples: int,
     ) -> Steps[T]:
         """Ask the store; tokens on their way are seen through to the end, whoever is cancelled."""
         carried = begun.carried
-        held = interruption or (Interruption() if carried else None)
+        asking = Call(call.deadline, holds=True) if carried and not call.holds else call
         booking = bool(carried) or not command.only_reads
         asked = Synchronize(carried if booking else begun.not_carried, command, booking=booking)
         try:
-            outcome: Synchronized[T] = yield from self._exchange(backend, begun.target, begun.plan, asked, held)
+            outcome: Synchronized[T] = yield from self._exchange(backend, begun.target, begun.plan, asked, asking)
         except BaseException as error:
             self._failed(begun, error)
-            if interruption is None and held is not None and held.error not in (None, error):
-                raise held.error from error
+            if asking is not call and asking.interruption not in (None, error):
+                raise asking.interruption from error
             raise
+        finally:
+            call.round_trips = asking.round_trips
         self._succeeded(begun, outcome, samples)
-        if interruption is None and held is not None and held.error is not None:
-            raise held.error
+        if asking is not call and asking.interruption is not None:
+            raise asking.interruption
         return outcome.answer
 
     def _failed(self, begun: _Begun, error: BaseException) -> None:
@@ -299,7 +301,7 @@ class Optimizer:
         if entry is not None:
             self._size -= entry.weight
 
-    def _make_room(self, backend: Backend, weight: int) -> Steps[bool]:
+    def _make_room(self, backend: Backend, weight: int, call: Call) -> Steps[bool]:
         """Forget the least recently used; False where that cannot be done now."""
         while weight <= self._limit:
             with self._lock:
@@ -312,7 +314,7 @@ class Optimizer:
                 self._entries.move_to_end(key)
                 begun = _begin(entry, carrying=True)
             try:
-                yield from self._ask(backend, begun, TakeSnapshot(), None, 0)
+                yield from self._ask(backend, begun, TakeSnapshot(), Call(call.deadline), 0)
             except RateLimitError:
                 return False  # it keeps its tokens, and the newcomer asks the store
             with self._lock:

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 import redis
 
+from ratelimit import AsyncProxyManager, ProxyManager
 from tests import servers
 from tests.ways import Way
 from tests.workers import Workers
@@ -25,6 +27,17 @@ def pytest_report_header() -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for description, times in servers.used.items():
         terminalreporter.write_line(f"redis server: {description}, started or connected to {times} times")
+
+
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience() -> None:
+    """Let decisions take their time where nothing else is said: machines that run tests are busy."""
+    for make in (ProxyManager.__init__, AsyncProxyManager.__init__):
+        make.__kwdefaults__ = {**(make.__kwdefaults__ or {}), "timeout": 30}
 
 
 @pytest.fixture(scope="session")

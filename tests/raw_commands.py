@@ -6,7 +6,6 @@ A raw command answers "bucket_not_found" or "configuration_needs_replacement" wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from ratelimit import ConsumptionProbe, EstimationProbe, Snapshot, TokensInheritance
@@ -112,7 +111,7 @@ def _planned(
 
 def _recorded_form(value: Any) -> Any:
     if isinstance(value, ConsumptionProbe | EstimationProbe):
-        return asdict(value)
+        return vectors.probe_as_recorded(value)
     if isinstance(value, Snapshot):
         return {
             "configuration": vectors.as_recorded(value.configuration),

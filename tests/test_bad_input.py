@@ -316,7 +316,7 @@ async def test_a_server_that_loads_its_data_is_unavailable(face: Face, server_bi
         writer.config_set("repl-diskless-sync-delay", 0)
         # while it loads, a server looks after its clients every two megabytes
         writer.mset({f"key {i}": bytes(200_000) for i in range(100)})
-        async with closing(face.from_url(f"{loading.url}?socket_timeout=10", LIMITS)) as manager:
+        async with closing(face.from_url(f"{loading.url}?socket_timeout=10", LIMITS, timeout=10)) as manager:
             assert await settled(manager.try_consume(KEY))
             reader.replicaof(master.host, master.port)
             wait_until(lambda: reader.info("persistence")["loading"] == 1, "it loads what the master has sent")

@@ -23,6 +23,7 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.errors import Key
+from ratelimit.exchange import Call
 from ratelimit.handle import try_consume
 from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.stores.protocol import Lost
@@ -137,7 +138,7 @@ def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
 def queues(manager: Any) -> dict[Any, Any]:
     merger = manager._optimizer._exchange.__self__
     assert isinstance(merger, ThreadMerger | TaskMerger)
-    return merger._queues
+    return merger._queues if isinstance(merger, ThreadMerger) else merger._places
 
 
 @contextmanager
@@ -472,7 +473,7 @@ def test_who_was_in_flight_and_is_collected_outside_of_the_loop_holds_up_nobody(
 
 async def _left_in_flight(tasks: Tasks) -> Any:
     """The steps of a decision that has sent its swap, in the hands of nobody."""
-    steps = tasks.manager.bucket("key")._handle.run(try_consume(1))
+    steps = tasks.manager.bucket("key")._handle.run(try_consume(1), Call())
     swap = next(steps)
     while hasattr(swap, "__next__") or not hasattr(swap, "__await__"):
         swap = steps.send(await swap if hasattr(swap, "__await__") else swap)

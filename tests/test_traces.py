@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from fractions import Fraction
 from inspect import iscoroutinefunction
 from typing import Any
@@ -31,6 +30,7 @@ from ratelimit import (
 )
 from ratelimit.core import codec
 from ratelimit.drive import adrive, drive
+from ratelimit.exchange import Call
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
 from tests import vectors
@@ -111,7 +111,7 @@ class Replay:
             self.handles[proxy] = self.handle(self.proxies[proxy])
             return None
         if op == "sync":
-            return await settled(self.drive(bucket._handle.run(Sync())))
+            return await settled(self.drive(bucket._handle.run(Sync(), Call())))
         if op in ("blocking_consume", "blocking_try_consume"):
             longest = args.pop("max_wait_nanos", None)
             timeout = {} if longest is None else {"timeout": Fraction(longest, 10**9)}
@@ -130,7 +130,7 @@ class Replay:
 
 def recorded_form(value: Any) -> Any:
     if isinstance(value, ConsumptionProbe | EstimationProbe):
-        return asdict(value)
+        return vectors.probe_as_recorded(value)
     if isinstance(value, VerboseResult):
         assert value.configuration is not None
         return {

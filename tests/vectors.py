@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ratelimit import Bandwidth, BandwidthState, BucketConfiguration
+from ratelimit import Bandwidth, BandwidthState, BucketConfiguration, ConsumptionProbe, EstimationProbe
 from ratelimit.core.state import BucketState
 
 DATA = Path(__file__).parent / "data"
@@ -57,3 +58,10 @@ def as_recorded(configuration: BucketConfiguration) -> dict[str, Any]:
 
 def states_as_recorded(states: tuple[BandwidthState, ...]) -> list[dict[str, int]]:
     return [one._asdict() for one in states]
+
+
+def probe_as_recorded(probe: ConsumptionProbe | EstimationProbe) -> dict[str, Any]:
+    """A probe as the recordings have it: Bucket4j tells nothing of a store that fails."""
+    fields = dataclasses.asdict(probe)
+    del fields["degraded"]
+    return fields

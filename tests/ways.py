@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
@@ -57,10 +57,10 @@ def batched(manager: Any) -> None:
     """Let a manager of either face do each command as those that are led do theirs: in a batch."""
     exchange = manager._exchange
 
-    def exchange_batch(backend: Any, target: Any, plan: Any, command: Command[Any], interruption: Any = None) -> Any:
+    def exchange_batch(backend: Any, target: Any, plan: Any, command: Command[Any], call: Any) -> Any:
         if command.only_reads:
-            return (yield from exchange(backend, target, plan, command, interruption))
-        (answer,) = yield from exchange(backend, target, plan, Batch((command,)), interruption)
+            return (yield from exchange(backend, target, plan, command, call))
+        (answer,) = yield from exchange(backend, target, plan, Batch((command,)), call)
         return answer
 
     manager._exchange = exchange_batch
@@ -84,11 +84,11 @@ class Tap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
-    def send(self, key: bytes, *commands: RedisCommand) -> Any:
+    def send(self, key: bytes, commands: Sequence[RedisCommand], deadline: float | None) -> Any:
         kind = _kind(commands[-1])
         self.sent.append(kind)
         self.before(kind)
-        replies = self._channel.send(key, *commands)
+        replies = self._channel.send(key, commands, deadline)
         if isinstance(replies, Awaitable):
             return self._awaited(kind, replies)
         self.after(kind)

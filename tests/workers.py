@@ -145,7 +145,7 @@ class Access(NamedTuple):
         return AsyncProxyManager.from_url(self.url, self.limits, **self._settings())
 
     def _settings(self) -> Settings:
-        settings: Settings = {**self.settings, "merging": Shared.way.merging}
+        settings: Settings = {"timeout": PATIENCE, **self.settings, "merging": Shared.way.merging}
         if Shared.way.by is By.SWAPS:
             settings["max_attempts"] = 10**6  # it is the script that spares a decision so many
         return settings

@@ -31,6 +31,9 @@ class Command(ABC, Generic[T]):
     only_reads: ClassVar[bool] = False
     """True where no state is ever stored, so that the store is only read."""
 
+    is_decision: ClassVar[bool] = False
+    """True where callers act upon the answer, so that there may be another one in its place where the store fails."""
+
     @abstractmethod
     def decide(self, state: BucketState, now: int) -> Decision[T]:
         """What to store (None: nothing), and the answer; the state has been refilled at this time."""
@@ -42,6 +45,13 @@ class Command(ABC, Generic[T]):
     @abstractmethod
     def answer_without_limit(self) -> T:
         """The answer for a key that is not limited."""
+
+    def answer_refused(self, wait: int) -> T:
+        """The answer that lets nothing through, and tells to come back after this wait; only of decisions.
+
+        :raises NotImplementedError: where there is none: the command consumes in any case.
+        """
+        raise NotImplementedError
 
 
 class Plan(NamedTuple):
@@ -84,6 +94,8 @@ class TryConsume(Command[bool]):
 
     tokens: int
 
+    is_decision: ClassVar[bool] = True
+
     def decide(self, state: BucketState, now: int) -> Decision[bool]:
         if self.tokens > state.available_tokens:
             return None, False
@@ -96,12 +108,17 @@ class TryConsume(Command[bool]):
     def answer_without_limit(self) -> bool:
         return True
 
+    def answer_refused(self, wait: int) -> bool:
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
     """Consume the tokens if all of them are there, and tell what is left and how long to wait."""
 
     tokens: int
+
+    is_decision: ClassVar[bool] = True
 
     def decide(self, state: BucketState, now: int) -> Decision[ConsumptionProbe]:
         available = state.available_tokens
@@ -118,6 +135,9 @@ class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
     def answer_without_limit(self) -> ConsumptionProbe:
         return ConsumptionProbe(True, MAX, 0, 0)
 
+    def answer_refused(self, wait: int) -> ConsumptionProbe:
+        return ConsumptionProbe(False, 0, wait, wait)
+
 
 def _consumed_probe(after: BucketState, now: int) -> ConsumptionProbe:
     return ConsumptionProbe(True, max(0, after.available_tokens), 0, after.nanos_until_full(now))
@@ -129,12 +149,17 @@ class ConsumeAsMuchAsPossible(Command[int]):
 
     limit: int = MAX
 
+    is_decision: ClassVar[bool] = True
+
     def decide(self, state: BucketState, now: int) -> Decision[int]:
         tokens = max(0, min(self.limit, state.available_tokens))
         return (state.consumed(tokens) if tokens else None), tokens
 
     def answer_without_limit(self) -> int:
         return self.limit
+
+    def answer_refused(self, wait: int) -> int:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +168,8 @@ class Reserve(Command[int]):
 
     tokens: int
     longest_wait_nanos: int = NEVER
+
+    is_decision: ClassVar[bool] = True
 
     def decide(self, state: BucketState, now: int) -> Decision[int]:
         wait = state.nanos_until(self.tokens, now, check_capacity=False)
@@ -153,10 +180,16 @@ class Reserve(Command[int]):
     def answer_without_limit(self) -> int:
         return 0
 
+    def answer_refused(self, wait: int) -> int:
+        return NEVER
+
 
 @dataclass(frozen=True, slots=True)
 class ConsumeIgnoringRateLimits(Reserve):
     """Consume the tokens whether they are there or not, and tell until when they would have been; NEVER: overflow."""
+
+    def answer_refused(self, wait: int) -> int:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +198,15 @@ class GiveBack(Command[None]):
 
     tokens: int
 
+    is_decision: ClassVar[bool] = True
+
     def decide(self, state: BucketState, now: int) -> Decision[None]:
         return state.given_back(self.tokens), None
 
     def answer_without_limit(self) -> None:
+        return None
+
+    def answer_refused(self, wait: int) -> None:
         return None
 
 
@@ -178,6 +216,7 @@ class EstimateAbilityToConsume(Command[EstimationProbe]):
 
     tokens: int
     only_reads: ClassVar[bool] = True
+    is_decision: ClassVar[bool] = True
 
     def decide(self, state: BucketState, now: int) -> Decision[EstimationProbe]:
         available = state.available_tokens
@@ -186,6 +225,9 @@ class EstimateAbilityToConsume(Command[EstimationProbe]):
 
     def answer_without_limit(self) -> EstimationProbe:
         return EstimationProbe(True, MAX, 0)
+
+    def answer_refused(self, wait: int) -> EstimationProbe:
+        return EstimationProbe(False, 0, wait)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,11 +342,12 @@ class Batch(Command[list[Any]]):
 class Verbose(Command[VerboseResult[T]]):
     """Another command, and with its answer the bucket right after it."""
 
-    __slots__ = ("command", "only_reads")
+    __slots__ = ("command", "is_decision", "only_reads")
 
     def __init__(self, command: Command[T]) -> None:
         self.command = command
         self.only_reads = command.only_reads  # type: ignore[misc]  # per instance here
+        self.is_decision = command.is_decision  # type: ignore[misc]
 
     def decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
         after, value = self.command.decide(state, now)
@@ -321,6 +364,9 @@ class Verbose(Command[VerboseResult[T]]):
 
     def answer_without_limit(self) -> VerboseResult[T]:
         return VerboseResult(self.command.answer_without_limit(), 0, MAX, (), 0, None, ())
+
+    def answer_refused(self, wait: int) -> VerboseResult[T]:
+        return VerboseResult(self.command.answer_refused(wait), 0, 0, (), wait, None, ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,12 +21,14 @@ class ConsumptionProbe:
     :param nanos_to_wait_for_refill: until the tokens asked for will be there, in nanoseconds; 0 when consumed,
         ``NEVER`` when more was asked for than a bandwidth can hold.
     :param nanos_to_wait_for_reset: until the bucket is full again, in nanoseconds.
+    :param degraded: whether the store has failed, and the answer is that of the ``OnError`` policy.
     """
 
     consumed: bool
     remaining_tokens: int
     nanos_to_wait_for_refill: int
     nanos_to_wait_for_reset: int
+    degraded: bool = False
 
     def __bool__(self) -> bool:
         return self.consumed
@@ -50,11 +52,13 @@ class EstimationProbe:
     :param remaining_tokens: what is there now; not below 0.
     :param nanos_to_wait_for_refill: until the tokens asked for will be there, in nanoseconds; 0 when they are,
         ``NEVER`` when more was asked for than a bandwidth can hold.
+    :param degraded: whether the store has failed, and the answer is that of the ``OnError`` policy.
     """
 
     can_be_consumed: bool
     remaining_tokens: int
     nanos_to_wait_for_refill: int
+    degraded: bool = False
 
     def __bool__(self) -> bool:
         return self.can_be_consumed
@@ -97,6 +101,7 @@ class VerboseResult(Generic[T]):
     :param full_refilling_time_nanos: until every bandwidth is full, in nanoseconds.
     :param configuration: what is stored with the bucket; None where the key is not limited.
     :param bandwidth_states: in the order of the bandwidths.
+    :param degraded: whether the store has failed, and the answer is that of the ``OnError`` policy.
     """
 
     value: T
@@ -106,3 +111,4 @@ class VerboseResult(Generic[T]):
     full_refilling_time_nanos: int
     configuration: BucketConfiguration | None
     bandwidth_states: tuple[BandwidthState, ...]
+    degraded: bool = False

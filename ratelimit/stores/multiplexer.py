@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
+from ratelimit.stores.circuit import Circuit
 from ratelimit.stores.redis_channels import OUTDATED, Command, PushNotification, Replies, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
+
+_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
 
 _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
@@ -39,23 +44,27 @@ class Multiplexer:
     wait for the connection first, it may do so for the ``socket_connect_timeout`` as well, and then begins to count.
     """
 
-    def __init__(self, make_connection: MakeConnection) -> None:
+    def __init__(self, make_connection: MakeConnection, circuit: Circuit | None = None) -> None:
         self._make_connection = make_connection
+        self.circuit = Circuit(None) if circuit is None else circuit
         self._links: dict[AbstractEventLoop, _Link] = {}
 
-    def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Future[Replies]:
         """Send commands next to each other; to be awaited for their replies.
 
         :param key: what errors are about.
+        :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
         """
+        if self.circuit.is_open:
+            self.circuit.admit(key)
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None or not link.usable:
-            link = self._links[loop] = _Link(loop, self._made(key), link)
+            link = self._links[loop] = _Link(loop, self._made(key), link, self.circuit)
             for known in list(self._links):
                 if known.is_closed():
                     self._links.pop(known, None)
-        return link.send(key, commands)
+        return link.send(key, commands, deadline)
 
     def _made(self, key: bytes) -> Any:
         try:
@@ -72,9 +81,16 @@ class Multiplexer:
 
 
 class _Waiter(NamedTuple):
+    """Who waits for replies.
+
+    :ivar since: when it began to count; later where it had to wait for the connection.
+    :ivar deadline: of its own; infinite where it has none.
+    """
+
     future: Future[Replies]
     key: bytes
     replies: int
+    since: float
     deadline: float
 
 
@@ -91,50 +107,60 @@ class _Link:
 
     A waiter stays in its place until its replies have come, also when nobody waits for them any more.
 
-    A deadline that passes is the matter of that waiter alone. If nothing at all was heard since it was handed in, the
-    connection is retired: it gets no more commands, and ends with the last of those who still wait.
+    A deadline that passes is the matter of that waiter alone. If nothing at all was heard for as long as the timeout of
+    the connection, it is retired: it gets no more commands, and ends with the last of those who still wait.
+
+    All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it.
 
     :param before: the connection whose place it takes.
     """
 
-    def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None) -> None:
+    def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None, circuit: Circuit) -> None:
         self.usable = True
         self.ended = False
+        self._closed_here = False
         self.retired: list[_Link] = (
             [] if before is None else [link for link in (*before.retired, before) if not link.ended]
         )
         self._loop = loop
-        self._timeout: float | None = connection.socket_timeout
-        self._patience = self._timeout  # of those who come now
-        if self._timeout is not None:
-            self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
+        self._circuit = circuit
+        self._timeout: float = connection.socket_timeout or math.inf
+        # Of those who come now.
+        self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
         self._waiters: deque[_Waiter] = deque()
         self._unsent: list[bytes] = []  # one for each of the last waiters
         self._replies: Replies = []  # of the first waiter, as far as they have come
         self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
         self._timer: asyncio.TimerHandle | None = None
-        self._heard = loop.time()
+        self._due = math.inf  # when the timer goes off
+        self._heard = time.monotonic()
         self._transport: _Transport | None = None
         self._parser: Any = None
         self._end_of_loop: AsyncGenerator[None, None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
 
-    def send(self, key: bytes, commands: tuple[Command, ...]) -> Future[Replies]:
-        loop, patience = self._loop, self._patience
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None) -> Future[Replies]:
+        loop = self._loop
         packed = pack(commands)
         if not self._unsent and self._transport is not None:
             loop.call_soon(self._flush)
         self._unsent.append(packed)
         future: Future[Replies] = loop.create_future()
-        if patience is None:
-            deadline = float("inf")
-        else:
-            deadline = loop.time() + patience
-            if self._timer is None:
-                self._timer = loop.call_at(deadline, self._on_deadline)
-        self._waiters.append(_Waiter(future, key, len(commands), deadline))
+        now = time.monotonic()
+        waiter = _new(_Waiter, (future, key, len(commands), now, math.inf if deadline is None else deadline))
+        self._waiters.append(waiter)
+        due = min(waiter.deadline, now + self._patience)
+        if due < self._due:
+            self._watch(due, now)
         return future
+
+    def _watch(self, due: float, now: float) -> None:
+        """Look after the waiters again at that time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = None if due == math.inf else self._loop.call_later(due - now, self._on_deadline)
 
     def _flush(self) -> None:
         if self._transport is not None and self._unsent:
@@ -148,6 +174,7 @@ class _Link:
         except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
             self.end(error)
         except asyncio.CancelledError:
+            self._closed_here = True
             self.end(exceptions.ConnectionError(_CLOSED_HERE))
             raise
         finally:
@@ -174,19 +201,20 @@ class _Link:
     def _begin(self) -> None:
         """Send what has waited for the connection, and let its time begin."""
         waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
-        self._heard = now = self._loop.time()
+        self._heard = now = time.monotonic()
         self._patience = self._timeout
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._timeout is not None and waiting:
-            waiting = [(waiter._replace(deadline=now + self._timeout), packed) for waiter, packed in waiting]
-            self._timer = self._loop.call_at(now + self._timeout, self._on_deadline)
-        self._waiters, self._unsent = deque(waiter for waiter, _ in waiting), [packed for _, packed in waiting]
+        self._waiters = deque(waiter._replace(since=now) for waiter, _ in waiting)
+        self._unsent = [packed for _, packed in waiting]
+        self._watch(min([self._due_of(waiter) for waiter in self._waiters], default=math.inf), now)
         self._flush()
 
+    def _due_of(self, waiter: _Waiter) -> float:
+        return min(waiter.deadline, waiter.since + self._patience)
+
     def received(self, data: bytes) -> None:
-        self._heard = self._loop.time()
+        self._heard = time.monotonic()
+        if self._circuit.failures:
+            self._circuit.succeeded()
         try:
             self._parser.feed(data)
             while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
@@ -228,22 +256,30 @@ class _Link:
         return len(self._waiters) > len(self._unsent)
 
     def _on_deadline(self) -> None:
-        """Deadlines come in the order of the waiters: one timer is enough, for the first who still waits."""
-        self._timer = None
-        now = self._loop.time()
+        """Fail whose time is over, and look when the next one's will be."""
+        now = time.monotonic()
+        self._timer, self._due = None, math.inf
         sent = len(self._waiters) - len(self._unsent)
-        for place, (future, key, _, deadline) in enumerate(self._waiters):
-            if future.done():
-                continue
-            if deadline > now:
-                self._timer = self._loop.call_at(deadline, self._on_deadline)
-                return
+        next_due, failure = math.inf, None
+        for place, waiter in enumerate(self._waiters):
             in_doubt = place < sent
-            if in_doubt and self._heard + (self._timeout or 0) <= deadline:
+            due = self._due_of(waiter)
+            if not waiter.future.done() and due > now:
+                next_due = min(next_due, due)
+                continue
+            if in_doubt and max(self._heard, waiter.since) + self._timeout <= now:
                 self.usable = False
-            missing = "connection" if self._transport is None else "reply"
-            _fail(future, exceptions.TimeoutError(f"no {missing} within {self._patience:g} s"), key, in_doubt=in_doubt)
-        if not self.usable:
+            elif in_doubt:  # nobody waits for it any more, but it tells whether the server is silent
+                next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
+            if not waiter.future.done():
+                missing = "connection" if self._transport is None else "reply"
+                failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
+                _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
+        if failure is not None:
+            self._circuit.failed(failure)
+        if next_due < math.inf:
+            self._watch(next_due, now)
+        if not (self.usable or any(not waiter.future.done() for waiter in self._waiters)):
             self.end(exceptions.ConnectionError(_CLOSED))
 
     def lost(self, error: Exception | None) -> None:
@@ -253,6 +289,7 @@ class _Link:
     def close(self) -> None:
         """Close the connection, which may belong to another loop than the one that runs here."""
         error = exceptions.ConnectionError(_CLOSED_HERE)
+        self._closed_here = True
         if self._loop is asyncio.get_running_loop():
             self.end(error)
         else:
@@ -273,9 +310,11 @@ class _Link:
         if self._end_of_loop is not None:
             _run_to_the_end(self._end_of_loop)
         sent = len(self._waiters) - len(self._unsent)
-        for place, waiter in enumerate(self._waiters):
-            if not waiter.future.done():
-                _fail(waiter.future, error, waiter.key, in_doubt=place < sent)
+        waiting = [(place, waiter) for place, waiter in enumerate(self._waiters) if not waiter.future.done()]
+        if waiting and not self._closed_here:
+            self._circuit.failed(error)
+        for place, waiter in waiting:
+            _fail(waiter.future, error, waiter.key, in_doubt=place < sent)
         self._waiters.clear()
         self._unsent.clear()
 

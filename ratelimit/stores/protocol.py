@@ -64,25 +64,47 @@ class Store(Protocol):
 class DecidingStore(Protocol):
     """A store that can also decide by itself, which spares a bucket under contention the swaps that are lost.
 
-    Its methods are awaited where the store is an ``AsyncStore``.
+    It is elsewhere, and may be slow or gone: what it is asked for it answers until a deadline, by ``time.monotonic``,
+    or raises ``StoreTimeoutError``. None: as long as its connections wait. Methods without ``Steps`` are awaited where
+    the store is an ``AsyncStore``.
     """
 
-    def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Any:
-        """Carry out what :func:`ratelimit.core.requests.request` says, as the ``Decided`` that it answers with tells.
+    def get(self, key: bytes, *, deadline: float | None = None) -> Any:
+        """See :meth:`Store.get`."""
+        ...
 
-        What it cannot do exactly it leaves untouched. Not to be repeated when the reply was lost.
-        """
+    def swap(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
+    ) -> Any:
+        """See :meth:`Store.swap`."""
+        ...
+
+    def delete(self, key: bytes, *, deadline: float | None = None) -> Any:
+        """See :meth:`Store.delete`."""
+        ...
+
+    def now_nanos(self, key: bytes, *, deadline: float | None = None) -> Any:
+        """See :meth:`Store.now_nanos`."""
         ...
 
     def known_now(self, key: bytes) -> int | None:
         """The time as ``now_nanos`` tells it; None where that would have to ask for it. A ``get`` brings it along."""
         ...
 
-    def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
+    def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
+        """Carry out what :func:`ratelimit.core.requests.request` says, as the ``Decided`` that it answers with tells.
+
+        What it cannot do exactly it leaves untouched. Not to be repeated when the reply was lost.
+        """
+        ...
+
+    def swapping(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
+    ) -> Steps[Lost | None]:
         """``swap`` in steps, for who takes steps anyway."""
         ...
 
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
         """``decide`` in steps."""
         ...
 

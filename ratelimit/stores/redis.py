@@ -14,9 +14,10 @@ from redis.exceptions import NoScriptError, ResponseError
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError
+from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
-from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel, Replies
+from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel
 from ratelimit.stores.redis_errors import translated
 from ratelimit.stores.scripts import Script, load
 from ratelimit.stores.server_time import ServerTime
@@ -64,12 +65,14 @@ class _RedisSteps:
         self._monotonic = monotonic
         self._nodes: dict[str, _Node] = {}
 
-    def _read(self, key: bytes) -> Steps[bytes | None]:
+    def _read(self, key: bytes, deadline: float | None) -> Steps[bytes | None]:
         node = self._node_of(key)
         questions = (_TIME,) * node.time.is_stale(self._monotonic())  # a probe would be a write
-        return _checked((yield from self._accompanied(questions, node, key, ("GET", key))), key)  # type: ignore[no-any-return]  # as the server sent it
+        return _checked((yield from self._accompanied(questions, node, key, ("GET", key), deadline)), key)  # type: ignore[no-any-return]  # as the server sent it
 
-    def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Steps[Lost | None]:
+    def swapping(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
+    ) -> Steps[Lost | None]:
         """The steps of ``swap``, for who takes steps anyway."""
         node = self._node_of(key)
         ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
@@ -79,9 +82,9 @@ class _RedisSteps:
             command = ("SET", key, after, *condition, "GET", *expiry)
             questions = self._questions(node, key)
             if questions:
-                state = yield from self._accompanied(questions, node, key, command)
+                state = yield from self._accompanied(questions, node, key, command, deadline)
             else:
-                (state,) = yield self._channel.send(key, command)
+                (state,) = yield self._channel.send(key, (command,), deadline)
             if not _is_refused_as_unknown(state):
                 return None if _checked(state, key) == before else Lost(state)
             node.swaps_natively = False  # another server has taken its place
@@ -92,27 +95,29 @@ class _RedisSteps:
             script, arguments = _COMPARE_AND_SWAP_PX, (before, after, ttl)
         else:
             script, arguments = _COMPARE_AND_SWAP, (before, after)
-        state = yield from self._run(node, script, key, arguments)
+        state = yield from self._run(node, script, key, arguments, deadline)
         return None if state == 1 else Lost(state)
 
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...]) -> Steps[Decided]:
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
         """The steps of ``decide``."""
-        done, before = yield from self._run(self._node_of(key), _DECIDE, key, arguments)
+        done, before = yield from self._run(self._node_of(key), _DECIDE, key, arguments, deadline)
         return Decided(done == 1, before)
 
-    def _run(self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...]) -> Steps[Any]:
+    def _run(
+        self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...], deadline: float | None
+    ) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
             command = ("EVALSHA", script.sha, 1, key, *arguments)
             questions = self._questions(node, key)
             if questions:
-                reply = yield from self._accompanied(questions, node, key, command)
+                reply = yield from self._accompanied(questions, node, key, command, deadline)
             else:
-                (reply,) = yield self._channel.send(key, command)
+                (reply,) = yield self._channel.send(key, (command,), deadline)
             if not isinstance(reply, NoScriptError):
                 return _checked(reply, key)
         reply = yield from self._accompanied(
-            self._questions(node, key), node, key, ("EVAL", script.text, 1, key, *arguments)
+            self._questions(node, key), node, key, ("EVAL", script.text, 1, key, *arguments), deadline
         )
         _checked(reply, key)
         node.scripts.add(script.sha)
@@ -125,10 +130,12 @@ class _RedisSteps:
             return ()
         return (_TIME,) * stale + (("SET", key, *_PROBE),) * (node.swaps_natively is None)
 
-    def _accompanied(self, questions: tuple[Command, ...], node: _Node, key: bytes, command: Command) -> Steps[Any]:
+    def _accompanied(
+        self, questions: tuple[Command, ...], node: _Node, key: bytes, command: Command, deadline: float | None
+    ) -> Steps[Any]:
         """The reply to a command, which goes together with questions."""
         sent = self._monotonic()
-        *answers, reply = yield self._channel.send(key, *questions, command)
+        *answers, reply = yield self._channel.send(key, (*questions, command), deadline)
         for question, answer in zip(questions, answers, strict=True):
             # An error among the answers is for who needs them, not for a command that is carried out.
             if question is not _TIME:
@@ -137,16 +144,16 @@ class _RedisSteps:
                 self._learn_time(key, answer, sent)
         return reply
 
-    def _deleted(self, key: bytes) -> Steps[None]:
-        yield from self._asked(key, "DEL", key)
+    def _deleted(self, key: bytes, deadline: float | None) -> Steps[None]:
+        yield from self._asked(key, ("DEL", key), deadline)
 
     def known_now(self, key: bytes) -> int | None:
         """The server's time by the estimate; None where it is too old for a decision."""
         return self._node_of(key).time.estimate(self._monotonic())
 
-    def _asked_time(self, key: bytes) -> Steps[int]:
+    def _asked_time(self, key: bytes, deadline: float | None) -> Steps[int]:
         sent = self._monotonic()
-        reply = yield from self._asked(key, *_TIME)
+        reply = yield from self._asked(key, _TIME, deadline)
         self._learn_time(key, reply, sent)
         estimate = self.known_now(key)
         return time_nanos(reply) if estimate is None else estimate
@@ -159,12 +166,13 @@ class _RedisSteps:
         """How far the estimate of the server's time may be behind at present; None before the first reply."""
         return self._node_of(key).time.error_bound(self._monotonic())
 
-    def _asked(self, key: bytes, *command: Any) -> Steps[Any]:
-        (reply,) = yield from self._send(key, command)
-        return _checked(reply, key)
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """How the circuits to the servers are at present, by node (``host:port``; empty where there is one server)."""
+        return self._channel.circuits()
 
-    def _send(self, key: bytes, *commands: Command) -> Steps[Replies]:
-        return (yield self._channel.send(key, *commands))  # type: ignore[no-any-return]
+    def _asked(self, key: bytes, command: Command, deadline: float | None) -> Steps[Any]:
+        (reply,) = yield self._channel.send(key, (command,), deadline)
+        return _checked(reply, key)
 
     def _node_of(self, key: bytes) -> _Node:
         name = self._channel.node(key)
@@ -189,22 +197,22 @@ def time_nanos(time_reply: Any) -> int:
     return int(seconds) * NANOS_PER_SECOND + int(microseconds) * 1_000
 
 
-def _channel(client: redis.Redis | redis.RedisCluster) -> Channel:
+def _channel(client: redis.Redis | redis.RedisCluster, breaker: CircuitBreaker | None) -> Channel:
     if isinstance(client, redis.RedisCluster):
-        return ClusterChannel(lambda: client)
+        return ClusterChannel(lambda: client, breaker=breaker)
     if isinstance(client, redis.Redis):
-        return PoolChannel(client)
+        return PoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
         f"RedisStore takes a redis.Redis or redis.RedisCluster, not {client!r}"
         " (for a client of redis.asyncio there is AsyncRedisStore)"
     )
 
 
-def _async_channel(client: redis.asyncio.Redis | redis.asyncio.RedisCluster) -> Channel:
+def _async_channel(client: redis.asyncio.Redis | redis.asyncio.RedisCluster, breaker: CircuitBreaker | None) -> Channel:
     if isinstance(client, redis.asyncio.RedisCluster):
-        return AsyncClusterChannel(client)
+        return AsyncClusterChannel(client, breaker=breaker)
     if isinstance(client, redis.asyncio.Redis):
-        return AsyncPoolChannel(client)
+        return AsyncPoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
         f"AsyncRedisStore takes a client of redis.asyncio, not {client!r} (for others there is RedisStore)"
     )
@@ -216,13 +224,18 @@ class RedisStore(_RedisSteps):
     :param client: a ``redis.Redis`` (also one that Sentinel's ``master_for`` gives) or a ``redis.RedisCluster``. Its
         settings count (timeouts, TLS, authentication, retries while connecting), but for ``decode_responses``, which
         does not matter, and for retries of commands, which would charge twice: those are done here.
+    :param circuit_breaker: when a server that fails is left alone; None: never.
     :param monotonic: the local clock that follows the server's, in nanoseconds; for tests.
     """
 
     def __init__(
-        self, client: redis.Redis | redis.RedisCluster, *, monotonic: Callable[[], int] = time.monotonic_ns
+        self,
+        client: redis.Redis | redis.RedisCluster,
+        *,
+        circuit_breaker: CircuitBreaker | None = CircuitBreaker(),  # noqa: B008  # it is frozen
+        monotonic: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        super().__init__(_channel(client), monotonic)
+        super().__init__(_channel(client, circuit_breaker), monotonic)
 
     @classmethod
     def over(cls, channel: Channel) -> RedisStore:
@@ -231,30 +244,32 @@ class RedisStore(_RedisSteps):
         _RedisSteps.__init__(store, channel, time.monotonic_ns)
         return store
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:
         """The state under the key; None where there is none."""
-        return drive(self._read(key))
+        return drive(self._read(key, deadline))
 
-    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+    def swap(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
+    ) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
-        return drive(self.swapping(key, before, after, ttl_millis))
+        return drive(self.swapping(key, before, after, ttl_millis, deadline))
 
-    def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
+    def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
         """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
-        return drive(self.deciding(key, arguments))
+        return drive(self.deciding(key, arguments, deadline))
 
-    def delete(self, key: bytes) -> None:
+    def delete(self, key: bytes, *, deadline: float | None = None) -> None:
         """Forget what is stored under the key, if anything."""
-        drive(self._deleted(key))
+        drive(self._deleted(key, deadline))
 
-    def now_nanos(self, key: bytes) -> int:
+    def now_nanos(self, key: bytes, *, deadline: float | None = None) -> int:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
         now = self.known_now(key)
-        return drive(self._asked_time(key)) if now is None else now
+        return drive(self._asked_time(key, deadline)) if now is None else now
 
     def ask(self, key: bytes, *command: Any) -> Any:
         """Send a command to the server that holds this key, and give its reply as it comes."""
-        return drive(self._asked(key, *command))
+        return drive(self._asked(key, command, None))
 
     def close(self) -> None:
         """Give all connections back, and close the client that a URL has made; one of the caller's stays open."""
@@ -268,6 +283,7 @@ class AsyncRedisStore(_RedisSteps):
 
     :param client: a ``redis.asyncio.Redis`` (also one that Sentinel's ``master_for`` gives) or a
         ``redis.asyncio.RedisCluster``; for its settings see :class:`RedisStore`.
+    :param circuit_breaker: when a server that fails is left alone; None: never.
     :param monotonic: the local clock that follows the server's, in nanoseconds; for tests.
     """
 
@@ -275,9 +291,10 @@ class AsyncRedisStore(_RedisSteps):
         self,
         client: redis.asyncio.Redis | redis.asyncio.RedisCluster,
         *,
+        circuit_breaker: CircuitBreaker | None = CircuitBreaker(),  # noqa: B008  # it is frozen
         monotonic: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        super().__init__(_async_channel(client), monotonic)
+        super().__init__(_async_channel(client, circuit_breaker), monotonic)
 
     @classmethod
     def over(cls, channel: Channel) -> AsyncRedisStore:
@@ -286,26 +303,28 @@ class AsyncRedisStore(_RedisSteps):
         _RedisSteps.__init__(store, channel, time.monotonic_ns)
         return store
 
-    async def get(self, key: bytes) -> bytes | None:
+    async def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:
         """The state under the key; None where there is none."""
-        return await adrive(self._read(key))
+        return await adrive(self._read(key, deadline))
 
-    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+    async def swap(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
+    ) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
-        return await adrive(self.swapping(key, before, after, ttl_millis))
+        return await adrive(self.swapping(key, before, after, ttl_millis, deadline))
 
-    async def decide(self, key: bytes, arguments: tuple[bytes, ...]) -> Decided:
+    async def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
         """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
-        return await adrive(self.deciding(key, arguments))
+        return await adrive(self.deciding(key, arguments, deadline))
 
-    async def delete(self, key: bytes) -> None:
+    async def delete(self, key: bytes, *, deadline: float | None = None) -> None:
         """Forget what is stored under the key, if anything."""
-        await adrive(self._deleted(key))
+        await adrive(self._deleted(key, deadline))
 
-    def now_nanos(self, key: bytes) -> int | Awaitable[int]:
+    def now_nanos(self, key: bytes, *, deadline: float | None = None) -> int | Awaitable[int]:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
         now = self.known_now(key)
-        return adrive(self._asked_time(key)) if now is None else now
+        return adrive(self._asked_time(key, deadline)) if now is None else now
 
     async def aclose(self) -> None:
         """Close the store's own connections, and the client that a URL has made; one of the caller's stays open."""

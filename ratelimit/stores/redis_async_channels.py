@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import redis.asyncio
@@ -18,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
 
 from ratelimit.errors import StoreError
+from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.multiplexer import Multiplexer
 from ratelimit.stores.redis_channels import Command, Replies, options_of
 from ratelimit.stores.redis_errors import FOREIGN, translated
@@ -34,19 +38,28 @@ class AsyncPoolChannel:
     """
 
     def __init__(
-        self, client: redis.asyncio.Redis, sentinels: Sequence[redis.asyncio.Redis] = (), *, owned: bool = False
+        self,
+        client: redis.asyncio.Redis,
+        sentinels: Sequence[redis.asyncio.Redis] = (),
+        *,
+        breaker: CircuitBreaker | None = None,
+        owned: bool = False,
     ) -> None:
         self._clients = (client, *sentinels)
         self._owned = owned
-        self._multiplexer = Multiplexer(self._make_connection)
+        self._multiplexer = Multiplexer(self._make_connection, Circuit(breaker))
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
         return ""
 
-    def send(self, key: bytes, *commands: Command) -> Awaitable[Replies]:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Awaitable[Replies]:
         """Send commands in one write."""
-        return self._multiplexer.send(key, commands)
+        return self._multiplexer.send(key, commands, deadline)
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """There is one."""
+        return {"": self._multiplexer.circuit.status()}
 
     def _make_connection(self) -> Any:
         client, *sentinels = self._clients
@@ -81,9 +94,12 @@ class AsyncClusterChannel:
     :param owned: whether closing closes the client as well.
     """
 
-    def __init__(self, client: redis.asyncio.RedisCluster, *, owned: bool = False) -> None:
+    def __init__(
+        self, client: redis.asyncio.RedisCluster, *, breaker: CircuitBreaker | None = None, owned: bool = False
+    ) -> None:
         self._client = client
         self._owned = owned
+        self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._multiplexers: dict[str, Multiplexer] = {}
         self._failed: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,57 +116,99 @@ class AsyncClusterChannel:
     def _node(self, key: bytes) -> Any:
         return self._client.get_node_from_key(key)  # type: ignore[arg-type]  # takes bytes as well
 
-    async def send(self, key: bytes, *commands: Command) -> Replies:
+    async def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands to the node of the key in one write, and again one by one what it refuses as not its own."""
         if self._loop is not asyncio.get_running_loop():
             await self._enter_loop()
         try:
-            if getattr(self._client, "_initialize", True):
-                async with self._turn:
-                    await self._client.initialize()
-            node = self._node(key)
+            async with _until(deadline):
+                if getattr(self._client, "_initialize", True):
+                    await self._initialize(key)
+                node = self._node(key)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
         if node.name in self._failed:
             self._failed.discard(node.name)
-            async with self._turn:
-                return [await self._sent_by_client(key, node, command) for command in commands]
-        replies = await self._sent(key, node, commands)
+            async with self._in_turn(key, deadline):
+                return [await self._sent_by_client(key, node, command, deadline) for command in commands]
+        replies = await self._sent(key, node, commands, deadline)
         for place, reply in enumerate(replies):
             if isinstance(reply, _NOT_HERE):
-                replies[place] = await self._redirected(key, node, commands[place])
+                replies[place] = await self._redirected(key, node, commands[place], deadline)
             elif isinstance(reply, ClusterDownError):
                 self._failed.add(node.name)
         return replies
 
-    async def _sent(self, key: bytes, node: ClusterNode, commands: tuple[Command, ...]) -> Replies:
+    async def _initialize(self, key: bytes) -> None:
+        circuit = self._circuits[""]
+        if circuit.is_open:
+            circuit.admit(key)
+        try:
+            async with self._turn:
+                await self._client.initialize()
+        except FOREIGN as error:
+            circuit.failed(error)
+            raise
+        except asyncio.CancelledError:
+            circuit.failed(TimeoutError("the cluster did not answer in time"))
+            raise
+        circuit.succeeded()
+
+    async def _sent(
+        self, key: bytes, node: ClusterNode, commands: Sequence[Command], deadline: float | None
+    ) -> Replies:
         multiplexer = self._multiplexers.get(node.name)
         if multiplexer is None:
-            multiplexer = self._multiplexers[node.name] = Multiplexer(lambda: _connection_to(node))
+            multiplexer = Multiplexer(lambda: _connection_to(node), self._circuits[node.name])
+            self._multiplexers[node.name] = multiplexer
         try:
-            return await multiplexer.send(key, commands)
+            return await multiplexer.send(key, commands, deadline)
         except StoreError:
             self._failed.add(node.name)
             raise
 
-    async def _redirected(self, key: bytes, asked: ClusterNode, command: Command) -> Any:
-        async with self._turn:
+    async def _redirected(self, key: bytes, asked: ClusterNode, command: Command, deadline: float | None) -> Any:
+        async with self._in_turn(key, deadline):
             node = self._node(key)
             if node.name == asked.name:
-                reply = await self._sent_by_client(key, node, command)
+                reply = await self._sent_by_client(key, node, command, deadline)
                 self._leave_nodes_that_left()
                 return reply
-        (reply,) = await self._sent(key, node, (command,))  # as another one was told meanwhile
-        return await self._redirected(key, node, command) if isinstance(reply, _NOT_HERE) else reply
+        (reply,) = await self._sent(key, node, (command,), deadline)  # as another one was told meanwhile
+        return await self._redirected(key, node, command, deadline) if isinstance(reply, _NOT_HERE) else reply
 
-    async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command) -> Any:
+    async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command, deadline: float | None) -> Any:
+        circuit = self._circuits[node.name]
+        if circuit.is_open:
+            circuit.admit(key)
         try:
-            return await self._client.execute_command(*command, target_nodes=node, **options_of(command))
+            async with _until(deadline):
+                reply = await self._client.execute_command(*command, target_nodes=node, **options_of(command))
         except ResponseError as error:
-            return error
+            reply = error
         except FOREIGN as error:
             self._failed.add(node.name)
+            circuit.failed(error)
             raise translated(error, key, in_doubt=True) from error
+        circuit.succeeded()
+        return reply
+
+    @asynccontextmanager
+    async def _in_turn(self, key: bytes, deadline: float | None) -> AsyncGenerator[None]:
+        turn = self._turn
+        try:
+            async with _until(deadline):
+                await turn.acquire()
+        except TimeoutError as error:
+            raise translated(error, key, in_doubt=False) from error
+        try:
+            yield
+        finally:
+            turn.release()
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """One for each node that has been asked, and one without a name, for when no node was known."""
+        return {name: circuit.status() for name, circuit in self._circuits.items()}
 
     def _leave_nodes_that_left(self) -> None:
         present = {node.name for node in self._client.get_nodes()}
@@ -176,6 +234,11 @@ class AsyncClusterChannel:
         if self._owned:
             await self._client.aclose()
         await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
+
+
+def _until(deadline: float | None) -> asyncio.Timeout:
+    """Cancel what is awaited in it at the deadline, and raise ``TimeoutError`` then."""
+    return asyncio.timeout(None if deadline is None else deadline - time.monotonic())
 
 
 def _connection_to(node: ClusterNode) -> Any:

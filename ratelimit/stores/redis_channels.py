@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -24,8 +25,10 @@ from redis import exceptions
 from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
-from ratelimit.errors import StoreError
-from ratelimit.stores.redis_errors import FOREIGN, translated
+from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.deadlines import within
+from ratelimit.stores.redis_errors import FOREIGN, tells_of_server, translated
 
 Command = tuple[Any, ...]
 Replies = list[Any]
@@ -39,8 +42,15 @@ class Channel(Protocol):
         """The name of the server that holds this key; two servers have two clocks."""
         ...
 
-    def send(self, key: bytes, *commands: Command) -> Any:
-        """Send commands to the server of this key, in one round trip if it can be, and give their replies."""
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Any:
+        """Send commands to the server of this key, in one round trip if it can be, and give their replies.
+
+        :param deadline: on the clock of ``time.monotonic``; None: the timeouts of the client are all there is.
+        """
+        ...
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """How the circuits to the servers are, by the names of the nodes."""
         ...
 
     def close(self) -> Any:
@@ -52,9 +62,9 @@ class _KeptConnections:
     """Connections of a pool that are kept from one request to the next.
 
     To take a connection from redis-py's pool and to give it back costs as much as the request. The pool does what a
-    connection needs, though (connect, try whether the server has closed it, renew credentials, find the master again),
-    so that a connection is kept for a second at most, goes back after a pause, and goes back at once where somebody
-    waits for the pool or would find it empty. The order of the list makes threads reuse what was used last.
+    connection needs, though (connect, renew credentials, find the master again), so that a connection is kept for a
+    second at most, and goes back at once where somebody waits for the pool or would find it empty. The order of the
+    list makes threads reuse what was used last.
     """
 
     def __init__(self, pool: Any, most: float) -> None:
@@ -65,17 +75,16 @@ class _KeptConnections:
         self._lock = threading.Lock()
         _all_kept.add(self)
 
-    def take(self) -> _Kept:
+    def take(self, deadline: float | None) -> _Kept:
         """A connection that is ready for a request."""
         try:
             kept = self._kept.pop()
         except IndexError:
-            return self._from_pool()
-        now = time.monotonic()
-        if now - kept.used_at < _LONGEST_PAUSE and now - kept.taken_at < _LONGEST_KEPT and kept.is_connected():
+            return self._from_pool(deadline)
+        if kept.is_usable(time.monotonic()):
             return kept
         self._release(kept)
-        return self._from_pool()
+        return self._from_pool(deadline)
 
     def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
         """After the request; a broken connection has been disconnected."""
@@ -99,12 +108,12 @@ class _KeptConnections:
         self._waiting = 0
         self._lock = threading.Lock()
 
-    def _from_pool(self) -> _Kept:
+    def _from_pool(self, deadline: float | None) -> _Kept:
         with self._lock:
             self._waiting += 1
         try:
             self.clear()  # before it is asked for: the pool may be full of what is kept here
-            connection = self.pool.get_connection()
+            connection = within(deadline, self.pool.get_connection, late=self.pool.release)
         finally:
             with self._lock:
                 self._waiting -= 1
@@ -124,7 +133,7 @@ class _Kept:
     the socket is ready.
     """
 
-    __slots__ = ("_buffer", "_reader", "_socket", "connection", "outdated", "taken_at", "used_at")
+    __slots__ = ("_buffer", "_patience", "_reader", "_socket", "connection", "outdated", "taken_at", "used_at")
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -132,35 +141,70 @@ class _Kept:
         self.outdated = False  # whether to connect again would be to connect to another server, or as another user
         self._socket: socket.socket | None = None
         self._reader: Any = None
+        self._patience: float = connection.socket_timeout or _FOR_EVER
         self._buffer = bytearray(_READ_SIZE)
         parser = getattr(connection, "_parser", None)
         if type(parser) is _HiredisParser and not connection.health_check_interval:
             own = getattr(connection, "_sock", None)
-            if type(own) is socket.socket and _let_system_time_out(own, connection.socket_timeout):
+            if type(own) is socket.socket and _let_system_time_out(own, self._patience):
                 self._socket, self._reader = own, parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+                own.settimeout(None)
 
-    def is_connected(self) -> bool:
-        """Whether nobody has disconnected it meanwhile; who knows of the others, whose pool has looked at them."""
+    def is_usable(self, now: float) -> bool:
+        """Whether it may serve another request; else its pool has to look at it, and does what it needs."""
+        if now - self.taken_at >= _LONGEST_KEPT:
+            return False
+        rested = now - self.used_at >= _LONGEST_PAUSE
+        if self._socket is None:
+            return not rested
+        return self._is_connected() and not (rested and _has_something_to_read(self._socket))
+
+    def _is_connected(self) -> bool:
+        """Whether nobody has disconnected it meanwhile."""
         return self._socket is None or self.connection._sock is self._socket  # noqa: SLF001
 
-    def request(self, packed: bytes, replies: int) -> Replies:
+    def request(self, packed: bytes, replies: int, deadline: float | None) -> Replies:
         """Send commands, and read as many replies."""
         if self._socket is None:
-            self.connection.send_packed_command([packed])
-            return [_read(self.connection) for _ in range(replies)]
+            return self._request_by_client(packed, replies, deadline)
+        if deadline is not None:
+            self._be_patient_until(deadline)
         try:
             self._socket.sendall(packed)
-            return [self._reply() for _ in range(replies)]
+            return [self._reply(deadline) for _ in range(replies)]
         except BlockingIOError as error:
             raise exceptions.TimeoutError("Timeout reading from socket") from error
         except OSError as error:
             raise exceptions.ConnectionError(f"Error while reading from socket: {error}") from error
 
-    def _reply(self) -> Any:
+    def _request_by_client(self, packed: bytes, replies: int, deadline: float | None) -> Replies:
+        own = getattr(self.connection, "_sock", None)
+        if deadline is None or not isinstance(own, socket.socket):
+            self.connection.send_packed_command([packed])
+            return [_read(self.connection) for _ in range(replies)]
+        own.settimeout(min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST)))
+        self.connection.send_packed_command(
+            [packed], check_health=False
+        )  # which would connect again, and wait for that
+        received = [_read(self.connection) for _ in range(replies)]
+        own.settimeout(self.connection.socket_timeout)
+        return received
+
+    def _be_patient_until(self, deadline: float) -> None:
+        """Let the system wait no longer than that, give or take a tenth: to tell it is a call of its own."""
+        left = min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST))
+        if not 0.9 < left / self._patience < 1.1:
+            _let_system_time_out(self._socket, left)  # type: ignore[arg-type]  # there is one
+            self._patience = left
+
+    def _reply(self, deadline: float | None) -> Any:
         reader = self._reader
+        received = 0
         while True:
             reply = reader.gets(False)
             if reply is NOT_ENOUGH_DATA:
+                if received and deadline is not None and time.monotonic() >= deadline:
+                    raise exceptions.TimeoutError("Timeout reading from socket")
                 received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
                 if not received:
                     raise exceptions.ConnectionError("Connection closed by server.")
@@ -175,21 +219,31 @@ class _Kept:
 
     def restore(self) -> None:
         """Leave the connection as the pool knows it."""
-        if self._socket is not None and self.is_connected():
+        if self._socket is not None and self._is_connected():
             self._socket.settimeout(self.connection.socket_timeout)
 
 
-def _let_system_time_out(own: socket.socket, timeout: float | None) -> bool:
+def _has_something_to_read(own: socket.socket) -> bool:
+    """Whether the server has closed the connection, or has sent what nobody has asked for."""
+    try:
+        own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _let_system_time_out(own: socket.socket, timeout: float) -> bool:
     if os.name != "posix":
         return False
-    seconds, part = divmod(timeout or 0, 1)  # 0 stands for none
+    seconds, part = divmod(timeout, 1)
     interval = struct.pack("@ll", int(seconds), int(part * 1_000_000))
     try:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             own.setsockopt(socket.SOL_SOCKET, option, interval)
     except OSError:
         return False
-    own.settimeout(None)
     return True
 
 
@@ -202,6 +256,8 @@ PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None bef
 
 _LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
 _LONGEST_KEPT: Final = 1.0
+_FOR_EVER: Final = 1e8  # seconds
+_SHORTEST: Final = 0.001  # seconds; 0 would mean for ever
 
 _all_kept: weakref.WeakSet[_KeptConnections] = weakref.WeakSet()
 
@@ -215,14 +271,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-def _send_over(connections: _KeptConnections, key: bytes, commands: Sequence[Command]) -> Replies:
+def _send_over(
+    connections: _KeptConnections, key: bytes, commands: Sequence[Command], deadline: float | None
+) -> Replies:
     """Send commands in one write, and read their replies."""
     try:
-        kept = connections.take()
+        kept = connections.take(deadline)
     except FOREIGN as error:
         raise translated(error, key, in_doubt=False) from error
+    if deadline is not None and time.monotonic() >= deadline:
+        connections.give_back(kept)
+        raise StoreTimeoutError(key, "there was no time left to ask Redis")
     try:
-        replies = kept.request(pack(commands), len(commands))
+        replies = kept.request(pack(commands), len(commands), deadline)
     except BaseException as error:
         kept.connection.disconnect()  # with a reply outstanding it would serve it to somebody else
         connections.give_back(kept, broken=True)
@@ -267,18 +328,41 @@ class PoolChannel:
     :param owned: whether closing closes the clients as well.
     """
 
-    def __init__(self, client: redis.Redis, sentinels: Sequence[redis.Redis] = (), *, owned: bool = False) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        sentinels: Sequence[redis.Redis] = (),
+        *,
+        breaker: CircuitBreaker | None = None,
+        owned: bool = False,
+    ) -> None:
         self._clients = (client, *sentinels)
         self._owned = owned
+        self._circuit = Circuit(breaker)
         self._connections = _KeptConnections(client.connection_pool, _most_kept(client.connection_pool, owned=owned))
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
         return ""
 
-    def send(self, key: bytes, *commands: Command) -> Replies:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands over one connection, in one write."""
-        return _send_over(self._connections, key, commands)
+        circuit = self._circuit
+        if circuit.is_open:
+            circuit.admit(key)
+        try:
+            replies = _send_over(self._connections, key, commands, deadline)
+        except (StoreUnavailableError, StoreTimeoutError) as error:
+            if tells_of_server(error):
+                circuit.failed(error)
+            raise
+        if circuit.failures:
+            circuit.succeeded()
+        return replies
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """There is one."""
+        return {"": self._circuit.status()}
 
     def close(self) -> None:
         """Give all connections back to the pool, and close the client where it is owned."""
@@ -313,47 +397,73 @@ class ClusterChannel:
     :param owned: whether closing closes the client as well.
     """
 
-    def __init__(self, connect: Callable[[], redis.RedisCluster], *, owned: bool = False) -> None:
+    def __init__(
+        self, connect: Callable[[], redis.RedisCluster], *, breaker: CircuitBreaker | None = None, owned: bool = False
+    ) -> None:
         self._connect = connect
         self._owned = owned
         self._connected: redis.RedisCluster | None = None
         self._connections: dict[str, _KeptConnections] = {}
         self._failed: set[str] = set()
+        self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._lock = threading.Lock()
 
-    def _client(self) -> redis.RedisCluster:
+    def _client(self, deadline: float | None) -> redis.RedisCluster:
+        return within(deadline, self._connect_once) if self._connected is None else self._connected
+
+    def _connect_once(self) -> redis.RedisCluster:
         with self._lock:
             if self._connected is None:
                 self._connected = self._connect()
             return self._connected
 
     def node(self, key: bytes) -> str:
-        """The name of the node that serves the key's slot, as far as the client knows."""
+        """The name of the node that serves the key's slot, as far as the client knows; empty before it is there."""
+        if self._connected is None:
+            return ""
         try:
-            node = self._client().get_node_from_key(key)
+            node = self._connected.get_node_from_key(key)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
         return "" if node is None else str(node.name)
 
-    def send(self, key: bytes, *commands: Command) -> Replies:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands to the node of the key, in one write unless it has to be found first."""
+        circuit = self._circuits[self.node(key)]
+        if circuit.is_open:
+            circuit.admit(key)
         try:
-            client = self._client()
+            replies = self._send(key, commands, deadline)
+        except (StoreUnavailableError, StoreTimeoutError) as error:
+            if tells_of_server(error):
+                circuit.failed(error)
+            raise
+        if circuit.failures:
+            circuit.succeeded()
+        return replies
+
+    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
+        try:
+            client = self._client(deadline)
             node = client.get_node_from_key(key)
             connections = None if node is None else self._connections_to(client, node)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
         if node is None or connections is None:
-            return [self._find_and_send(client, node, key, command) for command in commands]
+            return [self._find_and_send(client, node, key, command, deadline) for command in commands]
         try:
-            replies = _send_over(connections, key, commands)
+            replies = _send_over(connections, key, commands, deadline)
         except StoreError:
             self._failed.add(node.name)
             raise
         return [
-            self._find_and_send(client, node, key, command) if isinstance(reply, _REDIRECTIONS) else reply
+            self._find_and_send(client, node, key, command, deadline) if isinstance(reply, _REDIRECTIONS) else reply
             for command, reply in zip(commands, replies, strict=True)
         ]
+
+    def circuits(self) -> dict[str, CircuitStatus]:
+        """One for each node that has been asked, and one without a name, for when no node was known."""
+        return {name: circuit.status() for name, circuit in list(self._circuits.items())}
 
     def _connections_to(self, client: redis.RedisCluster, node: Any) -> _KeptConnections | None:
         """None after a failure: the node may have left the cluster."""
@@ -366,9 +476,11 @@ class ClusterChannel:
             self._connections[node.name] = connections
         return connections
 
-    def _find_and_send(self, client: redis.RedisCluster, node: Any, key: bytes, command: Command) -> Any:
+    def _find_and_send(
+        self, client: redis.RedisCluster, node: Any, key: bytes, command: Command, deadline: float | None
+    ) -> Any:
         try:
-            reply = client.execute_command(*command, target_nodes=node, **options_of(command))
+            reply = within(deadline, lambda: client.execute_command(*command, target_nodes=node, **options_of(command)))
         except exceptions.ResponseError as error:
             reply = error
         except FOREIGN as error:

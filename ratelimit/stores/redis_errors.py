@@ -9,6 +9,8 @@ from redis import exceptions
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
+_LONGEST_TEXT: Final = 300
+
 FOREIGN: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What a redis-py client raises, when it is not a reply of the server."""
 
@@ -55,14 +57,27 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
         error = error.__cause__  # what a node has answered, which that wraps
     code = _code(error)
     if code in _LASTING:
-        return StoreError(key, f"{_LASTING[code]} ({error})")
+        return StoreError(key, _LASTING[code] + _in_its_words(error))
     if code in _TEMPORARY:
-        return StoreUnavailableError(key, f"{_TEMPORARY[code]} ({error})")
+        return StoreUnavailableError(key, _TEMPORARY[code] + _in_its_words(error))
     if isinstance(error, exceptions.ResponseError):  # the server has answered: it has not done it
-        return StoreError(key, f"Redis refused: {error}")
+        return StoreError(key, "Redis refused" + _in_its_words(error))
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
-        return StoreTimeoutError(key, f"Redis did not answer in time ({error})", in_doubt)
-    return StoreUnavailableError(key, f"Redis cannot be reached ({error})", in_doubt)
+        return StoreTimeoutError(key, "Redis did not answer in time" + _in_its_words(error), in_doubt)
+    return StoreUnavailableError(key, "Redis cannot be reached" + _in_its_words(error), in_doubt)
+
+
+def tells_of_server(error: StoreError) -> bool:
+    """Whether a failure says something of the server, and not of a pool whose connections are all in use."""
+    return not re.search(r"Too many connections|No connection available", str(error.__cause__))
+
+
+def _in_its_words(error: Exception) -> str:
+    """What it says; some say all there is to say of a client."""
+    text = str(error)
+    if len(text) > _LONGEST_TEXT:
+        text = f"{text[:_LONGEST_TEXT]}..."
+    return f" ({text})" if text else ""
 
 
 def _code(error: Exception) -> str:

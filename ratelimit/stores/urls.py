@@ -21,6 +21,7 @@ import redis.retry
 from redis.backoff import NoBackoff
 
 from ratelimit.errors import InvalidConfigurationError
+from ratelimit.stores.circuit import CircuitBreaker
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
 from ratelimit.stores.redis import AsyncRedisStore, RedisStore
@@ -40,6 +41,7 @@ _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster",
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
 _POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
+_BREAKER: Final = CircuitBreaker()
 _NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read
     *("retry", "retry_on_error", "credential_provider", "redis_connect_func", "command_packer", "event_dispatcher"),
     *("parser_class", "encoder_class", "encoding", "encoding_errors", "socket_type", "socket_keepalive_options"),
@@ -58,8 +60,8 @@ def store_from_url(url: str) -> Store:
         return MemoryStore()
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return RedisStore.over(ClusterChannel(partial(redis.RedisCluster, **options), owned=True))
-    return RedisStore.over(PoolChannel(*_clients(redis, location, options), owned=True))
+        return RedisStore.over(ClusterChannel(partial(redis.RedisCluster, **options), breaker=_BREAKER, owned=True))
+    return RedisStore.over(PoolChannel(*_clients(redis, location, options), breaker=_BREAKER, owned=True))
 
 
 def async_store_from_url(url: str) -> AsyncStore:
@@ -69,8 +71,12 @@ def async_store_from_url(url: str) -> AsyncStore:
         return AsyncMemoryStore()
     options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return AsyncRedisStore.over(AsyncClusterChannel(redis.asyncio.RedisCluster(**options), owned=True))
-    return AsyncRedisStore.over(AsyncPoolChannel(*_clients(redis.asyncio, location, options), owned=True))
+        return AsyncRedisStore.over(
+            AsyncClusterChannel(redis.asyncio.RedisCluster(**options), breaker=_BREAKER, owned=True)
+        )
+    return AsyncRedisStore.over(
+        AsyncPoolChannel(*_clients(redis.asyncio, location, options), breaker=_BREAKER, owned=True)
+    )
 
 
 class _Location(NamedTuple):

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.redis
 
 LIMITS = "100000/day"
 PAUSE = 0.05
+SECOND = 1.0
 """Seconds after which a kept connection is looked at by its pool before it is used again."""
 
 
@@ -106,16 +107,20 @@ def test_requests_in_a_row_use_one_connection_and_ask_the_pool_once(
     assert len(visits) == 1
 
 
-def test_after_a_pause_the_pool_looks_at_the_connection(
-    clock: Clock, store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+def test_after_a_pause_a_connection_is_used_again_unless_the_server_has_closed_it(
+    clock: Clock, store: RedisStore, client: redis.Redis, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits = count_visits(client, monkeypatch)
     ids = set()
-    for number in range(1, 10):
+    for _ in range(9):
         ids.add(connection_id(store))
-        assert len(visits) == number
         clock.now += PAUSE
-    assert len(ids) == 1
+    assert len(visits) == len(ids) == 1
+    with server.client() as other:
+        (used,) = ids
+        other.execute_command("CLIENT", "KILL", "ID", used)
+    assert connection_id(store) not in ids
+    assert len(visits) == 2
 
 
 def test_once_a_second_a_connection_in_constant_use_passes_through_the_pool(
@@ -152,7 +157,7 @@ def test_of_a_shared_pool_half_is_kept_at_most(server: RedisServer, most: int) -
         assert in_use(client) == most // 2
 
 
-def test_after_a_pause_all_that_was_kept_goes_back(server: RedisServer, clock: Clock) -> None:
+def test_after_a_second_all_that_was_kept_goes_back(server: RedisServer, clock: Clock) -> None:
     with server.client(max_connections=8) as client, server.client() as other:
         store = RedisStore(client)
         with ThreadPoolExecutor(4) as pool:
@@ -161,7 +166,7 @@ def test_after_a_pause_all_that_was_kept_goes_back(server: RedisServer, clock: C
             other.rpush("list", *range(4))
             assert sorted(int(one.result()[1]) for one in waiting) == list(range(4))
         assert in_use(client) == 4
-        clock.now += PAUSE
+        clock.now += SECOND
         store.get(b"key")
         assert in_use(client) == 1
 

@@ -734,22 +734,22 @@ async def test_a_node_of_a_cluster_that_failed_is_left_to_redis_py_once(server_b
         async with redis.asyncio.RedisCluster(host=node.host, port=node.port, socket_timeout=1) as client:
             channel = AsyncClusterChannel(client)
             by_client = recorded(client)
-            assert await channel.send(b"key", ("ECHO", b"one"), ("GET", b"key")) == [b"one", None]
+            assert await channel.send(b"key", [("ECHO", b"one"), ("GET", b"key")]) == [b"one", None]
             assert by_client == []
             served = next(one for one in cluster.nodes if client.get_node_from_key("key").port == one.port)  # type: ignore[union-attr]
             served.kill()
             with pytest.raises(StoreError):
-                await channel.send(b"key", ("GET", b"key"))
+                await channel.send(b"key", [("GET", b"key")])
             assert by_client == []
             with pytest.raises(StoreUnavailableError):
-                await channel.send(b"key", ("GET", b"key"))
+                await channel.send(b"key", [("GET", b"key")])
             assert by_client == ["GET"]
             served.restart()
             by_client.clear()
             await until_none_fails(channel)
-            assert await channel.send(b"key", ("ECHO", b"two")) == [b"two"]
+            assert await channel.send(b"key", [("ECHO", b"two")]) == [b"two"]
             by_client.clear()
-            assert await channel.send(b"key", ("ECHO", b"three")) == [b"three"]
+            assert await channel.send(b"key", [("ECHO", b"three")]) == [b"three"]
             assert by_client == []
             await channel.close()
 
@@ -771,7 +771,7 @@ async def until_none_fails(channel: AsyncClusterChannel) -> None:
     async with asyncio.timeout(10):
         while True:
             try:
-                await channel.send(b"key", ("ECHO", b"up"))
+                await channel.send(b"key", [("ECHO", b"up")])
             except StoreError:
                 await asyncio.sleep(0.02)
             else:
@@ -783,12 +783,12 @@ async def test_redis_py_is_asked_once_about_a_slot_that_moves_under_load(server_
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", ""), socket_timeout=5) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", ("SET", b"key", b"value"))
+            await channel.send(b"key", [("SET", b"key", b"value")])
             served = next(one for one in cluster.nodes if client.get_node_from_key("key").port == one.port)  # type: ignore[union-attr]
             (other,) = (one for one in cluster.nodes if one is not served)
             move(served, other, "key")
             by_client = recorded(client)
-            replies = await asyncio.gather(*(channel.send(b"key", ("GET", b"key"), ("PING",)) for _ in range(500)))
+            replies = await asyncio.gather(*(channel.send(b"key", [("GET", b"key"), ("PING",)]) for _ in range(500)))
             assert replies == [[b"value", b"PONG"]] * 500
             assert by_client == ["GET"]
             await channel.close()
@@ -811,7 +811,7 @@ async def test_what_is_known_of_a_node_that_left_the_cluster_is_dropped(server_b
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", ("GET", b"key"))
+            await channel.send(b"key", [("GET", b"key")])
             ((name, many),) = channel._multiplexers.items()
             (link,) = many._links.values()
             channel._failed = {name}
@@ -825,7 +825,7 @@ async def test_what_is_known_of_a_node_that_left_the_cluster_is_dropped(server_b
 @pytest.mark.redis
 async def test_a_cluster_that_is_down_is_left_to_redis_py_with_the_next_command(server_binary: ServerBinary) -> None:
     class Down(Multiplexer):
-        def send(self, key: bytes, commands: tuple[Any, ...]) -> asyncio.Future[Any]:
+        def send(self, key: bytes, commands: Any, deadline: float | None = None) -> asyncio.Future[Any]:
             future = asyncio.get_running_loop().create_future()
             future.set_result([ClusterDownError("CLUSTERDOWN The cluster is down") for _ in commands])
             return future
@@ -833,11 +833,11 @@ async def test_a_cluster_that_is_down_is_left_to_redis_py_with_the_next_command(
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", ("PING",))
+            await channel.send(b"key", [("PING",)])
             (name,) = channel._multiplexers
             channel._multiplexers[name] = Down(list)
-            assert [type(reply) for reply in await channel.send(b"key", ("PING",))] == [ClusterDownError]
-            assert await channel.send(b"key", ("ECHO", b"by redis-py")) == [b"by redis-py"]
+            assert [type(reply) for reply in await channel.send(b"key", [("PING",)])] == [ClusterDownError]
+            assert await channel.send(b"key", [("ECHO", b"by redis-py")]) == [b"by redis-py"]
             await channel.close()
 
 
@@ -850,9 +850,9 @@ def test_a_cluster_client_that_was_left_open_in_a_loop_that_is_closed_is_used_in
     from ratelimit.stores.redis_async_channels import AsyncClusterChannel
 
     async def by_client(close):
-        await channel.send(b"key", ("PING",))
+        await channel.send(b"key", [("PING",)])
         channel._failed = {channel.node(b"key")}
-        print(await channel.send(b"key", ("ECHO", b"by redis-py")))
+        print(await channel.send(b"key", [("ECHO", b"by redis-py")]))
         if close:
             await channel.close()
 

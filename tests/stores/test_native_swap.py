@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import redis
 from redis import exceptions
 
 from ratelimit import ProxyManager, RedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import Lost
 from ratelimit.stores.redis_channels import Command, PoolChannel, Replies
 from tests import servers
@@ -30,12 +31,15 @@ class MadeUp:
         self.refusal: Exception | None = None
         self.lost = False
         self.name = "one"
-        self._trips: list[tuple[Command, ...]] = []
+        self._trips: list[Sequence[Command]] = []
 
     def node(self, key: bytes) -> str:
         return self.name
 
-    def send(self, key: bytes, *commands: Command) -> Replies:
+    def circuits(self) -> dict[str, CircuitStatus]:
+        return {}
+
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         self._trips.append(commands)
         if self.lost:
             raise StoreTimeoutError(key, "the reply was lost", in_doubt=True)
@@ -182,9 +186,9 @@ class Recorded(PoolChannel):
         super().__init__(client)
         self.commands: list[Command] = []
 
-    def send(self, key: bytes, *commands: Command) -> Replies:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         self.commands += commands
-        return super().send(key, *commands)
+        return super().send(key, commands, deadline)
 
     def sent(self) -> list[str]:
         """The names of the commands since the last call; TIME depends on the clock."""

@@ -1,0 +1,407 @@
+"""What is around an exchange: who is told of it, and what is answered where the store fails.
+
+A store that fails is an error of each call, or, as :class:`ratelimit.on_error.OnError` says, an answer without the
+store. Of these the local one keeps books: what it has handed out is charged to the shared bucket by the next decision
+about the same key that the store answers, in the same swap, and for keys that nobody asks for by a sweep beside the
+callers, which begins when the store has answered for the first time. What was in doubt is never charged again: the
+store may have it. A local bucket stays when the store is back, so that one that fails on and off fills no bucket anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any, Final, NamedTuple, TypeVar
+
+from ratelimit.core.commands import (
+    Book,
+    Command,
+    ConsumeAsMuchAsPossible,
+    ConsumeIgnoringRateLimits,
+    EstimateAbilityToConsume,
+    GiveBack,
+    Plan,
+    Reserve,
+    Synchronize,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+    Verbose,
+    execute,
+)
+from ratelimit.core.int64 import NEVER, wrap
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, VerboseResult
+from ratelimit.core.share import share_of
+from ratelimit.core.state import BucketState
+from ratelimit.drive import Steps
+from ratelimit.errors import (
+    ContentionError,
+    CorruptStateError,
+    InvalidArgumentError,
+    Key,
+    RateLimitError,
+    StoreError,
+    shown,
+)
+from ratelimit.exchange import Backend, Call, Exchange, Target
+from ratelimit.listener import Decision, Listener
+from ratelimit.on_error import RETRY_NANOS, ErrorPolicy, OnError
+
+T = TypeVar("T")
+
+_ENTRY_BYTES: Final = (
+    1_500  # of a local bucket: its state, some ten small objects, and a place in a dictionary, roughly
+)
+_QUIET_SECONDS: Final = 60.0  # between two log records about a store that fails on and off
+
+_VERBS: Final[dict[type[Command[Any]], str]] = {
+    TryConsume: "try_consume",
+    TryConsumeAndReturnRemaining: "try_consume_and_return_remaining",
+    ConsumeAsMuchAsPossible: "try_consume_as_much_as_possible",
+    Reserve: "consume",
+    ConsumeIgnoringRateLimits: "consume_ignoring_rate_limits",
+    EstimateAbilityToConsume: "estimate_ability_to_consume",
+}
+
+_logger = logging.getLogger("ratelimit")
+
+
+@dataclass(slots=True, eq=False)
+class _Local:
+    """A bucket that stands in for a shared one; tokens that were consumed of it and are not charged yet."""
+
+    target: Target
+    plan: Plan
+    state: BucketState
+    uncharged: int = 0
+
+
+class Debt(NamedTuple):
+    """Tokens that were consumed of a local bucket, and are not charged to the shared one."""
+
+    local: _Local
+    tokens: int
+
+
+class LocalBuckets:
+    """Buckets of this process in the place of shared ones; the least recently used are forgotten first.
+
+    :param now: what time it is; None: by the machine's monotonic clock.
+    :param limit_bytes: roughly the memory that they may take.
+    """
+
+    def __init__(self, now: Callable[[bytes], int] | None, limit_bytes: int) -> None:
+        begin = time.time_ns() - time.monotonic_ns()
+        self._now = now or (lambda _key: begin + time.monotonic_ns())
+        self._limit = limit_bytes
+        self._size = 0
+        self._buckets: OrderedDict[bytes, _Local] = OrderedDict()
+        self._lock = Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._buckets)
+
+    def decide(self, target: Target, plan: Plan, share: Any, command: Command[T], *, in_doubt: bool) -> T:
+        """The answer of the local bucket.
+
+        :param in_doubt: whether the store may have decided as well, so that nothing is to be charged to it.
+        """
+        key = target.stored_key
+        with self._lock:
+            now = self._now(key)
+            local = self._buckets.get(key)
+            state = None if local is None or local.plan != plan else local.state
+            own = plan._replace(configuration=share_of(plan.configuration, share))
+            before = BucketState.initial(own.configuration, own.version, now) if state is None else state.refilled(now)
+            after, answer = execute(command, own, before, now)
+            if local is None:
+                local = self._buckets[key] = _Local(target, plan, before)
+                self._size += _ENTRY_BYTES + 2 * len(key)
+            if after is not None and not in_doubt:
+                local.uncharged += wrap(after.consumed_tokens - before.consumed_tokens)
+            local.plan, local.state = plan, after or before
+            self._buckets.move_to_end(key)
+            while self._size > self._limit and len(self._buckets) > 1:
+                forgotten, _ = self._buckets.popitem(last=False)
+                self._size -= _ENTRY_BYTES + 2 * len(forgotten)
+            return answer
+
+    def give_back(self, target: Target, tokens: int) -> None:
+        """Undo a consumption of the local bucket, if it is still there."""
+        with self._lock:
+            local = self._buckets.get(target.stored_key)
+            if local is not None:
+                local.state = local.state.given_back(tokens)
+                local.uncharged -= min(tokens, local.uncharged)
+
+    def debt(self, key: bytes) -> Debt | None:
+        """What was consumed of a local bucket, now on its way to the store; None where that is nothing."""
+        with self._lock:
+            local = self._buckets.get(key)
+            if local is None or not local.uncharged:
+                return None
+            tokens, local.uncharged = local.uncharged, 0
+            return Debt(local, tokens)
+
+    def put_back(self, debt: Debt) -> None:
+        """It has not got there."""
+        with self._lock:
+            debt.local.uncharged += debt.tokens
+
+    def debts(self) -> Iterator[Debt]:
+        """Of all local buckets."""
+        with self._lock:
+            keys = [key for key, local in self._buckets.items() if local.uncharged]
+        for key in keys:
+            if (debt := self.debt(key)) is not None:
+                yield debt
+
+
+class Guard:
+    """The policy of a manager, its listener, and its local buckets.
+
+    :param spawn: runs steps beside the caller.
+    :param asynchronous: whether callers are tasks.
+    """
+
+    def __init__(
+        self,
+        listener: Listener | None,
+        local: LocalBuckets,
+        spawn: Callable[[Steps[None]], None],
+        *,
+        asynchronous: bool,
+    ) -> None:
+        self.listener = listener
+        self._local = local
+        self._spawn = spawn
+        self._asynchronous = asynchronous
+        self._lock = Lock()
+        self._sweeping = False
+        self._degraded = 0  # decisions, since the store has answered last
+        self._degraded_since = 0.0
+        self._logged_at = float("-inf")
+
+    def run(  # noqa: PLR0917  # an exchange, and a policy
+        self,
+        policy: ErrorPolicy,
+        exchange: Exchange,
+        backend: Backend,
+        target: Target,
+        plan: Plan,
+        command: Command[T],
+        call: Call,
+    ) -> Steps[T]:
+        """Do the exchange, and what is to be done around it."""
+        begun = backend.monotonic()
+        observed = _observed(command) if self.listener is not None and command.is_decision else command
+        debt = self._local.debt(target.stored_key) if self._local and not command.only_reads else None
+        error: Exception | None = None
+        try:
+            if debt is None:
+                answer: Any = yield from exchange(backend, target, plan, observed, call)
+            else:
+                answer = yield from self._charging(debt, exchange, backend, target, plan, observed, call)
+        except (StoreError, ContentionError, CorruptStateError) as failure:
+            error = failure
+            try:
+                answer = self._answer_without_store(policy, target, plan, observed, failure)
+            except RateLimitError:
+                self._tell(command, target.key, None, backend.monotonic() - begun, call, failure)
+                raise
+            call.degraded = True
+        else:
+            if self._degraded and call.round_trips:
+                self._recovered(exchange, backend)
+        self._tell(command, target.key, answer, backend.monotonic() - begun, call, error)
+        return _unobserved(command, answer)  # type: ignore[no-any-return]  # that of the command
+
+    def _charging(  # noqa: PLR0917  # an exchange
+        self,
+        debt: Debt,
+        exchange: Exchange,
+        backend: Backend,
+        target: Target,
+        plan: Plan,
+        command: Command[Any],
+        call: Call,
+    ) -> Steps[Any]:
+        """The exchange, which charges a debt along with it."""
+        try:
+            outcome = yield from exchange(backend, target, plan, Synchronize(debt.tokens, command, booking=True), call)
+        except BaseException as error:
+            if not _is_in_doubt(error):
+                self._local.put_back(debt)
+            raise
+        return outcome.answer
+
+    def _answer_without_store(
+        self, policy: ErrorPolicy, target: Target, plan: Plan, command: Command[Any], error: RateLimitError
+    ) -> Any:
+        if not command.is_decision:
+            raise error
+        chosen = policy if isinstance(policy, OnError) else policy(target.key, error)
+        if not isinstance(chosen, OnError):
+            raise InvalidArgumentError(f"on_error must give an OnError, not {chosen!r}") from error
+        if chosen.kind == "raise":
+            raise error
+        if chosen.kind == "allow":
+            answer = command.answer_without_limit()
+        elif chosen.kind == "deny":
+            try:
+                answer = command.answer_refused(RETRY_NANOS)
+            except NotImplementedError:
+                raise error from None
+        elif isinstance(command, GiveBack):
+            answer = None
+            self._local.give_back(target, command.tokens)
+        else:
+            answer = self._local.decide(target, plan, chosen.share, command, in_doubt=_is_in_doubt(error))
+        self._log_degraded(target.key, chosen, error)
+        if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
+            if isinstance(answer, VerboseResult) and isinstance(answer.value, ConsumptionProbe | EstimationProbe):
+                answer = replace(answer, value=replace(answer.value, degraded=True))
+            return replace(answer, degraded=True)
+        return answer
+
+    def _log_degraded(self, key: Key, chosen: OnError, error: RateLimitError) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if not self._degraded:
+                self._degraded_since = now
+            self._degraded += 1
+            logs = now - self._logged_at >= _QUIET_SECONDS
+            if logs:
+                self._logged_at = now
+        if logs:
+            _logger.warning(
+                "the store fails (%s); decisions are made without it, by on_error=%s, for the key %s and others",
+                type(error).__name__ if isinstance(error, CorruptStateError) else _bounded(str(error)),
+                chosen.kind,
+                shown(key),
+            )
+
+    def _recovered(self, exchange: Exchange, backend: Backend) -> None:
+        with self._lock:
+            degraded, self._degraded = self._degraded, 0
+            since = self._degraded_since
+            sweeps = bool(degraded) and bool(self._local) and not self._sweeping
+            self._sweeping |= sweeps
+        if degraded:
+            _logger.info(
+                "the store answers again; %d decisions were made without it in %.1f s",
+                degraded,
+                time.monotonic() - since,
+            )
+        if sweeps:
+            self._spawn(self._sweep(exchange, backend))
+
+    def _sweep(self, exchange: Exchange, backend: Backend) -> Steps[None]:
+        try:
+            with suppress(RateLimitError):  # the next one that the store answers begins anew
+                yield from self.charge_all(exchange, backend)
+        finally:
+            self._sweeping = False
+
+    def charge_all(self, exchange: Exchange, backend: Backend) -> Steps[None]:
+        """Charge what was consumed of all local buckets.
+
+        :raises RateLimitError: at once, where the store fails.
+        """
+        for debt in self._local.debts():
+            local = debt.local
+            try:
+                yield from exchange(backend, local.target, local.plan, Book(debt.tokens), backend.call())
+            except BaseException as error:
+                if not _is_in_doubt(error):
+                    self._local.put_back(debt)
+                raise
+
+    def interrupted(self, key: Key, tokens: int, error: BaseException) -> None:
+        """A wait was cut short."""
+        if self.listener is not None:
+            try:
+                self.listener.on_interrupted(key, tokens, error)
+            except Exception:
+                _logger.exception("a listener has failed")
+
+    def _tell(  # noqa: PLR0917  # all that there is to tell
+        self, command: Command[Any], key: Key, answer: Any, seconds: float, call: Call, error: Exception | None
+    ) -> None:
+        """Tell the listener.
+
+        :param answer: to the observed command; None where there is none.
+        """
+        inner: Command[Any] = command.command if isinstance(command, Verbose) else command
+        verb = _VERBS.get(type(inner))
+        if self.listener is None or verb is None:
+            return
+        tokens = inner.limit if isinstance(inner, ConsumeAsMuchAsPossible) else inner.tokens  # type: ignore[attr-defined]  # all of these verbs have some
+        consumed, remaining, wait = _seen(inner, tokens, answer)
+        decision = Decision(
+            key,
+            verb,
+            tokens,
+            consumed,
+            remaining,
+            wait,
+            round(seconds * 1e9),
+            call.round_trips,
+            call.degraded,
+            error,
+            self._asynchronous,
+        )
+        try:
+            self.listener.on_decision(decision)
+        except Exception:
+            _logger.exception("a listener has failed")
+
+
+def _is_in_doubt(error: BaseException) -> bool:
+    """Whether the store may have done what ended so; also where nobody has waited for the end."""
+    return bool(getattr(error, "in_doubt", not isinstance(error, RateLimitError)))
+
+
+def _observed(command: Command[Any]) -> Command[Any]:
+    """A command that decides the same, and shows what is left."""
+    if type(command) is TryConsume:
+        return TryConsumeAndReturnRemaining(command.tokens)
+    if isinstance(command, Verbose | TryConsumeAndReturnRemaining | EstimateAbilityToConsume):
+        return command
+    return Verbose(command)
+
+
+def _unobserved(command: Command[Any], answer: Any) -> Any:
+    """The answer to the command itself."""
+    if type(command) is TryConsume:
+        return bool(answer)
+    if isinstance(answer, VerboseResult) and not isinstance(command, Verbose):
+        return answer.value
+    return answer
+
+
+def _seen(command: Command[Any], tokens: int, answer: Any) -> tuple[int, int | None, int]:
+    """Tokens consumed, tokens left, and the wait."""
+    remaining: int | None = None
+    wait = 0
+    if isinstance(answer, VerboseResult):
+        remaining, answer = answer.available_tokens, answer.value
+    if isinstance(answer, ConsumptionProbe | EstimationProbe):
+        consumed = tokens if isinstance(answer, ConsumptionProbe) and answer.consumed else 0
+        return consumed, answer.remaining_tokens, answer.nanos_to_wait_for_refill
+    if answer is None:
+        return 0, None, 0
+    if isinstance(command, ConsumeAsMuchAsPossible):
+        return answer, remaining, 0
+    if isinstance(command, Reserve):
+        wait = answer
+        return (0 if wait == NEVER else tokens), remaining, wait
+    return (tokens if answer else 0), remaining, wait
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= 300 else f"{text[:300]}..."
