@@ -6,18 +6,21 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test lint format bench bench-quick clean
+.PHONY: help demo test servers lint format bench bench-quick clean
 .NOTPARALLEL:
 
 help: ## list the targets
 	@awk -F ' ?## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-13s%s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: ARGS (make test ARGS="-k demo"), PYTHON (the interpreter), VENV (the environment)'
+	@echo 'Variables: ARGS (make test ARGS="-k demo"), SERVERS (programs), PYTHON (the interpreter), VENV (the environment)'
 
 demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own
 	$(VENV)/bin/ratelimit demo $(ARGS)
 
 test: $(VENV)/installed-test ## run the tests
 	$(VENV)/bin/pytest $(ARGS)
+
+servers: $(VENV)/installed-test ## run the tests that need a server on each Redis and Valkey that can be had, or on SERVERS
+	.ci/servers $(SERVERS)
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check
