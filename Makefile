@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test servers lint format bench bench-quick clean
+.PHONY: help demo test servers interop lint format bench bench-quick clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -21,6 +21,10 @@ test: $(VENV)/installed-test ## run the tests
 
 servers: $(VENV)/installed-test ## run the tests that need a server on each Redis and Valkey that can be had, or on SERVERS
 	.ci/servers $(SERVERS)
+
+interop: $(VENV)/installed-test ## run the tests that share buckets with Bucket4j; needs JDK 17 and Maven
+	mvn --quiet --batch-mode --file tests/interop/pom.xml compile
+	$(VENV)/bin/pytest tests/interop $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check
@@ -39,7 +43,7 @@ bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into be
 	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
 
 clean: ## remove the environments and all that was generated
-	rm -rf $(VENV) $(BENCH) benchmarks/out build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) benchmarks/out tests/interop/target build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The project with one of its extras; again only when pyproject.toml has changed.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -11,6 +12,13 @@ from ratelimit import AsyncProxyManager, ProxyManager
 from tests import servers
 from tests.ways import Way
 from tests.workers import Workers
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what needs Java, unless it is asked for: ``make interop``."""
+    interop = Path(__file__).parent / "interop"
+    asked_for = any(interop in (path := Path(arg.split("::")[0]).absolute(), *path.parents) for arg in config.args)
+    return True if collection_path == interop and not asked_for else None
 
 
 def pytest_report_header() -> list[str]:
