@@ -109,7 +109,7 @@ def test_what_both_take_is_exactly_what_there_is(
     manager = ProxyManager(RedisStore(client), limits)
     total = 1000
     with Hammers(peers, access) as java:
-        wait_until_taken(client, access, 1)  # beside the others it may win no swap
+        wait_until_taken(client, access, 1)  # before the others come, who may leave it nothing
         with workers.doing(by_callers, (consume_until_the_sign, access)) as python:
             for i in range(10):
                 wait_until_taken(client, access, total)
@@ -329,7 +329,7 @@ def test_java_without_an_expiration_removes_that_of_python(peer: Peer, client: r
 
 def test_a_bucket_of_java_that_has_expired_is_made_anew(peer: Peer, client: redis.Redis) -> None:
     manager = ProxyManager(RedisStore(client), SMALL_QUOTA)
-    assert peer.ask("try_consume", "key", SMALL_QUOTA, expiration=Expiration.fixed(0.3), tokens=20)
+    assert peer.ask("try_consume", "key", SMALL_QUOTA, expiration=Expiration.fixed(1), tokens=20)
     assert not manager.try_consume("key")
     wait_until(lambda: not client.exists("key"), "the bucket has expired")
     assert manager.try_consume("key", 20)
