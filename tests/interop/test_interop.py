@@ -28,7 +28,7 @@ from tests.servers import SharedServer, wait_until
 from tests.test_concurrency import AGES, QUOTA, RATE, SMALL_QUOTA, both_faces, bound, every_way, few_ways
 from tests.test_traces import KEY, TRACES, Replay, each_category
 from tests.ways import By, deciding_by
-from tests.workers import PATIENCE, Access, Workers, by_tasks, consume_until_the_sign, patient, redis_nanos
+from tests.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, patient, redis_nanos
 
 pytestmark = pytest.mark.redis
 
@@ -100,8 +100,12 @@ class Hammers:
 
 
 @every_way
-@both_faces
-@pytest.mark.parametrize("access", [QUOTA, SEVERAL], ids=["one limit", "several limits"], indirect=True)
+@pytest.mark.parametrize(
+    ("access", "by_callers"),
+    [(QUOTA, by_threads), (SEVERAL, by_tasks)],
+    ids=["one limit", "several limits"],
+    indirect=["access"],
+)
 def test_what_both_take_is_exactly_what_there_is(
     workers: Workers, peers: list[Peer], client: redis.Redis, access: Access, by_callers: Callable[..., list[int]]
 ) -> None:
