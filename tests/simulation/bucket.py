@@ -1,0 +1,144 @@
+"""A token bucket, as its definition has it: the simulation's own, to hold the library's against."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.commands import (
+    AddTokens,
+    Batch,
+    Command,
+    ConsumeAsMuchAsPossible,
+    GetAvailableTokens,
+    GiveBack,
+    Reserve,
+    Reset,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+)
+from ratelimit.core.int64 import NEVER
+from tests.simulation.world import MILLISECOND
+
+
+class Level(NamedTuple):
+    """What one bandwidth holds, in tokens times its period, so that every number is whole."""
+
+    limit: Bandwidth
+    at: int
+    amount: int
+
+    @classmethod
+    def initial(cls, limit: Bandwidth, now: int) -> Level:
+        first = limit.first_refill_millis
+        begin = now if first is None else first * MILLISECOND - limit.refill_period_nanos
+        return cls(limit, begin, limit.initial_tokens * limit.refill_period_nanos)
+
+    @property
+    def tokens(self) -> int:
+        return self.amount // self.limit.refill_period_nanos
+
+    def refilled(self, now: int) -> Level:
+        limit, at, amount = self
+        period = limit.refill_period_nanos
+        if limit.refill_intervally:
+            now -= (now - at) % period
+        if now <= at:
+            return self
+        if amount < limit.capacity * period:
+            amount = min(amount + (now - at) * limit.refill_tokens, limit.capacity * period)
+        return Level(limit, now, amount)
+
+    def less(self, tokens: int) -> Level:
+        return Level(self.limit, self.at, self.amount - tokens * self.limit.refill_period_nanos)
+
+    def given_back(self, tokens: int) -> Level:
+        """The whole tokens go up to the capacity at most; the unfinished one stays."""
+        period = self.limit.refill_period_nanos
+        size, unfinished = divmod(self.amount, period)
+        return Level(self.limit, self.at, max(size, min(size + tokens, self.limit.capacity)) * period + unfinished)
+
+    def added(self, tokens: int) -> Level:
+        period = self.limit.refill_period_nanos
+        return Level(self.limit, self.at, min(self.amount + tokens * period, self.limit.capacity * period))
+
+    def wait(self, tokens: int, now: int) -> int:
+        """How long until so many tokens are there, in nanoseconds, rounded down."""
+        period, rate = self.limit.refill_period_nanos, self.limit.refill_tokens
+        missing = tokens * period - self.amount
+        if self.tokens >= tokens:
+            return 0
+        if not self.limit.refill_intervally:
+            return missing // rate
+        return self.at + -(-missing // (rate * period)) * period - now
+
+
+class Outcome(NamedTuple):
+    """What a command does to a bucket: the bucket after it, what it charges, the answer, and whether it is stored."""
+
+    bucket: Bucket
+    charge: int
+    answer: Any
+    stored: bool
+
+
+class Bucket(NamedTuple):
+    """All the bandwidths of a bucket."""
+
+    levels: tuple[Level, ...]
+
+    @classmethod
+    def initial(cls, limits: BucketConfiguration, now: int) -> Bucket:
+        return cls(tuple([Level.initial(limit, now) for limit in limits.bandwidths]))
+
+    @property
+    def tokens(self) -> int:
+        return min([level.tokens for level in self.levels])
+
+    def refilled(self, now: int) -> Bucket:
+        return Bucket(tuple([level.refilled(now) for level in self.levels]))
+
+    def missing(self) -> int:
+        """Tokens to the capacity, of the bandwidth that misses most."""
+        return max([level.limit.capacity - level.tokens for level in self.levels])
+
+    def after(self, command: Command[Any], now: int) -> Outcome:
+        """Refill, and do a command."""
+        return self.refilled(now)._after(command, now)
+
+    def _after(self, command: Command[Any], now: int) -> Outcome:  # noqa: C901  # a table of the commands
+        available = self.tokens
+        match command:
+            case TryConsume(tokens):
+                return self._consumed(tokens, True) if tokens <= available else Outcome(self, 0, False, False)
+            case TryConsumeAndReturnRemaining(tokens):
+                consumed = tokens <= available
+                left = available - tokens if consumed else available
+                return self._consumed(tokens * consumed, (consumed, max(0, left)))
+            case ConsumeAsMuchAsPossible(limit):
+                tokens = max(0, min(limit, available))
+                return self._consumed(tokens, tokens)
+            case Reserve(tokens, longest_wait):
+                wait = max([level.wait(tokens, now) for level in self.levels])
+                return self._consumed(tokens, wait) if wait <= longest_wait else Outcome(self, 0, NEVER, False)
+            case GiveBack(tokens):
+                return Outcome(Bucket(tuple([level.given_back(tokens) for level in self.levels])), -tokens, None, True)
+            case AddTokens(tokens):
+                return Outcome(Bucket(tuple([level.added(tokens) for level in self.levels])), 0, None, True)
+            case Reset():
+                full = [level._replace(amount=0).added(level.limit.capacity) for level in self.levels]
+                return Outcome(Bucket(tuple(full)), 0, None, True)
+            case GetAvailableTokens():
+                return Outcome(self, 0, available, False)
+            case Batch(commands):
+                whole = Outcome(self, 0, [], False)
+                for part in commands:
+                    bucket, charge, answer, stored = whole.bucket._after(part, now)
+                    whole = Outcome(bucket, whole.charge + charge, [*whole.answer, answer], whole.stored or stored)
+                return whole
+        raise NotImplementedError(command)
+
+    def _consumed(self, tokens: int, answer: Any) -> Outcome:
+        if not tokens:
+            return Outcome(self, 0, answer, False)
+        return Outcome(Bucket(tuple([level.less(tokens) for level in self.levels])), tokens, answer, True)

@@ -1,0 +1,240 @@
+"""Processes whose decisions are under way at the same time, and may be interrupted or stopped anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from ratelimit.core.bandwidth import BucketConfiguration
+from ratelimit.core.commands import Command, Plan, Reserve
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.int64 import NEVER
+from ratelimit.drive import Steps
+from ratelimit.errors import RateLimitError
+from ratelimit.exchange import Backend, Call, Target, exchange
+from ratelimit.handle import Handle, removed
+from ratelimit.optimizing import Optimizer
+from ratelimit.remembered import Remembered
+from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain_answer
+from tests.simulation.network import Network, Request, SimulatedStore
+from tests.simulation.world import APART, MILLISECOND, SECOND, ViolationError, World
+
+_NEW_READING: Final = 0.2  # how often a reply changes what its client makes of the server's clock
+
+
+class Wait(NamedTuple):
+    """What a client waits for that is no request."""
+
+    nanos: int
+
+
+class Settings(NamedTuple):
+    """What all clients of a schedule have in common.
+
+    :param skew: how far a client's clock may be behind the server's, in nanoseconds.
+    :param coarse: whether clients read whole milliseconds.
+    :param memory: bytes that a process may remember states in.
+    :param attempts: swaps that a decision may lose.
+    :param timeout: of a call, in seconds.
+    """
+
+    limits: BucketConfiguration
+    expiration: Expiration
+    must_exist: bool
+    skew: int
+    coarse: bool
+    memory: int
+    attempts: int
+    timeout: float
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """A verb under way.
+
+    :ivar decision: the one that its requests are for.
+    :ivar waits_for: the request, or the wait, that it is in.
+    """
+
+    steps: Steps[Any]
+    decision: Decision | None = None
+    waits_for: Request | Wait | None = None
+    interrupted: bool = False
+
+
+class Process:
+    """A client: its handles, what they remember together, and its tasks."""
+
+    def __init__(self, world: World, ledger: Ledger, network: Network, settings: Settings, index: int) -> None:
+        self.world = world
+        self.ledger = ledger
+        self.network = network
+        self.settings = settings
+        self.index = index
+        self.tasks: list[Task] = []
+        self._running: Task | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin anew, with nothing remembered."""
+        settings, store = self.settings, SimulatedStore(self.network.server, self._known_now)
+        self._lag = self.world.random.randint(0, settings.skew)
+        self._knows_time = self.world.random.random() < 0.5
+        self._backend = Backend(
+            store=store,
+            now=store.known_now,
+            sleep=Wait,
+            pause=self._pause,
+            monotonic=self.world.monotonic,
+            timeout=settings.timeout,
+            remembered=Remembered(settings.memory),
+            attempts=settings.attempts,
+            deciding=store,
+            executing=None,
+        )
+        self._handles: dict[bytes, Handle] = {}
+
+    def begin(self, key: bytes, command: Command[Any], deadline: bool) -> None:
+        """Begin a verb; a reservation is waited for, as ``consume`` does."""
+        handle = self._handle(key)
+        if isinstance(command, Reserve):
+            longest = None if command.longest_wait_nanos == NEVER else command.longest_wait_nanos / SECOND
+            steps: Steps[Any] = handle.consume(command.tokens, longest)
+        elif isinstance(command, Remove):
+            steps = self._removed(handle, command)
+        else:
+            steps = handle.run(command, handle.call() if deadline else Call())
+        task = Task(steps)
+        self.tasks.append(task)
+        self._resume(task, None, None)
+
+    def stop(self) -> None:
+        """The process dies, wherever its tasks are, and another takes its place."""
+        if self.world.tracing:
+            self.world.note(f"{self} is stopped")
+        for task in self.tasks:
+            _abandon(task)
+            self._running = task
+            task.steps.close()
+        self.tasks.clear()
+        self.start()
+
+    def interrupt(self) -> None:
+        """One of the tasks is interrupted where it waits, as by a signal."""
+        if not self.tasks:
+            return
+        task = self.world.random.choice(self.tasks)
+        if self.world.tracing:
+            self.world.note(f"{task.decision} is interrupted")
+        if isinstance(task.waits_for, Request) and task.decision is not None:
+            task.decision.unanswered += 1
+        _abandon(task)
+        task.interrupted = True
+        self._resume(task, None, KeyboardInterrupt())
+
+    def __str__(self) -> str:
+        return f"client {self.index}"
+
+    def _handle(self, key: bytes) -> Handle:
+        handle = self._handles.get(key)
+        if handle is None:
+            settings = self.settings
+            target = Target(key, key, settings.expiration, settings.must_exist)
+            handle = self._handles[key] = Handle(
+                self._backend,
+                self._decided,
+                target,
+                settings.limits,
+                None,
+                TokensInheritance.RESET,
+                None,
+                Optimizer(self._decided, 0),
+                None,
+            )
+        return handle
+
+    def _witnessed(self, key: bytes, command: Command[Any], call: Call, steps: Steps[Any]) -> Steps[Any]:
+        """Steps with the ledger as their witness."""
+        task = self._running
+        assert task is not None
+        decision = task.decision = self.ledger.begun(str(self), key, command, call)
+        if self.world.tracing:
+            self.world.note(f"{decision} begins")
+        try:
+            answer = yield from steps
+        except ViolationError:
+            raise
+        except BaseException as error:
+            if self.world.tracing:
+                self.world.note(f"{decision} ends with {error!r}")
+            self.ledger.failed(decision, error)
+            raise
+        if self.world.tracing:
+            self.world.note(f"{decision} is told {plain_answer(answer)}")
+        self.ledger.answered(decision, answer, knows_others=self._backend.remembered.get(key).by_others)
+        return answer
+
+    def _decided(self, backend: Backend, target: Target, plan: Plan, command: Command[Any], call: Call) -> Steps[Any]:
+        return self._witnessed(target.stored_key, command, call, exchange(backend, target, plan, command, call))
+
+    def _removed(self, handle: Handle, command: Remove) -> Steps[None]:
+        steps = removed(self._backend, handle.target, handle.optimizer)
+        return self._witnessed(handle.target.stored_key, command, self._backend.call(), steps)
+
+    def _resume(self, task: Task, value: Any, failure: BaseException | None) -> None:
+        self._running = task
+        try:
+            waits_for = task.steps.send(value) if failure is None else task.steps.throw(failure)
+            while not isinstance(waits_for, Request | Wait):  # a step that has settled already
+                waits_for = task.steps.send(waits_for)
+        except (StopIteration, RateLimitError, KeyboardInterrupt) as error:
+            self.tasks.remove(task)
+            self._ended(task, error)
+            return
+        task.waits_for = waits_for
+        if isinstance(waits_for, Request):
+            waits_for.decision = task.decision
+            waits_for.answer = partial(self._replied, task)
+            self.network.send(waits_for)
+        else:
+            self.world.after(waits_for.nanos, self._waited, task, waits_for)
+
+    def _ended(self, task: Task, error: BaseException) -> None:
+        """A wait that was interrupted has given its tokens back, or tried to."""
+        decision = task.decision
+        if task.interrupted and decision is not None and isinstance(decision.command, Reserve) and decision.told_charge:
+            self.ledger.fail(decision, f"ends with {error!r}, and its tokens are not given back")
+
+    def _replied(self, task: Task, value: Any, failure: BaseException | None) -> None:
+        if failure is None:
+            self._knows_time = True
+            if self.world.random.random() < _NEW_READING:
+                self._lag = self.world.random.randint(0, self.settings.skew)
+        self._resume(task, value, failure)
+
+    def _waited(self, task: Task, wait: Wait) -> None:
+        if task.waits_for is wait:
+            self._resume(task, None, None)
+
+    def _known_now(self) -> int | None:
+        """A reading of this client's clock: behind the server's, or right; unless coarse, no other client has it."""
+        if not self._knows_time:
+            return None
+        now = self.world.server_time - self._lag
+        assert self._running is not None
+        assert self._running.decision is not None
+        grain, own = (MILLISECOND, 0) if self.settings.coarse else (APART, self.index - APART)
+        self._running.decision.reading = reading = now - now % grain + own
+        return reading
+
+    def _pause(self, _nanos: int) -> Wait:
+        """Of a length that follows from the seed."""
+        return Wait(self.world.random.randrange(LONGEST_PAUSE_NANOS))
+
+
+def _abandon(task: Task) -> None:
+    if isinstance(task.waits_for, Request):
+        task.waits_for.settled = True
+    task.waits_for = None

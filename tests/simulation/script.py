@@ -1,0 +1,81 @@
+"""What ``lua/decide.lua`` does, from the very arguments that it is sent."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, NamedTuple
+
+from ratelimit.core import codec
+from ratelimit.core.commands import (
+    AddTokens,
+    Batch,
+    Command,
+    ConsumeAsMuchAsPossible,
+    GiveBack,
+    Reserve,
+    Reset,
+    TryConsume,
+)
+from ratelimit.core.expiration import Expiration
+
+_HEADER: Final = struct.Struct(">BqBqq")  # expiration, its milliseconds, has a version, version, now
+_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, longest wait
+
+_EXPIRATIONS: Final = (Expiration.none(), None, None, Expiration.automatic())
+
+
+class Decision(NamedTuple):
+    """Whether the script decides, and what it stores (None: nothing) for how long."""
+
+    done: bool
+    after: bytes | None = None
+    ttl_millis: int = 0
+
+
+def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
+    template, request = arguments
+    kind, duration, _, _, now = _HEADER.unpack_from(request)
+    if before is None and not template:
+        return Decision(done=False)
+    state = codec.decode(before or template)
+    if before is None:
+        pairs = zip(state.configuration, state.bandwidth_states, strict=True)
+        begun = [
+            one._replace(last_refill_time_nanos=now) if limit.first_refill_millis is None else one
+            for limit, one in pairs
+        ]
+        state = state._replace(bandwidth_states=tuple(begun))
+    commands = [
+        _command(verb, tokens, longest_wait)
+        for verb, times, tokens, longest_wait in _OPERATION.iter_unpack(request[_HEADER.size :])
+        for _ in range(times)
+    ]
+    refilled = state.refilled(now)
+    after, _ = Batch(tuple(commands)).decide(refilled, now)
+    if after is None and before is None:
+        after = refilled
+    if after is None:
+        return Decision(done=True)
+    return Decision(True, codec.encode(after), _expiration(kind, duration).ttl_millis(after, now))
+
+
+def _command(verb: int, tokens: int, longest_wait: int) -> Command[Any]:
+    match verb:
+        case 1:
+            return TryConsume(tokens)
+        case 2:
+            return ConsumeAsMuchAsPossible(tokens)
+        case 3:
+            return Reserve(tokens, longest_wait)
+        case 4:
+            return GiveBack(tokens)
+        case 5:
+            return AddTokens(tokens)
+        case 7:
+            return Reset()
+    raise NotImplementedError(verb)
+
+
+def _expiration(kind: int, duration: int) -> Expiration:
+    made = _EXPIRATIONS[kind]
+    return Expiration("fixed" if kind == 1 else "after_refill", duration) if made is None else made

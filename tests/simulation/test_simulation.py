@@ -1,0 +1,217 @@
+"""Schedules in which everything goes wrong, and proofs that the simulation would notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import ratelimit.exchange
+from ratelimit.core.commands import Command, TryConsume, execute
+from ratelimit.core.expiration import Expiration
+from ratelimit.drive import Steps
+from ratelimit.errors import StoreError
+from ratelimit.exchange import Backend, Call, Target, exchange
+from ratelimit.handle import Handle
+from ratelimit.remembered import Seen
+from ratelimit.stores.protocol import Decided, Lost
+from tests.simulation import clients, script
+from tests.simulation.clients import Process
+from tests.simulation.ledger import Decision
+from tests.simulation.network import FAULTS, Network, Request
+from tests.simulation.schedules import simulate
+from tests.simulation.server import Server
+from tests.simulation.world import MILLISECOND, ViolationError
+
+SCHEDULES = 20_000
+PART = 2_500
+
+Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, PART))
+def test_every_rule_is_kept_whatever_happens(first: int) -> None:
+    for seed in range(first, first + PART):
+        try:
+            simulate(seed)
+        except ViolationError as error:
+            pytest.fail(f"{error}\nreplay it: python -m tests.simulation --seed {seed} --replay")
+
+
+def test_a_seed_stands_for_one_schedule() -> None:
+    for seed in range(30):
+        assert simulate(seed, tracing=True).lines == simulate(seed, tracing=True).lines
+
+
+def test_bytes_of_another_are_taken_for_ones_own_where_nothing_tells_them_apart() -> None:
+    """What the ledger excuses by default."""
+    with pytest.raises(ViolationError, match="is told"):
+        for seed in range(1_000):
+            simulate(seed, excusing=False)
+
+
+def test_everything_does_go_wrong() -> None:
+    told = "\n".join(line for seed in range(400) for line in simulate(seed, tracing=True).lines)
+    for fault in FAULTS:
+        assert f", {fault}" in told
+    for event in (
+        *("and has lost", "and is done", "and is decided", "is stopped", "is interrupted", "expires", "fails over"),
+        *("GiveBack", "ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
+    ):
+        assert event in told
+
+
+# Mutants: each breaks one thing, and is to be noticed soon.
+
+
+def a_store_that_swaps_whatever_is_there(patch: pytest.MonkeyPatch) -> None:
+    def swap(self: Server, decision: Decision, _before: bytes | None, after: bytes, ttl_millis: int) -> None:
+        self.bucket(decision.key)
+        self._write(decision, after, ttl_millis)
+
+    patch.setattr(Server, "swap", swap)
+
+
+def a_store_whose_bytes_are_cut_off(patch: pytest.MonkeyPatch) -> None:
+    decide = script.decide
+
+    def cut_off(before: bytes | None, arguments: tuple[bytes, ...]) -> script.Decision:
+        decided = decide(before, arguments)
+        return decided if decided.after is None else decided._replace(after=decided.after[:-1])
+
+    patch.setattr(script, "decide", cut_off)
+
+
+def a_store_that_lets_clients_wait(patch: pytest.MonkeyPatch) -> None:
+    send = Network.send
+
+    def send_without_deadline(self: Network, request: Request) -> None:
+        request.deadline = None
+        send(self, request)
+
+    patch.setattr(Network, "send", send_without_deadline)
+
+
+def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def delegated(deciding: Any, key: bytes, arguments: tuple[bytes, ...], call: Call) -> Steps[Decided]:
+        try:
+            return (yield deciding.decide(key, arguments, deadline=call.deadline))  # type: ignore[no-any-return]
+        except StoreError as error:
+            if not error.in_doubt:
+                raise
+        return (yield deciding.decide(key, arguments, deadline=call.deadline))  # type: ignore[no-any-return]
+
+    patch.setattr(ratelimit.exchange, "_delegated", delegated)
+
+
+def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ratelimit.exchange, "request", lambda *_, **__: None)
+
+
+def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
+    known_now = Process._known_now
+
+    def ahead(self: Process) -> int | None:
+        now = known_now(self)
+        if now is None:
+            return None
+        assert self._running is not None
+        assert self._running.decision is not None
+        self._running.decision.reading = now = now + 5 * MILLISECOND
+        return now
+
+    patch.setattr(Process, "_known_now", ahead)
+
+
+def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
+    def admitting(backend: Backend, target: Target, plan: Any, command: Command[Any], call: Call) -> Steps[Any]:
+        seen, now = backend.remembered.get(target.stored_key), backend.now(target.stored_key)
+        if seen.bucket is not None and isinstance(command, TryConsume):
+            after, answer = execute(command, plan, seen.bucket, now)
+            if answer:
+                backend.remembered.put(target.stored_key, Seen(seen.state, after))
+                return answer
+        return (yield from exchange(backend, target, plan, command, call))
+
+    patch.setattr(clients, "exchange", admitting)
+
+
+def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
+    """Put something else in the place of what follows a swap whose reply was lost."""
+    patch.setattr(ratelimit.exchange, "_repeated", repeat)
+
+
+def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None:
+    repeated = ratelimit.exchange._repeated
+
+    def repeat(*arguments: Any) -> Steps[Lost | None]:
+        try:
+            return (yield from repeated(*arguments))
+        except StoreError as error:
+            if "while others were changing" not in error.message:
+                raise
+        return None
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_takes_the_same_bytes_for_its_own_though_others_write(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ratelimit.exchange, "_holds_reading", lambda *_: True)
+
+
+def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def repeat(
+        backend: Backend, target: Target, _swap: Any, _traces: Any, failure: BaseException, call: Call
+    ) -> Steps[Lost | None]:
+        if not isinstance(failure, StoreError) or not failure.in_doubt:
+            raise failure
+        return Lost((yield ratelimit.exchange.got(backend, target.stored_key, call)))
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
+    repeated = ratelimit.exchange._repeated
+
+    def repeat(*arguments: Any) -> Steps[Lost | None]:
+        try:
+            return (yield from repeated(*arguments))
+        except StoreError as error:
+            error.in_doubt = False
+            raise
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Handle, "_give_back", lambda *_: iter(()))
+
+
+def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Expiration, "ttl_millis", lambda *_: 1)
+
+
+MUTANTS: list[tuple[Mutant, str]] = [
+    (a_store_that_swaps_whatever_is_there, "has stored"),
+    (a_store_whose_bytes_are_cut_off, "cannot be read"),
+    (a_store_that_lets_clients_wait, "after its deadline"),
+    (a_script_that_is_repeated_when_its_reply_is_lost, "is stored twice"),
+    (a_script_that_is_never_asked, "round trips"),
+    (a_clock_that_is_ahead, "is told|has stored"),
+    (a_client_that_admits_from_memory, "is told"),
+    (a_client_that_takes_any_bytes_for_its_own, "is told"),
+    (a_client_that_takes_the_same_bytes_for_its_own_though_others_write, "is told"),
+    (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|tells no doubt"),
+    (a_client_that_tells_no_doubt, "tells no doubt"),
+    (a_client_that_gives_nothing_back, "are not given back"),
+    (an_expiration_that_is_too_short, "tokens missing"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "violation"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
+def test_a_mutant_is_caught(mutant: Mutant, violation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(ViolationError, match=violation):
+        for seed in range(2_000):
+            simulate(seed)
