@@ -301,6 +301,8 @@ class Ledger:
         for decision in self.decisions:
             if decision.outcome is None:
                 self.fail(decision, "does not end")
+            if decision.outcome == "failed" and any(write.charge for write in decision.written):
+                self.fail(decision, "has failed for certain, and is charged after that")
         for key, record in records.items():
             self._check_consumed(key, record)
         for key, account in self.accounts.items():

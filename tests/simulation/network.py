@@ -37,6 +37,7 @@ FAULTS: Final = ("refused", "lost", "reply lost", "broken", "late", "doubled")
 class Request:
     """What a client waits for, once it is sent.
 
+    :param after: what a swap is to store.
     :ivar settled: whether nobody waits for the reply any more.
     :ivar shown: the bucket right after it was carried out.
     """
@@ -45,6 +46,7 @@ class Request:
     key: bytes
     deadline: float | None
     carry_out: Callable[[Decision], Any]
+    after: bytes | None = None
     decision: Decision | None = None
     answer: Callable[[Any, BaseException | None], None] | None = None
     settled: bool = False
@@ -72,7 +74,9 @@ class SimulatedStore:
     def swap(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
     ) -> Any:
-        return Request("swap", key, deadline, lambda decision: self._server.swap(decision, before, after, ttl_millis))
+        return Request(
+            "swap", key, deadline, lambda decision: self._server.swap(decision, before, after, ttl_millis), after
+        )
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
         return Request("decide", key, deadline, lambda decision: self._server.decide(decision, arguments))
@@ -145,7 +149,7 @@ class Network:
         reply = request.carry_out(request.decision)
         request.shown = self.server.bucket(request.key)
         if self.world.tracing:
-            self.world.note(f"{request.decision}: {request.name} arrives, {_shown(reply)}")
+            self.world.note(f"{request.decision}: {request.name} arrives, {_shown(request, reply)}")
         if fate != "reply lost":
             self.world.after(back, self._reply, request, reply)
         if fate == "doubled":
@@ -158,6 +162,7 @@ class Network:
             return
         assert request.decision is not None
         request.decision.shown = request.shown
+        request.decision.twin = isinstance(reply, Lost) and reply.state == request.after
         request.settle(reply, None)
 
     def _time_out(self, request: Request, nanos: int) -> None:
@@ -177,7 +182,9 @@ def _broken(key: bytes) -> StoreError:
     return StoreUnavailableError(key, "broken", in_doubt=True)
 
 
-def _shown(reply: Any) -> str:
+def _shown(request: Request, reply: Any) -> str:
+    if request.name == "get":
+        return "and finds nothing" if reply is None else "and finds a bucket"
     match reply:
         case Lost():
             return "and has lost"
@@ -185,4 +192,4 @@ def _shown(reply: Any) -> str:
             return "and is decided" if reply.done else "and is not decided"
         case None:
             return "and is done"
-    return "and is read"
+    return "and is answered"

@@ -26,7 +26,6 @@ class Server:
 
     def swap(self, decision: Decision, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         stored = _state(self._record(decision.key))
-        decision.twin = stored == after
         if stored != before:
             return Lost(stored)
         self._write(decision, after, ttl_millis)

@@ -1,0 +1,125 @@
+"""What the ledger excuses, in schedules made by hand: nothing tells the bytes of one writer from those of another.
+
+Tokens that come by whole periods leave no reading of the clock in the state. Greedy ones do, and neither can happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import pytest
+
+from ratelimit.core import codec
+from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.commands import Command, GetAvailableTokens, GiveBack, Plan, TryConsume
+from ratelimit.core.expiration import Expiration
+from ratelimit.drive import Steps
+from ratelimit.errors import StoreTimeoutError
+from ratelimit.exchange import Backend, Call, Target, exchange
+from ratelimit.remembered import Remembered
+from ratelimit.stores.memory import MemoryStore
+from tests.simulation.schedules import simulate
+from tests.simulation.world import EPOCH, SECOND, ViolationError
+
+KEY = b"key"
+MINUTES = BucketConfiguration(
+    Bandwidth.intervally_aligned(10, 60, first_refill=datetime.fromtimestamp(EPOCH // SECOND, UTC))
+)
+
+Swap = Callable[[], Any]
+
+
+class Held:
+    """A store whose requests are carried out when the test calls them."""
+
+    def __init__(self, stored: MemoryStore) -> None:
+        self._stored = stored
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(partial, getattr(self._stored, name))
+
+
+class Client:
+    """One that reads a clock to the nanosecond, like no other."""
+
+    def __init__(self, stored: MemoryStore, index: int) -> None:
+        held: Any = Held(stored)
+        self._backend = Backend(
+            store=held,
+            now=lambda _: EPOCH + 1 + index,
+            sleep=int,
+            pause=int,
+            monotonic=float,
+            timeout=1.0,
+            remembered=Remembered(1 << 20),
+            attempts=10,
+            deciding=None,
+            executing=None,
+        )
+
+    def begin(self, command: Command[Any]) -> tuple[Steps[Any], Swap]:
+        """A decision, and its first request."""
+        steps = exchange(self._backend, Target(KEY, KEY, Expiration.none()), Plan(MINUTES), command, Call())
+        waits_for = next(steps)
+        while isinstance(waits_for, int):
+            waits_for = steps.send(waits_for)
+        return steps, waits_for
+
+    def decide(self, command: Command[Any]) -> Any:
+        """A decision that nothing disturbs."""
+        steps, request = self.begin(command)
+        while True:
+            try:
+                request = steps.send(request() if callable(request) else request)
+            except StopIteration as end:
+                return end.value
+
+
+def end(steps: Steps[Any], reply: Any) -> Any:
+    with pytest.raises(StopIteration) as ended:
+        steps.send(reply)
+    return ended.value.value
+
+
+def late() -> StoreTimeoutError:
+    return StoreTimeoutError(KEY, "late", in_doubt=True)
+
+
+def consumed(stored: MemoryStore) -> int:
+    state = stored.get(KEY)
+    assert state is not None
+    return codec.decode(state).consumed_tokens
+
+
+def test_a_client_that_has_seen_no_other_takes_the_bytes_of_another_for_its_own() -> None:
+    stored = MemoryStore()
+    one, swap_of_one = Client(stored, 1).begin(TryConsume(1))
+    other, swap_of_other = Client(stored, 2).begin(TryConsume(1))
+    assert end(one, swap_of_one()) is True
+    swap_of_other()  # is lost, and so is the reply that tells
+    repeated = other.throw(late())
+    assert end(other, repeated()) is True
+    assert consumed(stored) == 1  # where two are admitted
+
+
+def test_a_swap_that_outlives_its_repetition_is_carried_out_again_when_the_bytes_recur() -> None:
+    stored = MemoryStore()
+    client = Client(stored, 1)
+    assert client.decide(TryConsume(2))
+    taking, swap = client.begin(TryConsume(5))
+    repeated = taking.throw(late())
+    assert end(taking, repeated()) is True
+    client.decide(GiveBack(5))
+    assert consumed(stored) == 2
+    assert swap() is None  # arrives now, and finds what it was to replace
+    assert consumed(stored) == 7
+    assert client.decide(GetAvailableTokens()) == 3
+
+
+def test_schedules_come_upon_it() -> None:
+    with pytest.raises(ViolationError, match="is told"):
+        for seed in range(2_000):
+            simulate(seed, excusing=False)
