@@ -14,8 +14,11 @@ from ratelimit.core.commands import (
     GiveBack,
     Reserve,
     Reset,
+    Synchronize,
+    TakeSnapshot,
     TryConsume,
     TryConsumeAndReturnRemaining,
+    Verbose,
 )
 from ratelimit.core.int64 import NEVER
 from tests.simulation.world import MILLISECOND
@@ -106,7 +109,7 @@ class Bucket(NamedTuple):
         """Refill, and do a command."""
         return self.refilled(now)._after(command, now)
 
-    def _after(self, command: Command[Any], now: int) -> Outcome:  # noqa: C901  # a table of the commands
+    def _after(self, command: Command[Any], now: int) -> Outcome:  # noqa: C901, PLR0912  # a table of the commands
         available = self.tokens
         match command:
             case TryConsume(tokens):
@@ -130,6 +133,16 @@ class Bucket(NamedTuple):
                 return Outcome(Bucket(tuple(full)), 0, None, True)
             case GetAvailableTokens():
                 return Outcome(self, 0, available, False)
+            case TakeSnapshot():
+                return Outcome(self, 0, None, False)
+            case Verbose():
+                return self._after(command.command, now)
+            case Synchronize():
+                booked = self._consumed(command.tokens, None)
+                bucket, charge, answer, stored = booked.bucket._after(command.command, now)
+                if not command.booking:
+                    return Outcome(self, 0, answer, False)
+                return Outcome(bucket, booked.charge + charge, answer, booked.stored or stored)
             case Batch(commands):
                 whole = Outcome(self, 0, [], False)
                 for part in commands:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.commands import Command, Plan, Reserve
+from ratelimit.core.commands import (
+    Batch,
+    Command,
+    ConsumeAsMuchAsPossible,
+    Plan,
+    Reserve,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+)
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import NEVER
+from ratelimit.core.optimization import Optimization
 from ratelimit.drive import Steps
 from ratelimit.errors import RateLimitError
 from ratelimit.exchange import Backend, Call, Target, exchange
 from ratelimit.handle import Handle, removed
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
-from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain_answer
+from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.simulation.network import Network, Request, SimulatedStore
 from tests.simulation.world import APART, MILLISECOND, SECOND, ViolationError, World
 
@@ -33,6 +43,7 @@ class Wait(NamedTuple):
 class Settings(NamedTuple):
     """What all clients of a schedule have in common.
 
+    :param optimization: what clients may decide without the store.
     :param skew: how far a client's clock may be behind the server's, in nanoseconds.
     :param coarse: whether clients read whole milliseconds.
     :param memory: bytes that a process may remember states in.
@@ -43,6 +54,7 @@ class Settings(NamedTuple):
     limits: BucketConfiguration
     expiration: Expiration
     must_exist: bool
+    optimization: Optimization | None
     skew: int
     coarse: bool
     memory: int
@@ -65,7 +77,11 @@ class Task:
 
 
 class Process:
-    """A client: its handles, what they remember together, and its tasks."""
+    """A client: its handles, what they remember together, and its tasks.
+
+    It keeps accounts of its own, since its beginning: of tokens that callers have got, and those that it has told the
+    store of and knows that it has.
+    """
 
     def __init__(self, world: World, ledger: Ledger, network: Network, settings: Settings, index: int) -> None:
         self.world = world
@@ -95,6 +111,10 @@ class Process:
             executing=None,
         )
         self._handles: dict[bytes, Handle] = {}
+        self._optimizer = Optimizer(self._decided, 1 << 20)
+        self._handed_out: Counter[bytes] = Counter()
+        self._told: Counter[bytes] = Counter()
+        self._excused = False
 
     def begin(self, key: bytes, command: Command[Any], deadline: bool) -> None:
         """Begin a verb; a reservation is waited for, as ``consume`` does."""
@@ -106,9 +126,32 @@ class Process:
             steps = self._removed(handle, command)
         else:
             steps = handle.run(command, handle.call() if deadline else Call())
+        self._begin(self._counted(key, command, steps))
+
+    def synchronize(self) -> None:
+        """Tell the store what was handed out without it."""
+        for handle in self._handles.values():
+            self._begin(handle.sync())
+
+    def close(self) -> None:
+        """All that was handed out is in the store, or was kept to be told later."""
+        for key, tokens in self._handed_out.items():
+            entry = self._optimizer._entries.get(key)
+            kept = 0 if entry is None else entry.unsynchronized
+            if tokens > self._told[key] + kept and not self._excused:
+                raise ViolationError(
+                    f"{self} has handed out {tokens} tokens of {key!r}, told the store of {self._told[key]}, and"
+                    f" kept {kept}"
+                )
+
+    def _begin(self, steps: Steps[Any]) -> None:
         task = Task(steps)
         self.tasks.append(task)
         self._resume(task, None, None)
+
+    def _counted(self, key: bytes, command: Command[Any], steps: Steps[Any]) -> Steps[None]:
+        answer = yield from steps
+        self._handed_out[key] += _handed_out(command, plain_answer(answer))
 
     def stop(self) -> None:
         """The process dies, wherever its tasks are, and another takes its place."""
@@ -144,13 +187,13 @@ class Process:
             target = Target(key, key, settings.expiration, settings.must_exist)
             handle = self._handles[key] = Handle(
                 self._backend,
-                self._decided,
+                self._optimizer.optimized(settings.optimization),
                 target,
                 settings.limits,
                 None,
                 TokensInheritance.RESET,
                 None,
-                Optimizer(self._decided, 0),
+                self._optimizer,
                 None,
             )
         return handle
@@ -174,6 +217,8 @@ class Process:
         if self.world.tracing:
             self.world.note(f"{decision} is told {plain_answer(answer)}")
         self.ledger.answered(decision, answer, knows_others=self._backend.remembered.get(key).by_others)
+        self._told[key] += decision.told_charge
+        self._excused |= decision.outcome != "told" or isinstance(command, Remove)
         return answer
 
     def _decided(self, backend: Backend, target: Target, plan: Plan, command: Command[Any], call: Call) -> Steps[Any]:
@@ -204,7 +249,12 @@ class Process:
     def _ended(self, task: Task, error: BaseException) -> None:
         """A wait that was interrupted has given its tokens back, or tried to."""
         decision = task.decision
-        if task.interrupted and decision is not None and isinstance(decision.command, Reserve) and decision.told_charge:
+        if (
+            task.interrupted
+            and decision is not None
+            and isinstance(plain(decision.command), Reserve)
+            and decision.told_charge
+        ):
             self.ledger.fail(decision, f"ends with {error!r}, and its tokens are not given back")
 
     def _replied(self, task: Task, value: Any, failure: BaseException | None) -> None:
@@ -223,15 +273,30 @@ class Process:
         if not self._knows_time:
             return None
         now = self.world.server_time - self._lag
-        assert self._running is not None
-        assert self._running.decision is not None
         grain, own = (MILLISECOND, 0) if self.settings.coarse else (APART, self.index - APART)
-        self._running.decision.reading = reading = now - now % grain + own
+        reading = now - now % grain + own
+        decision = None if self._running is None else self._running.decision
+        if decision is not None and decision.outcome is None:
+            decision.reading = reading
         return reading
 
     def _pause(self, _nanos: int) -> Wait:
         """Of a length that follows from the seed."""
         return Wait(self.world.random.randrange(LONGEST_PAUSE_NANOS))
+
+
+def _handed_out(command: Command[Any], answer: Any) -> int:
+    """Tokens that a caller has got."""
+    match plain(command):
+        case TryConsume(tokens) | Reserve(tokens):
+            return tokens * int(answer)
+        case TryConsumeAndReturnRemaining(tokens):
+            return tokens * int(answer[0])
+        case ConsumeAsMuchAsPossible():
+            return int(answer)
+        case Batch(commands):
+            return sum(_handed_out(part, one) for part, one in zip(commands, answer, strict=True))
+    return 0
 
 
 def _abandon(task: Task) -> None:

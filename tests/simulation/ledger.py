@@ -14,18 +14,17 @@ from ratelimit.core import codec
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
-    Batch,
     Command,
-    ConsumeAsMuchAsPossible,
-    GiveBack,
     Reserve,
-    TryConsume,
-    TryConsumeAndReturnRemaining,
+    Reset,
+    Synchronize,
+    Synchronized,
     Verbose,
 )
 from ratelimit.core.commands import Decision as Decided
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.results import ConsumptionProbe, VerboseResult
+from ratelimit.core.int64 import NEVER
+from ratelimit.core.results import ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.core.state import BucketState
 from ratelimit.errors import BucketNotFoundError, ContentionError, CorruptStateError, StoreError
 from ratelimit.exchange import Call
@@ -122,6 +121,7 @@ class Ledger:
     :param delegating: whether the store may decide, so that three round trips are enough.
     :param attempts: swaps that a decision may lose.
     :param oldest_reading: how far a reading of the clock may be behind when it arrives at the store.
+    :param ahead: tokens that all clients together may hand out before they tell the store.
     :param calm: whether no request fails.
     :param excusing: let a client take the bytes of another for its own, where nothing tells them apart.
     """
@@ -135,6 +135,7 @@ class Ledger:
         delegating: bool,
         attempts: int,
         oldest_reading: int,
+        ahead: int,
         calm: bool,
         excusing: bool,
     ) -> None:
@@ -143,6 +144,7 @@ class Ledger:
         self.expiration = expiration
         self.most_trips = _TRIPS if delegating else _TRIPS_PER_ATTEMPT * attempts + 1
         self.oldest_reading = oldest_reading
+        self.ahead = ahead
         self.calm = calm
         self.excusing = excusing
         self.decisions: list[Decision] = []
@@ -158,7 +160,7 @@ class Ledger:
         """A decision has put a state in the place of a record."""
         now = self.now_of(decision)
         bucket = Bucket.initial(self.limits, now) if record is None else record.bucket
-        outcome = bucket.after(plain(decision.command), now)
+        outcome = bucket.after(decision.command, now)
         writes = () if record is None else record.writes
         account = self.account(decision.key)
         before = None if record is None else record.state
@@ -182,8 +184,7 @@ class Ledger:
         if sizes != [level.tokens for level in outcome.bucket.levels]:
             levels = [level.tokens for level in outcome.bucket.levels]
             self.fail(decision, f"has stored {sizes} tokens, where there are {levels}")
-        if outcome.charge <= 0:  # it adds tokens, if it does anything
-            account.added += _added(plain(decision.command), bucket.refilled(now)) - outcome.charge
+        account.added += _added(plain(decision.command), bucket.refilled(now)) + max(0, -outcome.charge)
         expires_at = self.world.now + ttl_millis * MILLISECOND if ttl_millis > 0 else None
         return Record(state, expires_at, outcome.bucket, writes)
 
@@ -231,7 +232,7 @@ class Ledger:
         else:
             now = self.now_of(decision)
             bucket = Bucket.initial(self.limits, now) if decision.shown is None else decision.shown
-            _, charge, expected, stored = bucket.after(command, now)
+            _, charge, expected, stored = bucket.after(decision.command, now)
             if stored:
                 self.fail(decision, f"is told {answer!r}, though it has stored nothing")
         if answer != expected:
@@ -239,7 +240,7 @@ class Ledger:
         decision.told_charge = charge
         if charge:
             account.admitted += charge
-            wait = answer if isinstance(command, Reserve) else 0
+            wait = answer if isinstance(command, Reserve) and answer != NEVER else 0
             account.until = max(account.until, self.world.now + wait)
         self._ended(decision)
 
@@ -335,7 +336,7 @@ class Ledger:
         for limit in self.limits:
             steps = nanos // limit.refill_period_nanos + 1 if limit.refill_intervally else 0
             come = steps * limit.refill_tokens or nanos * limit.refill_tokens // limit.refill_period_nanos
-            there = max(limit.capacity, limit.initial_tokens) + come + account.added + account.lost
+            there = max(limit.capacity, limit.initial_tokens) + come + account.added + account.lost + self.ahead
             if account.admitted > there:
                 raise ViolationError(f"{account.admitted} tokens of {key!r} are admitted, where there were {there}")
 
@@ -352,13 +353,18 @@ def _leaves_no_reading(decision: Decision, bucket: Bucket) -> bool:
 
 
 def plain(command: Command[Any]) -> Command[Any]:
-    return command.command if isinstance(command, Verbose) else command
+    """A command without those around it that change nothing of what it does."""
+    return plain(command.command) if isinstance(command, Verbose | Synchronize) else command
 
 
 def plain_answer(answer: Any) -> Any:
     match answer:
         case VerboseResult():
             return plain_answer(answer.value)
+        case Synchronized():
+            return plain_answer(answer.answer)
+        case Snapshot():
+            return None
         case ConsumptionProbe():
             return answer.consumed, answer.remaining_tokens
     return answer
@@ -369,8 +375,6 @@ def _added(command: Command[Any], bucket: Bucket) -> int:
     match command:
         case AddTokens(tokens):
             return tokens
-        case (
-            TryConsume() | TryConsumeAndReturnRemaining() | ConsumeAsMuchAsPossible() | Reserve() | GiveBack() | Batch()
-        ):
-            return 0
-    return max(0, bucket.missing())
+        case Reset():
+            return max(0, bucket.missing())
+    return 0

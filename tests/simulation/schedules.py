@@ -23,6 +23,7 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.optimization import Optimization
 from tests.simulation.clients import Process, Settings
 from tests.simulation.ledger import Ledger, Remove
 from tests.simulation.network import FAULTS, SOCKET_TIMEOUT, Faults, Network
@@ -50,6 +51,13 @@ _EXPIRATIONS: Final = (
     Expiration.none(),
     Expiration.after_refill(),
     Expiration.fixed(0.015),
+)
+
+_OPTIMIZATIONS: Final = (
+    *(None, None, None, None),
+    Optimization.skip_sync_on_zero(),
+    Optimization.delaying(3, 0.01),
+    Optimization.predicting(3, 0.01),
 )
 
 _KEYS: Final = (b"one", b"two")
@@ -107,6 +115,7 @@ class Plan(NamedTuple):
             limits=random.choice(LIMITS),
             expiration=random.choice(_EXPIRATIONS),
             must_exist=random.random() < 0.15,
+            optimization=random.choice(_OPTIMIZATIONS),
             skew=random.choice((0, 10_000, 3 * MILLISECOND)),
             coarse=random.random() < 0.15,
             memory=random.choice((0, 1 << 20, 1 << 20, 1 << 20)),
@@ -146,6 +155,7 @@ def simulate(seed: int, *, tracing: bool = False, excusing: bool = True) -> Worl
 
 def _run(world: World, plan: Plan, excusing: bool) -> None:
     settings, random = plan.settings, world.random
+    ahead = 0 if settings.optimization is None else settings.optimization.max_unsynchronized_tokens
     ledger = Ledger(
         world,
         settings.limits,
@@ -153,6 +163,7 @@ def _run(world: World, plan: Plan, excusing: bool) -> None:
         delegating=plan.by is not By.SWAPS,
         attempts=settings.attempts,
         oldest_reading=settings.skew + _OLDEST_IN_FLIGHT,
+        ahead=ahead * (plan.clients + plan.stops),
         calm=not plan.faults,
         excusing=excusing,
     )
@@ -178,6 +189,12 @@ def _run(world: World, plan: Plan, excusing: bool) -> None:
             random.randint(0, at + MILLISECOND), server.fail_over, random.choice((0, MILLISECOND, 20 * MILLISECOND))
         )
     world.run()
+    network.faults = {}
+    for process in processes:
+        process.synchronize()
+    world.run()
+    for process in processes:
+        process.close()
     ledger.close(server.records)
 
 

@@ -9,6 +9,7 @@ from ratelimit.core import codec
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
+    Book,
     Command,
     ConsumeAsMuchAsPossible,
     GiveBack,
@@ -73,6 +74,8 @@ def _command(verb: int, tokens: int, longest_wait: int) -> Command[Any]:
             return AddTokens(tokens)
         case 7:
             return Reset()
+        case 8:
+            return Book(tokens)
     raise NotImplementedError(verb)
 
 
