@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -160,7 +161,8 @@ class Process:
         for task in self.tasks:
             _abandon(task)
             self._running = task
-            task.steps.close()
+            with suppress(KeyboardInterrupt):  # one that is held back may come out instead
+                task.steps.close()
         self.tasks.clear()
         self.start()
 

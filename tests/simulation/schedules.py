@@ -150,6 +150,11 @@ def simulate(seed: int, *, tracing: bool = False, excusing: bool = True) -> Worl
             world.broken = True
             error.lines = world.lines
             raise
+        except Exception as error:
+            world.broken = True
+            violation = ViolationError(f"{error!r} comes out")
+            violation.lines = world.lines
+            raise violation from error
     return world
 
 
