@@ -330,6 +330,7 @@ def _repeated(  # noqa: PLR0917  # the same
     seen = backend.remembered.get(key)  # other threads here are others, too
     if loss.state == after and (traces.hold_reading or not (traces.by_others or seen.by_others or seen.state == after)):
         return None
+    backend.remembered.put(key, Seen(loss.state, None, by_others=True))
     raise StoreUnavailableError(
         target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
     ) from failure

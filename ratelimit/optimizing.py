@@ -248,6 +248,8 @@ class Optimizer:
             outcome: Synchronized[T] = yield from self._exchange(backend, begun.target, begun.plan, asked, asking)
         except BaseException as error:
             self._failed(begun, error)
+            if isinstance(error, GeneratorExit):
+                raise
             if asking is not call and asking.interruption not in (None, error):
                 raise asking.interruption from error
             raise

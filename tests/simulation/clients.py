@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -26,6 +25,7 @@ from ratelimit.drive import Steps
 from ratelimit.errors import RateLimitError
 from ratelimit.exchange import Backend, Call, Target, exchange
 from ratelimit.handle import Handle, removed
+from ratelimit.on_error import OnError
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
 from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
@@ -161,8 +161,7 @@ class Process:
         for task in self.tasks:
             _abandon(task)
             self._running = task
-            with suppress(KeyboardInterrupt):  # one that is held back may come out instead
-                task.steps.close()
+            task.steps.close()
         self.tasks.clear()
         self.start()
 
@@ -192,11 +191,13 @@ class Process:
                 self._optimizer.optimized(settings.optimization),
                 target,
                 settings.limits,
-                None,
-                TokensInheritance.RESET,
-                None,
-                self._optimizer,
-                None,
+                version=None,
+                inheritance=TokensInheritance.RESET,
+                timeout=None,
+                optimizer=self._optimizer,
+                on_error=OnError.RAISE,
+                guard=None,
+                join=None,
             )
         return handle
 
