@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import threading
 import time
@@ -10,10 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ratelimit import AsyncProxyManager, Expiration, ProxyManager, StoreError
-from tests.servers import wait_until
+from tests.servers import ServerError, wait_until
 
 HUGE = "1000000/day"
 """A limit that no test reaches: ``consumed_tokens`` of a bucket is then what the store knows of the ledger."""
@@ -53,11 +54,18 @@ class Load:
 
     Each group has a thread and two tasks of its own, so that keys of a node that is down do not hold up those of
     others. All threads share one manager, and all tasks another.
+
+    :param deadline: seconds for each decision, where managers have such a thing; None for what they have by default.
     """
 
-    def __init__(self, url: str, groups: Sequence[Sequence[str]], limits: str = HUGE) -> None:
+    def __init__(
+        self, url: str, groups: Sequence[Sequence[str]], limits: str = HUGE, *, deadline: float | None = None
+    ) -> None:
         self._url = url
         self._limits = limits
+        self._settings: dict[str, Any] = {"expiration": Expiration.none()}
+        if deadline is not None and "timeout" in inspect.signature(ProxyManager).parameters:
+            self._settings["timeout"] = deadline
         self.keys = [key for group in groups for key in group]
         self._ledgers: dict[str, list[Ledger]] = {"sync": [], "asyncio": []}
         self._end = threading.Event()
@@ -105,7 +113,7 @@ class Load:
                         ledger.note(key, began, error)
                     time.sleep(_PAUSE)
 
-        with ProxyManager.from_url(self._url, self._limits, expiration=Expiration.none()) as manager:
+        with ProxyManager.from_url(self._url, self._limits, **self._settings) as manager:
             works = [partial(work, group, self._ledger("sync")) for group in groups]
             threads = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in works]
             for thread in threads:
@@ -125,12 +133,17 @@ class Load:
                     await asyncio.sleep(_PAUSE)
 
         async def run() -> None:
-            async with AsyncProxyManager.from_url(self._url, self._limits, expiration=Expiration.none()) as manager:
+            async with AsyncProxyManager.from_url(self._url, self._limits, **self._settings) as manager:
                 await asyncio.gather(
                     *(work(manager, group, self._ledger("asyncio")) for group in groups for _ in range(2))
                 )
 
         asyncio.run(run())
+
+    @property
+    def faces(self) -> Sequence[str]:
+        """Those who load: ``sync`` and ``asyncio``."""
+        return list(self._ledgers)
 
     def of(self, *faces: str) -> list[Ledger]:
         """The ledgers of these faces, or all."""
@@ -156,7 +169,7 @@ class Load:
 
     @property
     def lasted(self) -> float:
-        """Seconds from the first call to the last."""
+        """Seconds from the first call to the last, of a load that has ended."""
         return self._ended - self._began
 
     def longest_gap(self, face: str, keys: Sequence[str]) -> float:
@@ -174,7 +187,11 @@ class Load:
             self._raise_failure()
             return all(self.acknowledged(key, face, since=since) >= tokens for face, key in wanted)
 
-        wait_until(served, f"{tokens} tokens more of each key; errors: {dict(self.errors())}", _PATIENCE)
+        try:
+            wait_until(served, f"{tokens} tokens more of each key", _PATIENCE)
+        except ServerError as error:
+            error.add_note(self.summary())
+            raise
 
     def await_rejections(self) -> None:
         """Wait until all buckets are empty."""

@@ -42,6 +42,9 @@ LONGEST_OUTAGE = 30.0
 LONGEST_GAP_OF_OTHERS = 15.0
 """The same for keys of other nodes, which nothing happens to: no more than a slow call."""
 
+DEADLINE = 0.5
+"""Seconds for a decision, as services have it, where a server hangs: less than it takes to find that out."""
+
 LIMIT = 300
 
 
@@ -178,7 +181,7 @@ def test_a_master_that_dies_or_hangs_is_replaced_and_only_its_keys_wait(
     master = cluster.master_of(failing[0])
     with (
         cluster.hasty(),
-        Load(cluster.url, groups) as load,
+        Load(cluster.url, groups, deadline=DEADLINE) as load,
         Load(cluster.url, scarce_groups, f"{LIMIT}/day") as scarce,
     ):
         load.await_progress()
@@ -243,7 +246,7 @@ def test_sentinel_replaces_a_master_and_clients_follow(trio: SentinelTrio, how: 
     groups = [keys[:3], keys[3:]]
     master = trio.master()
     replicas = [server for server in trio.servers if server is not master]
-    with trio.hasty(), Load(trio.url, groups) as load:
+    with trio.hasty(), Load(trio.url, groups, deadline=DEADLINE) as load:
         load.await_progress()
         await_replication(master, *replicas)
         before = time.monotonic()
