@@ -139,8 +139,8 @@ class ReplicatedCluster:
         self._be(HASTY_MILLIS)
         try:
             yield
-            self.heal()
         finally:
+            self.heal()
             self._be(PATIENT_MILLIS)
 
     def _be(self, millis: int) -> None:
@@ -279,8 +279,8 @@ class SentinelTrio:
         self._be(HASTY_MILLIS)
         try:
             yield
-            self.heal()
         finally:
+            self.heal()
             self._be(PATIENT_MILLIS)
 
     def _be(self, millis: int) -> None:
