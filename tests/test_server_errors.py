@@ -15,9 +15,10 @@ from urllib.parse import quote
 
 import pytest
 import redis
+import redis.asyncio
 from redis.exceptions import RedisClusterException
 
-from ratelimit import AsyncProxyManager, Expiration, ProxyManager, StoreError, StoreUnavailableError
+from ratelimit import AsyncProxyManager, AsyncRedisStore, Expiration, ProxyManager, StoreError, StoreUnavailableError
 from tests import servers
 from tests.faces import Settled, closing
 from tests.fronts import Front
@@ -306,6 +307,29 @@ async def test_a_slot_that_moves_is_followed_at_every_step(
     end_move(target, source, slot)
 
 
+async def test_a_client_with_several_connections_is_sent_to_the_node_that_a_bucket_has_gone_to(
+    cluster: Cluster,
+) -> None:
+    """redis-py may send ASKING over one of them, and the command over another."""
+    source, target = cluster.nodes
+    key, slot = key_of(cluster, 0, "several connections")
+    async with closing(redis.asyncio.RedisCluster(host=source.host, port=source.port)) as client:
+        manager = AsyncProxyManager(AsyncRedisStore(client), LIMITS)
+        assert await manager.try_consume(key)
+        node = client.get_node(host=target.host, port=target.port)
+        await asyncio.gather(*(client.execute_command("PING", target_nodes=node) for _ in range(4)))
+        begin_to_move(source, target, slot)
+        move_keys(source, target, key)
+        for _ in range(3):
+            assert await manager.try_consume(key)
+        end_move(source, target, slot)
+        assert (await manager.snapshot(key)).consumed_tokens == 4
+        await manager.aclose()
+    begin_to_move(target, source, slot)
+    move_keys(target, source, key)
+    end_move(target, source, slot)
+
+
 @pytest.mark.usefixtures("way")
 async def test_a_bucket_that_is_in_between_is_asked_for_again(face: Face, server: RedisServer) -> None:
     """TRYAGAIN, which servers answer to commands of several keys: never to ours, but proxies may."""
@@ -395,12 +419,41 @@ async def test_a_master_that_was_made_a_replica_is_left_for_the_new_one(
             assert ask(setup.replica, "EXISTS", "key")
 
 
+async def test_a_master_that_its_replicas_have_left_is_left_for_the_new_one(
+    face: Face, server_binary: ServerBinary
+) -> None:
+    """NOREPLICAS: Sentinel would take ten seconds to make a replica of it."""
+    with servers.sentinel(server_binary) as setup:
+        ask(setup.master, "CONFIG SET", "min-replicas-to-write", 1)
+        ask(setup.master, "CONFIG SET", "min-replicas-max-lag", 1)
+        async with managing(face, setup.url) as manager:
+            assert await manager.try_consume("key", 3)
+            promote(setup)
+            wait_until(lambda: refuses(setup.master), "the former master refuses to write")
+            await until_served(manager, "key")
+            assert ask(setup.master, "ROLE")[0] == "master"
+            assert (await manager.snapshot("key")).consumed_tokens == 4
+
+
+def refuses(server: RedisServer) -> bool:
+    try:
+        ask(server, "SET", "another", "value")
+    except redis.ResponseError as error:
+        return "NOREPLICAS" in str(error)
+    return False
+
+
 def swap_roles(setup: SentinelSetup) -> None:
     """Let Sentinel make the replica the master, and the former master follow it."""
+    promote(setup)
+    ask(setup.master, "REPLICAOF", setup.replica.host, setup.replica.port)
+
+
+def promote(setup: SentinelSetup) -> None:
+    """Let Sentinel make the replica the master."""
     former, new = setup.master, setup.replica
     offset = ask(former, "ROLE")[1]
     wait_until(lambda: ask(new, "ROLE")[-1] >= offset, "the replica has everything")
     ask(new, "SCRIPT FLUSH")
     ask(setup.sentinel, "SENTINEL FAILOVER", setup.service)
     wait_until(lambda: setup.is_master(new) and ask(new, "ROLE")[0] == "master", "the replica is the master")
-    ask(former, "REPLICAOF", new.host, new.port)

@@ -25,7 +25,7 @@ from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.stores.circuit import Circuit
-from ratelimit.stores.redis_channels import OUTDATED, Command, PushNotification, Replies, pack
+from ratelimit.stores.redis_channels import Command, PushNotification, Replies, is_outdated, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
@@ -229,7 +229,7 @@ class _Link:
             raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
         waiter = self._waiters[0]
         if isinstance(reply, Exception):
-            if isinstance(reply, OUTDATED):
+            if is_outdated(reply):
                 self.usable = False
             if not isinstance(reply, exceptions.ResponseError):
                 self._refusal = reply

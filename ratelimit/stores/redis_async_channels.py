@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -102,6 +103,7 @@ class AsyncClusterChannel:
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._multiplexers: dict[str, Multiplexer] = {}
         self._failed: set[str] = set()
+        self._renewing: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
 
@@ -133,7 +135,9 @@ class AsyncClusterChannel:
                 return [await self._sent_by_client(key, node, command, deadline) for command in commands]
         replies = await self._sent(key, node, commands, deadline)
         for place, reply in enumerate(replies):
-            if isinstance(reply, _NOT_HERE):
+            if type(reply) is AskError:  # MovedError is one, too
+                replies[place] = await self._asking(key, node, reply, commands[place], deadline)
+            elif isinstance(reply, _NOT_HERE):
                 replies[place] = await self._redirected(key, node, commands[place], deadline)
             elif isinstance(reply, ClusterDownError):
                 self._failed.add(node.name)
@@ -177,6 +181,17 @@ class AsyncClusterChannel:
         (reply,) = await self._sent(key, node, (command,), deadline)  # as another one was told meanwhile
         return await self._redirected(key, node, command, deadline) if isinstance(reply, _NOT_HERE) else reply
 
+    async def _asking(
+        self, key: bytes, asked: ClusterNode, error: AskError, command: Command, deadline: float | None
+    ) -> Any:
+        """Ask another node, for this once: in one write, as redis-py may send the two over different connections."""
+        node = self._client.get_node(host=error.host, port=error.port)
+        if node is not None:
+            _, reply = await self._sent(key, node, (("ASKING",), command), deadline)
+            if not isinstance(reply, _NOT_HERE):
+                return reply
+        return await self._redirected(key, asked, command, deadline)
+
     async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command, deadline: float | None) -> Any:
         circuit = self._circuits[node.name]
         if circuit.is_open:
@@ -189,9 +204,20 @@ class AsyncClusterChannel:
         except FOREIGN as error:
             self._failed.add(node.name)
             circuit.failed(error)
+            if type(error) is TimeoutError and (self._renewing is None or self._renewing.done()):
+                self._renewing = asyncio.create_task(self._renew(node.name))
             raise translated(error, key, in_doubt=True) from error
         circuit.succeeded()
         return reply
+
+    async def _renew(self, failed: str) -> None:
+        """Learn who serves what, beside the decisions: a deadline that cuts redis-py short keeps it from learning."""
+        with contextlib.suppress(*FOREIGN):
+            async with self._turn:
+                initialize: Any = self._client.nodes_manager.initialize
+                knows_failures = "last_failed_node_name" in inspect.signature(initialize).parameters
+                await initialize(**({"last_failed_node_name": failed} if knows_failures else {}))
+                self._leave_nodes_that_left()
 
     @asynccontextmanager
     async def _in_turn(self, key: bytes, deadline: float | None) -> AsyncGenerator[None]:

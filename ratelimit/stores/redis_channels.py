@@ -24,6 +24,7 @@ import redis
 from redis import exceptions
 from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
+from redis.cluster import ClusterNode
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
@@ -214,7 +215,7 @@ class _Kept:
             elif isinstance(reply, Exception) and not isinstance(reply, exceptions.ResponseError):
                 raise reply
             else:
-                self.outdated |= isinstance(reply, OUTDATED)
+                self.outdated |= isinstance(reply, exceptions.ResponseError) and is_outdated(reply)
                 return reply
 
     def restore(self) -> None:
@@ -250,6 +251,12 @@ def _let_system_time_out(own: socket.socket, timeout: float) -> bool:
 OUTDATED: Final = (exceptions.AuthenticationError, exceptions.ReadOnlyError)
 """Replies of a server that one would not be connected to, or not so, if one connected now: it is no master any more, or
 does not know any longer who this is."""
+
+
+def is_outdated(error: Exception) -> bool:
+    """Also a master whose replicas have left it may be none any more: Sentinel knows, which is asked to connect."""
+    return isinstance(error, OUTDATED) or "NOREPLICAS" in str(error)
+
 
 _READ_SIZE: Final = 16_384
 PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None before hiredis 3.2
@@ -387,6 +394,11 @@ _REDIRECTIONS: Final = (
 )
 
 
+def _is_unsent(error: Exception) -> bool:
+    """Whether redis-py had no connection to send over, of which it names the node then, or was sent on and on."""
+    return isinstance(getattr(error, "connection", None), ClusterNode) or type(error) is exceptions.ClusterError
+
+
 class ClusterChannel:
     """``redis.RedisCluster``: over the connections of the node that serves the key, as far as the client knows.
 
@@ -484,7 +496,7 @@ class ClusterChannel:
         except exceptions.ResponseError as error:
             reply = error
         except FOREIGN as error:
-            raise translated(error, key, in_doubt=True) from error
+            raise translated(error, key, in_doubt=not _is_unsent(error)) from error
         if node is not None:
             self._failed.discard(node.name)
         return reply
