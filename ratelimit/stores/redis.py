@@ -203,7 +203,7 @@ def _channel(client: redis.Redis | redis.RedisCluster, breaker: CircuitBreaker |
     if isinstance(client, redis.Redis):
         return PoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
-        f"RedisStore takes a redis.Redis or redis.RedisCluster, not {client!r}"
+        f"RedisStore takes a redis.Redis or redis.RedisCluster, not {type(client).__name__}"
         " (for a client of redis.asyncio there is AsyncRedisStore)"
     )
 
@@ -214,7 +214,7 @@ def _async_channel(client: redis.asyncio.Redis | redis.asyncio.RedisCluster, bre
     if isinstance(client, redis.asyncio.Redis):
         return AsyncPoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
-        f"AsyncRedisStore takes a client of redis.asyncio, not {client!r} (for others there is RedisStore)"
+        f"AsyncRedisStore takes a client of redis.asyncio, not {type(client).__name__} (for others there is RedisStore)"
     )
 
 

@@ -7,7 +7,8 @@ the query of the URL, which takes redis-py's names: ``redis://host?socket_timeou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any, Final, NamedTuple
@@ -20,7 +21,7 @@ import redis.connection
 import redis.retry
 from redis.backoff import NoBackoff
 
-from ratelimit.errors import InvalidConfigurationError
+from ratelimit.errors import InvalidConfigurationError, brief
 from ratelimit.stores.circuit import CircuitBreaker
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
@@ -61,7 +62,9 @@ def store_from_url(url: str) -> Store:
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
         return RedisStore.over(ClusterChannel(partial(redis.RedisCluster, **options), breaker=_BREAKER, owned=True))
-    return RedisStore.over(PoolChannel(*_clients(redis, location, options), breaker=_BREAKER, owned=True))
+    with _refusals(url):
+        clients = _clients(redis, location, options)
+    return RedisStore.over(PoolChannel(*clients, breaker=_BREAKER, owned=True))
 
 
 def async_store_from_url(url: str) -> AsyncStore:
@@ -74,9 +77,9 @@ def async_store_from_url(url: str) -> AsyncStore:
         return AsyncRedisStore.over(
             AsyncClusterChannel(redis.asyncio.RedisCluster(**options), breaker=_BREAKER, owned=True)
         )
-    return AsyncRedisStore.over(
-        AsyncPoolChannel(*_clients(redis.asyncio, location, options), breaker=_BREAKER, owned=True)
-    )
+    with _refusals(url):
+        clients = _clients(redis.asyncio, location, options)
+    return AsyncRedisStore.over(AsyncPoolChannel(*clients, breaker=_BREAKER, owned=True))
 
 
 class _Location(NamedTuple):
@@ -118,30 +121,44 @@ def _parsed(url: str) -> _Location:
         if topology == "sentinel":
             sentinels, service, rest = _split_sentinels(rest)
         options = _options(transport, topology, rest)
+    except _WrongError as error:
+        raise _invalid(url, str(error)) from None
     except ValueError as error:
-        # urllib shows what it took for a port, which may be a piece of a password
-        raise _invalid(url, "the port is no number" if "Port" in str(error) else str(error)) from None
-    _check_options(url, options)
+        raise _invalid(url, _foreign_reason(error)) from None
+    _check_options(url, topology, options)
     return _Location(topology, {**_DEFAULTS, **options}, sentinels, service)
 
 
+class _WrongError(ValueError):
+    """What is wrong with a URL, in our words."""
+
+
+def _foreign_reason(error: ValueError) -> str:
+    """The same in ours, where urllib or redis-py has found it: they show pieces, which may be those of a password."""
+    if "Port" in str(error):
+        return "the port is no number"
+    option = re.fullmatch(r"Invalid value for ('\w+') in connection URL\.", str(error))
+    return f"the value of {option[1]} cannot be read" if option else "it cannot be taken apart"
+
+
 def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
-    """What redis-py's clients are to be given; raises ``ValueError`` that says what is wrong."""
+    """What redis-py's clients are to be given; raises ``_WrongError`` that says what is."""
     parts = urlsplit(f"{transport}://{rest}")
     if "@" in parts.query + parts.fragment or ("@" in parts.path and transport != "unix"):
-        raise ValueError("special characters of a user or a password have to be percent-encoded")
+        raise _WrongError("special characters of a user or a password have to be percent-encoded")
     options: dict[str, Any] = dict(redis.connection.parse_url(f"{transport}://{rest}"))
     if transport == "unix" and not options.get("path"):
-        raise ValueError("the path of a socket is missing")
+        raise _WrongError("the path of a socket is missing")
     if transport != "unix" and not re.fullmatch(r"(/-?\d*)?/?", parts.path):
-        raise ValueError(f"a database is a number, not {parts.path.strip('/')!r}")
+        raise _WrongError(f"a database is a number, not {parts.path.strip('/')!r}")
     if options.get("db", 0) < 0:
-        raise ValueError("a database is a number of 0 or more")
+        raise _WrongError("a database is a number of 0 or more")
+    _check_host(options.get("host", ""))
     if topology == "cluster":
         if options.pop("db", 0) != 0:
-            raise ValueError("a cluster has no databases")
+            raise _WrongError("a cluster has no databases")
         if "host" not in options:
-            raise ValueError("a cluster wants the host of one of its nodes")
+            raise _WrongError("a cluster wants the host of one of its nodes")
     if options.pop("connection_class", None) is redis.SSLConnection:
         options["ssl"] = True
     return options
@@ -151,18 +168,19 @@ def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
     """Hosts, service, and what is left of the URL for the servers that the sentinels will name."""
     match = re.fullmatch(r"(?:([^@/?]*)@)?([^@/?]+)/([^/?]+)(?:/(\d+))?/?(\?.*)?", rest)
     if match is None:
-        raise ValueError("Sentinel wants hosts and a service")
+        raise _WrongError("Sentinel wants hosts and a service")
     credentials, hosts, service, database, query = match.groups()
     sentinels: list[tuple[str, int]] = []
     for host in hosts.split(","):
         parts = urlsplit(f"//{host}")
         if not parts.hostname:
-            raise ValueError(f"{host!r} is no host")
+            raise _WrongError("the name of a host is missing")  # what stands in its place may be a piece of a password
+        _check_host(parts.hostname)
         sentinels.append((parts.hostname, parts.port or 26_379))
     return sentinels, service, f"{credentials + '@' if credentials else ''}/{database or 0}{query or ''}"
 
 
-def _check_options(url: str, options: Mapping[str, Any]) -> None:
+def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
     """Refuse what redis-py would stumble over only when it connects, or take for something else."""
     for name in ("socket_timeout", "socket_connect_timeout", "timeout", "max_connections"):
         if not 0 < options.get(name, 1) < float("inf"):
@@ -171,17 +189,51 @@ def _check_options(url: str, options: Mapping[str, Any]) -> None:
         if name in options:
             raise _invalid(url, f"{name} cannot be given in a URL")
     connection: Any = redis.SSLConnection if options.get("ssl") else redis.Connection
+    own: set[str] = {"ssl", "max_connections"}
     if "path" in options:
         connection = redis.UnixDomainSocketConnection
-    own = {"ssl", *_POOL_DEFAULTS, *_SENTINEL_OPTIONS}
-    try:
+    if topology == "sentinel":
+        own.update(_SENTINEL_OPTIONS)
+    elif not topology:
+        own.update(_POOL_DEFAULTS)
+    with _refusals(url):
         connection(**{name: value for name, value in options.items() if name not in own})
-    except (TypeError, ValueError, redis.RedisError) as error:
-        raise _invalid(url, str(error)) from None
+        if topology == "cluster":
+            redis.asyncio.RedisCluster(**options)  # which knows fewer of them
+
+
+@contextmanager
+def _refusals(url: str) -> Generator[None]:
+    """Let whatever redis-py stumbles over, in whatever way, be an error of ours."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        raise _invalid(url, _unknown_option(url, error) or str(error)) from None
+
+
+def _check_host(name: str) -> None:
+    """Refuse what no resolver is asked for: it would be an error of the connection, and none of redis-py's."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        raise _WrongError("the host is no name of one") from None
+    if "\0" in name:
+        raise _WrongError("the host is no name of one")
+
+
+def _unknown_option(url: str, error: Exception) -> str | None:
+    """What is no option, unless it stands where only a piece of a password can."""
+    name = re.search(r"unexpected keyword argument '(.*)'", str(error))
+    if name is None:
+        return None
+    return f"{name[1]} is no option here" if name[1] in _without_secrets(url) else "it has an option that is none"
+
+
+def _without_secrets(url: str) -> str:
+    # To the last @ and to the end, since a password may hold what a URL may not.
+    shown = re.sub(r"(?i)(password=).*", r"\1***", url, flags=re.DOTALL)
+    return re.sub(r"(?<=://).*@", "***@", shown, flags=re.DOTALL)
 
 
 def _invalid(url: str, reason: str) -> InvalidConfigurationError:
-    # To the last @ and to the end, since a password may hold what a URL may not.
-    shown = re.sub(r"(?i)(password=).*", r"\1***", url, flags=re.DOTALL)
-    shown = re.sub(r"(?<=://).*@", "***@", shown, flags=re.DOTALL)
-    return InvalidConfigurationError(f"the URL {shown!r} names no store: {reason}", "url")
+    return InvalidConfigurationError(f"the URL {brief(_without_secrets(url))} names no store: {reason[:300]}", "url")
