@@ -43,8 +43,20 @@ def shown(key: Key) -> str:
     )
 
 
+def brief(value: object) -> str:
+    """Print a value that is refused for a message, in short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # an int of more digits than Python prints, or an object with a repr of its own
+        return f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
+
+
 class RateLimitError(Exception):
-    """Base of all errors that this library raises."""
+    """Base of all errors that this library raises. Messages and ``repr`` are short, however long the key is."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
 
 
 class InvalidConfigurationError(RateLimitError, ValueError):

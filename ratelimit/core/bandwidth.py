@@ -11,7 +11,7 @@ from typing import Any
 from ratelimit.core import limit_text, modified_utf8
 from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.core.int64 import MAX
-from ratelimit.errors import InvalidConfigurationError
+from ratelimit.errors import InvalidConfigurationError, brief
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -168,7 +168,7 @@ class Bandwidth:
         """
         if getattr(first_refill, "tzinfo", None) is None:
             raise InvalidConfigurationError(
-                f"first_refill must be a datetime with a time zone, not {first_refill!r}", "first_refill"
+                f"first_refill must be a datetime with a time zone, not {brief(first_refill)}", "first_refill"
             )
         if adaptive_initial_tokens and initial_tokens is not None:
             raise InvalidConfigurationError(
@@ -228,11 +228,13 @@ class BucketConfiguration:
             raise InvalidConfigurationError("a configuration needs at least one bandwidth", "bandwidths")
         for bandwidth in bandwidths:
             if not isinstance(bandwidth, Bandwidth):
-                raise InvalidConfigurationError(f"bandwidths must be Bandwidth, not {bandwidth!r}", "bandwidths")
-        ids = [bandwidth.id for bandwidth in bandwidths if bandwidth.id is not None]
-        for position, id in enumerate(ids):
-            if id in ids[:position]:
-                raise InvalidConfigurationError(f"two bandwidths have the id {id!r}", "id")
+                raise InvalidConfigurationError(f"bandwidths must be Bandwidth, not {brief(bandwidth)}", "bandwidths")
+        ids: set[str] = set()
+        for bandwidth in bandwidths:
+            if bandwidth.id in ids:
+                raise InvalidConfigurationError(f"two bandwidths have the id {brief(bandwidth.id)}", "id")
+            if bandwidth.id is not None:
+                ids.add(bandwidth.id)
         object.__setattr__(self, "bandwidths", bandwidths)
         object.__setattr__(self, "_hash", hash(bandwidths))
         starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
@@ -269,7 +271,7 @@ class BucketConfiguration:
         if isinstance(limits, Bandwidth):
             return cls(limits)
         raise InvalidConfigurationError(
-            f"a configuration must be a BucketConfiguration or its text form, not {limits!r}", "configuration"
+            f"a configuration must be a BucketConfiguration or its text form, not {brief(limits)}", "configuration"
         )
 
     def __iter__(self) -> Iterator[Bandwidth]:
@@ -324,7 +326,7 @@ def _bandwidth(
     except (TypeError, ValueError) as error:
         raise InvalidConfigurationError(f"period {error}", "period") from None
     if period_nanos < 1:
-        raise InvalidConfigurationError(f"period must be at least a nanosecond, not {period!r}", "period")
+        raise InvalidConfigurationError(f"period must be at least a nanosecond, not {brief(period)}", "period")
     return Bandwidth(
         capacity=capacity,
         refill_tokens=capacity if refill_tokens is None else refill_tokens,
@@ -339,16 +341,16 @@ def _bandwidth(
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX:
-        raise InvalidConfigurationError(f"{name} must be an int from {least} to 2**63 - 1, not {value!r}", name)
+        raise InvalidConfigurationError(f"{name} must be an int from {least} to 2**63 - 1, not {brief(value)}", name)
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise InvalidConfigurationError(f"{name} must be a bool, not {value!r}", name)
+        raise InvalidConfigurationError(f"{name} must be a bool, not {brief(value)}", name)
 
 
 def _check_id(id: object) -> None:
     if not isinstance(id, str):
-        raise InvalidConfigurationError(f"id must be a str, not {id!r}", "id")
+        raise InvalidConfigurationError(f"id must be a str, not {brief(id)}", "id")
     if len(modified_utf8.encode(id)) > modified_utf8.LONGEST:
         raise InvalidConfigurationError(f"id must fit into {modified_utf8.LONGEST} bytes of modified UTF-8", "id")

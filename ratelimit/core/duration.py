@@ -8,6 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from ratelimit.core.int64 import MAX, NEVER
+from ratelimit.errors import brief
 
 NANOS_PER_SECOND = 1_000_000_000
 NANOS_PER_MILLISECOND = 1_000_000
@@ -25,12 +26,19 @@ def to_nanos(duration: Duration) -> int:
         microseconds = (duration.days * 86_400 + duration.seconds) * 1_000_000 + duration.microseconds
         return min(microseconds * 1_000, MAX)
     if isinstance(duration, bool) or not isinstance(duration, int | float | Fraction | Decimal):
-        raise TypeError(f"must be a timedelta or a number of seconds, not {duration!r}")
-    if not math.isfinite(duration):
+        raise TypeError(f"must be a timedelta or a number of seconds, not {brief(duration)}")
+    if not _is_finite(duration):
         if duration > 0:
             return MAX
-        raise ValueError(f"must be a number of seconds, not {duration!r}")
+        raise ValueError(f"must be a number of seconds, not {brief(duration)}")
     return min(round(Fraction(duration) * NANOS_PER_SECOND), MAX)
+
+
+def _is_finite(duration: float | Fraction | Decimal) -> bool:
+    try:
+        return math.isfinite(duration)
+    except OverflowError:  # it is, but beyond what a float can hold
+        return True
 
 
 def to_seconds(nanos: int) -> float | None:

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, Duration, to_nanos
 from ratelimit.core.int64 import NEVER, quotient, wrap
 from ratelimit.core.state import BucketState
-from ratelimit.errors import InvalidConfigurationError
+from ratelimit.errors import InvalidConfigurationError, brief
 
 NO_EXPIRY: Final = -1
 
@@ -49,7 +49,9 @@ class Expiration:
         """
         millis = _whole_millis(duration)
         if millis < 1:
-            raise InvalidConfigurationError(f"duration must be at least a millisecond, not {duration!r}", "duration")
+            raise InvalidConfigurationError(
+                f"duration must be at least a millisecond, not {brief(duration)}", "duration"
+            )
         return cls("fixed", millis)
 
     @classmethod

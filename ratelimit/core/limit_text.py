@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ratelimit.errors import InvalidConfigurationError
+from ratelimit.errors import InvalidConfigurationError, brief
 
 if TYPE_CHECKING:
     from ratelimit.core.bandwidth import Bandwidth
@@ -65,6 +65,9 @@ _SPACE = re.compile(r"\s*")
 _COUNTED_UNIT = re.compile(r"([0-9]+(?:_[0-9]+)*)([^\W\d_]+)$")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MOST_DIGITS = 40
+_LONGEST_LINE = 200  # that an error shows whole
+_SHOWN_BEFORE, _SHOWN_OF_LONG = 40, 120  # of a longer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ def error_at(text: str, message: str, span: Span) -> InvalidConfigurationError:
     line_begin = text.rfind("\n", 0, begin) + 1
     line = text[line_begin:].split("\n", 1)[0]
     column = begin - line_begin
+    if len(line) > _LONGEST_LINE:
+        cut = max(0, column - _SHOWN_BEFORE)
+        before, after = "..." * (cut > 0), "..." * (len(line) > cut + _SHOWN_OF_LONG)
+        line = f"{before}{line[cut : cut + _SHOWN_OF_LONG]}{after}"
+        column += len(before) - cut
     margin = "".join(character if character == "\t" else " " for character in line[:column])
     marks = "^" * max(1, min(end - begin, len(line) - column))
     return InvalidConfigurationError(f"{message}\n  {line}\n  {margin}{marks}", "text")
@@ -122,7 +130,7 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
-            raise InvalidConfigurationError(f"the text of a limit must be a str, not {text!r}", "text")
+            raise InvalidConfigurationError(f"the text of a limit must be a str, not {brief(text)}", "text")
         self.text = text
         self._end = 0
         self.advance()
@@ -171,11 +179,14 @@ class _Parser:
     def _count(self, wanted: str) -> tuple[int, Span]:
         if self.kind != "count":
             self.fail(wanted)
-        digits, span = self.token, self.span
-        if len(digits) > 40:
-            self.fail("this number is too large")
+        count, span = self._number(self.token), self.span
         self.advance()
-        return int(digits), span
+        return count, span
+
+    def _number(self, digits: str) -> int:
+        if len(digits) > _MOST_DIGITS:  # Python itself refuses some thousands of them, in words of its own
+            self.fail("this number is too large")
+        return int(digits)
 
     def _period(self) -> tuple[int, Span]:
         begin = self.span[0]
@@ -183,14 +194,14 @@ class _Parser:
         if self.kind == "count":
             count, _ = self._count("")
         elif match := _COUNTED_UNIT.match(self.token):
-            count = int(match[1])  # 5min, without a space
+            count = self._number(match[1])  # 5min, without a space
             self.token = match[2]
             self.span = (self.span[1] - len(match[2]), self.span[1])
         unit = _ALIASES.get(self.word, self.word)
         if unit not in _UNITS:
             wanted = "ns, us, ms, second, minute, hour, day or week"
             self.fail(
-                f"unknown unit of time {self.token!r}: use {wanted}" if self.token else f"a unit of time: {wanted}"
+                f"unknown unit of time {brief(self.token)}: use {wanted}" if self.token else f"a unit of time: {wanted}"
             )
         span = (begin, self.span[1])
         self.advance()
@@ -199,7 +210,7 @@ class _Parser:
     def _option(self, values: dict[str, Any], spans: dict[str, Span], seen: set[str]) -> None:
         option, begin = self.word, self.span[0]
         if option not in _OPTIONS:
-            self.fail(f"{self.token!r} is no option: use burst, initial, intervally, aligned, adaptive or id")
+            self.fail(f"{brief(self.token)} is no option: use burst, initial, intervally, aligned, adaptive or id")
         if option in seen:
             self.fail(f"{option} is given twice")
         seen.add(option)
@@ -237,7 +248,7 @@ class _Parser:
 
     def _time(self) -> int:
         token = self.token
-        if token.startswith("@") and token[1:].isdecimal() and len(token) <= 40:
+        if token.startswith("@") and token[1:].isdecimal() and len(token) <= _MOST_DIGITS:
             millis = int(token[1:])
         else:
             try:

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.core.int64 import MAX
-from ratelimit.errors import InvalidConfigurationError
+from ratelimit.errors import InvalidConfigurationError, brief
 
 _NO_BOUND: Final = MAX
 
@@ -86,7 +86,7 @@ def _tokens(tokens: int) -> int:
 
 def _whole(number: int, field: str, least: int) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= MAX:
-        raise InvalidConfigurationError(f"{field} must be an int from {least} to 2**63 - 1, not {number!r}", field)
+        raise InvalidConfigurationError(f"{field} must be an int from {least} to 2**63 - 1, not {brief(number)}", field)
     return number
 
 
@@ -96,5 +96,5 @@ def _nanos(duration: Duration, field: str) -> int:
     except (TypeError, ValueError) as error:
         raise InvalidConfigurationError(f"{field} {error}", field) from None
     if nanos < 1:
-        raise InvalidConfigurationError(f"{field} must be above 0, not {duration!r}", field)
+        raise InvalidConfigurationError(f"{field} must be above 0, not {brief(duration)}", field)
     return nanos
