@@ -206,6 +206,8 @@ def _decode_configuration(data: bytes) -> BucketConfiguration | str:
                 id = modified_utf8.decode(data[begin : reader.position])
             except ValueError as error:
                 return str(error)
+            if len(modified_utf8.encode(id)) > modified_utf8.LONGEST:  # it was written in a shorter form than Java's
+                return f"an id of more than {modified_utf8.LONGEST} bytes"
         first_refill = None if first == _NOT_ALIGNED else first
         bandwidths.append(
             Bandwidth.unchecked(capacity, tokens, period, initial, bool(intervally), first_refill, bool(adaptive), id)

@@ -64,7 +64,7 @@ class Expiration:
         """
         millis = _whole_millis(keep)
         if millis < 0:
-            raise InvalidConfigurationError(f"keep must not be negative, not {keep!r}", "keep")
+            raise InvalidConfigurationError(f"keep must not be negative, not {brief(keep)}", "keep")
         return cls("after_refill", millis)
 
     @classmethod
@@ -83,12 +83,19 @@ class Expiration:
             return NO_EXPIRY
         if kind == "fixed":
             return self.duration_millis
-        full = state.nanos_until_full(now)
+        full = _nanos_until_full(state, now)
         if kind == "automatic":
             keep = _MARGIN_MILLIS if _same_when_new(state) else _IDLE_MILLIS
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
         # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
         return max(1, wrap(self.duration_millis + quotient(full, NANOS_PER_MILLISECOND)))
+
+
+def _nanos_until_full(state: BucketState, now: int) -> int:
+    try:
+        return state.nanos_until_full(now)
+    except ArithmeticError:  # a stored period or rate of zero, at which it never is
+        return NEVER
 
 
 def _same_when_new(state: BucketState) -> bool:

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from ratelimit import NEVER, BucketConfiguration, Expiration, InvalidConfigurationError
+from ratelimit import (
+    NEVER,
+    Bandwidth,
+    BandwidthState,
+    BucketConfiguration,
+    Expiration,
+    InvalidConfigurationError,
+)
 from ratelimit.core import codec
 from ratelimit.core.expiration import NO_EXPIRY
 from ratelimit.core.state import BucketState
@@ -100,3 +107,11 @@ def test_automatic_expiration_forgets_no_debt_however_deep(state: BucketState, n
 
 def test_no_expiration_is_none() -> None:
     assert Expiration.none().ttl_millis(bucket("5/second").consumed(5), NOW) == NO_EXPIRY
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_a_stored_rate_at_which_a_bucket_never_fills_up_is_no_error(tokens: int) -> None:
+    rate = Bandwidth.unchecked(10, tokens, 60 * 10**9, 10, True, None, False, None)
+    state = BucketState(BucketConfiguration(rate), None, 0, (BandwidthState(NOW, 3, 0),))
+    for expiration in (Expiration.automatic(), Expiration.after_refill(1)):
+        assert expiration.ttl_millis(state, NOW) > 0
