@@ -7,11 +7,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 import redis
+from hypothesis import settings
 
 from ratelimit import AsyncProxyManager, ProxyManager
 from tests import servers
 from tests.ways import Way
 from tests.workers import Workers
+
+settings.register_profile("soak", max_examples=20_000, deadline=None)
+"""For a run that looks for what is wrong, where nobody waits for it."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
