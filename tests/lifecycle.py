@@ -1,0 +1,205 @@
+"""Programs of their own interpreter, for tests of how processes and event loops begin and end.
+
+``python -m tests.lifecycle NAME URL`` runs one of them; it prints "ended", nothing else, and ends with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from ratelimit import AsyncProxyManager, ProxyManager
+
+KEYS = [f"user:{number}" for number in range(20)]
+KEPT: list[Any] = []
+"""What is still there when the interpreter ends."""
+
+
+def limits_of(key: Any) -> str:
+    """Limits by which a reply shows whose it is."""
+    return f"{1000 + int(str(key).partition(':')[2])}/365d intervally"
+
+
+def use(manager: ProxyManager, times: int = 5) -> int:
+    """Take a token of every key, over and over, and check that each answer is that of its key; how many were taken."""
+    for _ in range(times):
+        for key in KEYS:
+            assert manager.try_consume(key)
+            assert str(manager.configuration(key)) == limits_of(key).replace("365d", "365 days")
+    return times * len(KEYS)
+
+
+async def ause(manager: AsyncProxyManager, times: int = 5) -> int:
+    """The same, all keys at once."""
+
+    async def use_key(key: str) -> None:
+        for _ in range(times):
+            assert await manager.try_consume(key)
+            assert str(await manager.configuration(key)) == limits_of(key).replace("365d", "365 days")
+
+    await asyncio.gather(*map(use_key, KEYS))
+    return times * len(KEYS)
+
+
+def taken(url: str) -> int:
+    """Tokens that were ever taken of all keys."""
+    with ProxyManager.from_url(url, limits_of) as manager:
+        return sum(manager.snapshot(key).consumed_tokens for key in KEYS)
+
+
+def in_children(work: Callable[[], object], count: int = 3) -> list[int]:
+    """Fork processes that do the work; what to wait for."""
+    children: list[int] = []
+    for _ in range(count):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                work()
+                status = 0
+            except BaseException:  # noqa: BLE001  # it must not go back into the program
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    return children
+
+
+def all_ended_well(children: list[int]) -> None:
+    for child in children:
+        _, status = os.waitpid(child, 0)
+        assert status == 0
+
+
+def prefork_of_threads(url: str) -> None:
+    """Parent and children use what the parent has used, the children by threads, and all at once."""
+    with ProxyManager.from_url(url, limits_of) as manager:
+        use(manager)
+
+        def work() -> None:
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(lambda _: use(manager), range(4)))
+
+        children = in_children(work)
+        use(manager)
+        all_ended_well(children)
+        use(manager)
+    assert taken(url) == 15 * 100
+
+
+def prefork_of_tasks(url: str) -> None:
+    """The same by tasks: the parent's loop is closed, and the children have loops of their own."""
+    manager = AsyncProxyManager.from_url(url, limits_of)
+    asyncio.run(ause(manager))
+    children = in_children(lambda: asyncio.run(ause(manager)))
+    asyncio.run(ause(manager))
+    all_ended_well(children)
+    assert taken(url) == 5 * 100
+
+
+def fork_beside_a_loop(url: str) -> None:
+    """The parent's loop is open, and goes on; its connection is that of the children no less, who leave it alone."""
+    manager = AsyncProxyManager.from_url(url, limits_of)
+
+    async def use_and_close() -> None:
+        await ause(manager)
+        await manager.aclose()
+
+    with asyncio.Runner() as runner:
+        runner.run(ause(manager))
+        for _ in range(3):
+            children = in_children(lambda: asyncio.run(use_and_close()))
+            runner.run(ause(manager))
+            all_ended_well(children)
+        runner.run(ause(manager))
+        runner.run(manager.aclose())
+    assert taken(url) == 14 * 100
+
+
+def _child(manager: ProxyManager) -> None:
+    use(manager)
+
+
+def multiprocessing_fork(url: str) -> None:
+    """Processes of ``multiprocessing``, whose ends run more of the interpreter's."""
+    with ProxyManager.from_url(url, limits_of) as manager:
+        use(manager)
+        processes = [get_context("fork").Process(target=_child, args=(manager,)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        use(manager)
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+    assert taken(url) == 5 * 100
+
+
+def parallel_loops(url: str) -> None:
+    """Loops in threads of their own, one after the other in each."""
+    manager = AsyncProxyManager.from_url(url, limits_of)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            list(threads.map(lambda _: asyncio.run(ause(manager)), range(4)))
+    assert taken(url) == 12 * 100
+
+
+def left_open(url: str) -> None:
+    """A manager that nobody closes."""
+    KEPT.append(manager := ProxyManager.from_url(url, limits_of))
+    use(manager)
+
+
+def left_open_by_threads(url: str) -> None:
+    """The same, beside threads that are in the middle of it."""
+    KEPT.append(manager := ProxyManager.from_url(url, limits_of))
+    begun = threading.Event()
+
+    def work() -> None:
+        while True:
+            use(manager)
+            begun.set()
+
+    for _ in range(3):
+        threading.Thread(target=work, daemon=True).start()
+    assert begun.wait(60)
+
+
+def left_open_by_tasks(url: str) -> None:
+    """The same by tasks."""
+    KEPT.append(manager := AsyncProxyManager.from_url(url, limits_of))
+    asyncio.run(ause(manager))
+
+
+def left_in_flight(url: str) -> None:
+    """A loop that was closed with requests in flight, and then is no more; the next one finds all in order."""
+    manager = AsyncProxyManager.from_url(url, limits_of)
+
+    async def leave() -> None:
+        await ause(manager)
+        calls = [asyncio.ensure_future(manager.try_consume(key)) for key in KEYS]
+        await asyncio.sleep(0)
+        KEPT.extend(calls)
+
+    asyncio.run(leave())
+    KEPT.clear()
+    asyncio.run(ause(manager))
+
+
+def main() -> None:
+    """Run the program that is named."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a busy machine is slow, which is no complaint
+    _, name, url = sys.argv
+    globals()[name](url)
+    print("ended")
+
+
+if __name__ == "__main__":
+    main()
