@@ -9,8 +9,6 @@ from redis import exceptions
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
-_LONGEST_TEXT: Final = 300
-
 FOREIGN: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What a redis-py client raises, when it is not a reply of the server."""
 
@@ -34,6 +32,7 @@ _LASTING: Final = {
     "WRONGPASS": "Redis refused the user name or password",
     "NOAUTH": "Redis wants a password",
 }
+_LONGEST_QUOTE: Final = 300
 _CODES_OF_CLASSES: Final[dict[type[Exception], str]] = {
     exceptions.ReadOnlyError: "READONLY",
     exceptions.OutOfMemoryError: "OOM",
@@ -73,10 +72,10 @@ def tells_of_server(error: StoreError) -> bool:
 
 
 def _in_its_words(error: Exception) -> str:
-    """What it says; some say all there is to say of a client."""
-    text = str(error)
-    if len(text) > _LONGEST_TEXT:
-        text = f"{text[:_LONGEST_TEXT]}..."
+    """What it says, on one line and in short: a server may quote what it was sent, which holds a key of any length."""
+    text = " ".join(str(error).split())
+    if len(text) > _LONGEST_QUOTE:
+        text = f"{text[:_LONGEST_QUOTE]}..."
     return f" ({text})" if text else ""
 
 
