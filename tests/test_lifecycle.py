@@ -1,4 +1,4 @@
-"""Processes that fork, loops that end, managers that are forgotten, callers that are stopped: nobody else may notice."""
+"""Processes that fork, loops that end, managers that are forgotten, callers that are stopped: nobody else notices."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def connections(server: RedisServer) -> int:
 def open_files() -> int:
     """How many this process has; 0 where nobody knows."""
     try:
-        return len(os.listdir("/proc/self/fd"))
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
     except OSError:
         return 0
 
@@ -91,9 +91,7 @@ optimizations = pytest.mark.parametrize("optimization", OPTIMIZATIONS, ids=lambd
 
 @optimizations
 @pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-)  # as for any
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 def test_a_forgotten_manager_leaves_nothing_behind(
     server: RedisServer, url: str, closed: bool, optimization: Optimization | None
 ) -> None:
@@ -151,7 +149,7 @@ def test_loops_one_after_the_other_leave_nothing_behind(server: RedisServer, url
 
 
 @optimizations
-async def test_thousands_of_tasks_cancelled_in_flight_mix_no_replies_and_leave_nothing_behind(
+async def test_thousands_of_tasks_cancelled_in_flight_mix_no_replies_and_leave_nothing_behind(  # noqa: C901
     server: RedisServer, url: str, optimization: Optimization | None
 ) -> None:
     chance = random.Random(11)
