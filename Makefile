@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test servers interop lint format bench bench-quick clean
+.PHONY: help demo test servers interop soak lint format bench bench-quick bench-failover clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -26,6 +26,9 @@ interop: $(VENV)/installed-test ## run the tests that share buckets with Bucket4
 	mvn --quiet --batch-mode --file tests/interop/pom.xml compile
 	$(VENV)/bin/pytest tests/interop $(ARGS)
 
+soak: $(VENV)/installed-soak ## run a mixed load over a bad network for ten minutes, and a fuzzer
+	$(PY) -m tests.soak $(ARGS)
+
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -42,8 +45,12 @@ bench: $(BENCH)/installed ## measure against other limiters, a quarter of an hou
 bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
 	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
 
+bench-failover: $(VENV)/installed-test ## measure what is lost when another server takes over, a few minutes
+	$(PY) -m benchmarks.failover $(ARGS)
+
 clean: ## remove the environments and all that was generated
-	rm -rf $(VENV) $(BENCH) benchmarks/out tests/interop/target build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) benchmarks/out tests/interop/target tests/soak/out build dist
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The project with one of its extras; again only when pyproject.toml has changed.

@@ -245,9 +245,7 @@ def parts(error: BaseException | None) -> Generator[BaseException]:
 
 @pytest.mark.redis
 @pytest.mark.parametrize("make", [ProxyManager, AsyncProxyManager])
-def test_nobody_is_told_a_password(
-    server_binary: ServerBinary, make: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_is_told_a_password(server_binary: ServerBinary, make: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with RedisServer.start(server_binary, "--requirepass", "another") as server:
         place = f"127.0.0.1:{server.port}"
