@@ -79,6 +79,27 @@ def test_a_bucket_of_any_bytes_answers_or_is_left_alone(data: bytes) -> None:
     check_verbs(data)
 
 
+FOUND = {
+    "a rate of zero": (
+        "00000001000000010000000200000001000000000000087f000000000000087f0000000000000063000000000000006301000000080befbf"
+        "ff00000000000100000000000000100000000000000010000000000000015900000000000000001080000000000000000000000000030000"
+        "000100000006007ac8230b70069200000000000008790000000080ffffffffffffff0b7006affffffffffffffff400000000000000ad0000"
+        "00010000000000000069"
+    ),
+    "the least remainder": (
+        "0000000100000001000000010000000100000000000000020000000000000002000000000000000500000000000000020080000000000000"
+        "000000000000030000000100000003007ac8230b70233e0000000000000002800000000000000000000001000000000000001b"
+    ),
+}
+"""States by which fuzzers have broken something."""
+
+
+@pytest.mark.parametrize("state", FOUND.values(), ids=FOUND)
+def test_what_was_found_once_stays_repaired(state: str) -> None:
+    check_state(bytes.fromhex(state))
+    check_verbs(bytes.fromhex(state))
+
+
 LENGTHS = {"bandwidths": slice(8, 12), "id": slice(59, 61), "numbers": slice(119, 123)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
-from ratelimit.core.int64 import MIN, truncated
+from ratelimit.core.int64 import MIN, truncated, wrap
 from ratelimit.core.state import BandwidthState, BucketState, initial_state
 
 
@@ -62,7 +62,7 @@ def _plus(old: Bandwidth, state: BandwidthState, new: Bandwidth, grown: int) -> 
     if old.refill_intervally or new.refill_intervally:
         return BandwidthState(last, size, 0)
     # Bucket4j truncates the ratio of the periods before it multiplies: 1.9 counts as 1, and a shorter period as 0.
-    scaled = truncated(float(new.refill_period_nanos) / float(old.refill_period_nanos)) * error
+    scaled = wrap(truncated(float(new.refill_period_nanos) / float(old.refill_period_nanos)) * error)
     return BandwidthState(last, size, min(scaled, new.refill_period_nanos - 1))
 
 
