@@ -14,8 +14,10 @@ from tests import servers
 from tests.ways import Way
 from tests.workers import Workers
 
-settings.register_profile("soak", max_examples=20_000, deadline=None)
-"""For a run that looks for what is wrong, where nobody waits for it."""
+# Without a deadline for an example: a busy machine is slow, which proves nothing.
+settings.register_profile("test", deadline=None)
+settings.register_profile("soak", max_examples=int(os.environ.get("RATELIMIT_TEST_EXAMPLES", "20000")), deadline=None)
+settings.load_profile("test")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
