@@ -4,7 +4,6 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import redis
 from hypothesis import settings
@@ -41,10 +40,6 @@ def pytest_report_header() -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for description, times in servers.used.items():
         terminalreporter.write_line(f"redis server: {description}, started or connected to {times} times")
-
-
-hypothesis.settings.register_profile("patient", deadline=None)
-hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
