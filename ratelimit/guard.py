@@ -45,6 +45,7 @@ from ratelimit.errors import (
     Key,
     RateLimitError,
     StoreError,
+    brief,
     shown,
 )
 from ratelimit.exchange import Backend, Call, Exchange, Target
@@ -246,7 +247,7 @@ class Guard:
             raise error
         chosen = policy if isinstance(policy, OnError) else policy(target.key, error)
         if not isinstance(chosen, OnError):
-            raise InvalidArgumentError(f"on_error must give an OnError, not {chosen!r}") from error
+            raise InvalidArgumentError(f"on_error must give an OnError, not {brief(chosen)}") from error
         if chosen.kind == "raise":
             raise error
         if chosen.kind == "allow":

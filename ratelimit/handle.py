@@ -32,6 +32,7 @@ from ratelimit.errors import (
     Key,
     RateLimitError,
     ReservationOverflowError,
+    brief,
     errors_named,
     shown,
 )
@@ -232,7 +233,7 @@ def _try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaini
 def token_count(tokens: int, name: str = "tokens") -> int:
     """Check a number of tokens."""
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= MAX:
-        raise InvalidArgumentError(f"{name} must be an int from 1 to 2**63 - 1, not {tokens!r}")
+        raise InvalidArgumentError(f"{name} must be an int from 1 to 2**63 - 1, not {brief(tokens)}")
     return tokens
 
 
@@ -244,7 +245,7 @@ def replacement(configuration: Limits, inheritance: TokensInheritance) -> Replac
 def checked_inheritance(inheritance: TokensInheritance) -> TokensInheritance:
     """Check a way of inheriting."""
     if not isinstance(inheritance, TokensInheritance):
-        raise InvalidArgumentError(f"inheritance must be a TokensInheritance, not {inheritance!r}")
+        raise InvalidArgumentError(f"inheritance must be a TokensInheritance, not {brief(inheritance)}")
     return inheritance
 
 
@@ -253,7 +254,7 @@ def stored_key(prefix: bytes, key: Key) -> bytes:
     if isinstance(key, bytes):
         return prefix + key
     if not isinstance(key, str):
-        raise InvalidArgumentError(f"a key must be a str or bytes, not {key!r}")
+        raise InvalidArgumentError(f"a key must be a str or bytes, not {brief(key)}")
     try:
         return prefix + key.encode()
     except UnicodeEncodeError as error:
@@ -275,7 +276,7 @@ def _nanos(timeout: Duration, advice: str = "") -> int:
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"timeout {error}") from None
     if nanos < 1:
-        raise InvalidArgumentError(f"timeout must be above 0, not {timeout!r}{advice}")
+        raise InvalidArgumentError(f"timeout must be above 0, not {brief(timeout)}{advice}")
     return nanos
 
 

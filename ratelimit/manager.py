@@ -23,7 +23,7 @@ from ratelimit.core.int64 import MAX, MIN
 from ratelimit.core.optimization import Optimization
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
 from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError, brief
 from ratelimit.exchange import Backend, Exchange, Target, exchange, exchange_in_process
 from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.handle import (
@@ -51,6 +51,7 @@ StoreT = TypeVar("StoreT", Store, AsyncStore)
 _logger = logging.getLogger("ratelimit")
 
 _HANDLES_OF_ITS_OWN = 10_000
+_LONGEST_KEPT_KEY = 1_024  # characters or bytes: keys are user input, and may have a megabyte
 
 DEFAULT_TIMEOUT = 0.5
 """Seconds: long enough for a server that is busy, or for a connection that has to be made anew, over some distance."""
@@ -109,7 +110,7 @@ class _Manager(Generic[StoreT, BucketT]):
         optimization: Optimization | None,
     ) -> None:
         if not isinstance(max_attempts, int) or isinstance(max_attempts, bool) or max_attempts < 1:
-            raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {max_attempts!r}")
+            raise InvalidArgumentError(f"max_attempts must be an int of 1 or more, not {brief(max_attempts)}")
         self._store: StoreT = store
         deciding = store if isinstance(store, DecidingStore) else None
         executing = store if isinstance(store, ExecutingStore) and store.executes else None
@@ -196,7 +197,7 @@ class _Manager(Generic[StoreT, BucketT]):
 
     def _own_bucket(self, key: Key) -> BucketT:
         try:
-            return self._kept_bucket(key)
+            return self._kept_bucket(key) if len(key) <= _LONGEST_KEPT_KEY else self.bucket(key)
         except TypeError:  # not hashable, hence no key
             return self.bucket(key)
 
@@ -565,7 +566,7 @@ async def _apause(nanos: int) -> None:
 
 def _by_clock(clock: Clock) -> Callable[[bytes], int]:
     if not isinstance(clock, Clock):
-        raise InvalidArgumentError(f"a clock must have now_nanos, sleep and asleep, which {clock!r} has not")
+        raise InvalidArgumentError(f"a clock must have now_nanos, sleep and asleep, which {brief(clock)} has not")
     return lambda _key: clock.now_nanos()
 
 
@@ -590,24 +591,24 @@ def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> BucketConfiguration | 
 def _checked_version(version: int | None) -> int | None:
     if version is None or (isinstance(version, int) and not isinstance(version, bool) and MIN <= version <= MAX):
         return version
-    raise InvalidArgumentError(f"configuration_version must be an int of 64 bits, not {version!r}")
+    raise InvalidArgumentError(f"configuration_version must be an int of 64 bits, not {brief(version)}")
 
 
 def _checked_expiration(expiration: Expiration) -> Expiration:
     if not isinstance(expiration, Expiration):
-        raise InvalidArgumentError(f"expiration must be an Expiration, not {expiration!r}")
+        raise InvalidArgumentError(f"expiration must be an Expiration, not {brief(expiration)}")
     return expiration
 
 
 def _checked_optimization(optimization: Optimization | None) -> Optimization | None:
     if optimization is not None and not isinstance(optimization, Optimization):
-        raise InvalidArgumentError(f"optimization must be an Optimization, not {optimization!r}")
+        raise InvalidArgumentError(f"optimization must be an Optimization, not {brief(optimization)}")
     return optimization
 
 
 def _checked_policy(policy: ErrorPolicy) -> ErrorPolicy:
     if not isinstance(policy, OnError) and not callable(policy):
-        raise InvalidArgumentError(f"on_error must be an OnError, or a callable that gives one, not {policy!r}")
+        raise InvalidArgumentError(f"on_error must be an OnError, or a callable that gives one, not {brief(policy)}")
     return policy
 
 
@@ -615,11 +616,13 @@ def _checked_listener(listener: Listener | None) -> Listener | None:
     if listener is not None and not all(
         callable(getattr(listener, name, None)) for name in ("on_decision", "on_interrupted")
     ):
-        raise InvalidArgumentError(f"a listener must have on_decision and on_interrupted, which {listener!r} has not")
+        raise InvalidArgumentError(
+            f"a listener must have on_decision and on_interrupted, which {brief(listener)} has not"
+        )
     return listener
 
 
 def _checked_recovery(recovery: Recovery) -> Recovery:
     if not isinstance(recovery, Recovery):
-        raise InvalidArgumentError(f"recovery must be a Recovery, not {recovery!r}")
+        raise InvalidArgumentError(f"recovery must be a Recovery, not {brief(recovery)}")
     return recovery

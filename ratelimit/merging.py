@@ -295,15 +295,18 @@ class ThreadMerger:
             return (yield from exchange(backend, target, plan, command, call))
         place = (_process, target.stored_key)
         entry: _Entry[T] | None = None
-        with self._lock:
-            if place in self._queues:
-                entry = self._enqueued(place, _Entry(target, plan, command, call))
-            else:
-                self._queues[place] = _NOBODY
-        if entry is None:
-            try:
+        leads = False
+        try:  # already here, for an exception may come from a signal at any moment
+            with self._lock:
+                if place in self._queues:
+                    entry = self._enqueued(place, _Entry(target, plan, command, call))
+                else:
+                    leads = True
+                    self._queues[place] = _NOBODY
+            if entry is None:
                 return (yield from exchange(backend, target, plan, command, call))
-            finally:
+        finally:
+            if leads:
                 self._hand_over(place)
         self._wait(place, entry)
         if entry.led is not None:
@@ -341,14 +344,21 @@ class ThreadMerger:
                 if entry.settled:
                     return
                 continue
-            with self._lock:
-                if entry.settled or entry.led is not None:
-                    return
-                in_doubt = not entry.queued
-                if entry.queued:
-                    self._queues[place].remove(entry)
-                entry.abandoned = True
-            raise _too_late(entry.target.key, in_doubt=in_doubt)
+            self._give_up(place, entry)
+            return
+
+    def _give_up(self, place: Hashable, entry: _Entry[Any]) -> None:
+        """Raise that the time is over, unless the entry has been settled, or is to lead, in the last moment."""
+        with self._lock:
+            if entry.settled or entry.led is not None:
+                return
+            queued = entry.queued
+            if queued:
+                self._queues[place].remove(entry)
+            entry.abandoned = True
+        if queued:  # who is in flight may be gone, if an exception hit it badly: others are not to wait in vain
+            self._hand_over(place)
+        raise _too_late(entry.target.key, in_doubt=not queued)
 
     def _lead(self, place: Hashable, backend: Backend, led: list[_Entry[Any]]) -> Steps[None]:
         """Run one exchange for all that are led, and hand out the answers."""
@@ -382,7 +392,11 @@ class ThreadMerger:
     def _hand_over(self, place: Hashable, returned: Sequence[_Entry[Any]] = ()) -> None:
         """Let the next one lead; those that are returned go first."""
         with self._lock:
-            queue = self._queues[place]
+            queue = self._queues.get(place)
+            if queue is None:
+                return
+            if returned and queue is _NOBODY:
+                queue = self._queues[place] = deque()
             for entry in reversed(returned):
                 if not entry.abandoned:
                     entry.queued = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar, Final, Literal
 
-from ratelimit.errors import InvalidConfigurationError, Key, RateLimitError
+from ratelimit.errors import InvalidConfigurationError, Key, RateLimitError, brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class OnError:
         :raises InvalidConfigurationError: for another number.
         """
         if isinstance(share, bool) or not isinstance(share, int | float | Fraction) or not 0 < share <= 1:
-            raise InvalidConfigurationError(f"share must be a number above 0, at most 1, not {share!r}", "share")
+            raise InvalidConfigurationError(f"share must be a number above 0, at most 1, not {brief(share)}", "share")
         return cls("local", max(Fraction(share).limit_denominator(1_000_000), Fraction(1, 1_000_000)))
 
 

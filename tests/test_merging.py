@@ -19,8 +19,10 @@ from ratelimit import (
     AsyncProxyManager,
     ProxyManager,
     ReservationOverflowError,
+    StoreTimeoutError,
     StoreUnavailableError,
     TokensInheritance,
+    merging,
 )
 from ratelimit.errors import Key
 from ratelimit.exchange import Call
@@ -400,6 +402,18 @@ def test_a_leader_that_is_interrupted_lets_the_next_thread_lead() -> None:
             first.result()
         assert all(answer.result(10) for answer in answers)
     assert manager.snapshot("key").consumed_tokens == 5
+
+
+def test_a_key_whose_leader_was_hit_badly_is_free_again_with_the_first_deadline() -> None:
+    """As by an exception of a signal in the very moment in which the next one is to be woken."""
+    store = GatedStore()
+    manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=0.05)
+    queues(manager)[merging._process, b"key"] = merging._NOBODY
+    with pytest.raises(StoreTimeoutError, match="no time left") as caught:
+        manager.try_consume("key")
+    assert not caught.value.in_doubt
+    assert manager.try_consume("key")
+    assert not queues(manager)
 
 
 def test_several_loops_share_a_manager() -> None:
