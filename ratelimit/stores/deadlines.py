@@ -24,10 +24,14 @@ def within(deadline: float | None, work: Callable[[], T], late: Callable[[T], An
         return work()
     job = _Job(work, late)
     try:
-        threading.Thread(target=job.run, name="ratelimit-connect", daemon=True).start()
-    except RuntimeError:  # there are too many, or the interpreter is about to end
-        return work()
-    return job.result(deadline)
+        try:
+            threading.Thread(target=job.run, name="ratelimit-connect", daemon=True).start()
+        except RuntimeError:  # there are too many, or the interpreter is about to end
+            return work()
+        return job.result(deadline)
+    except BaseException:  # the time is over, or a signal came: also while the thread was started
+        job.abandon()
+        raise
 
 
 class _Job(Generic[T]):
@@ -52,19 +56,14 @@ class _Job(Generic[T]):
             self._late(self._result[0])
 
     def result(self, deadline: float) -> T:
-        try:
-            ended = self._ended.wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:  # of a signal
-            self._abandon()
-            raise
-        if not ended:
-            self._abandon()
+        if not self._ended.wait(max(0.0, deadline - time.monotonic())):
             raise TimeoutError
         if self._error is not None:
             raise self._error
         return self._result[0]
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
+        """Nobody waits any more."""
         with self._lock:
             self._abandoned = True
             ended = self._ended.is_set()
