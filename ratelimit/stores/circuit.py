@@ -8,6 +8,7 @@ caller tries the server; the others go on to fail until it has answered. Each tr
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +77,10 @@ class Circuit:
     :ivar is_open: whether :meth:`admit` has to be asked before a request.
     """
 
-    __slots__ = ("_breaker", "_last_error", "_monotonic", "_pause", "_retry_at", "failures", "is_open")
+    __slots__ = (
+        *("_breaker", "_last_error", "_lock", "_monotonic", "_pause", "_retry_at", "_trying"),
+        *("failures", "is_open"),
+    )
 
     def __init__(self, breaker: CircuitBreaker | None, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._breaker = breaker
@@ -85,45 +89,63 @@ class Circuit:
         self.is_open = False
         self._pause = 0.0
         self._retry_at = 0.0
+        self._trying = False
         self._last_error: str | None = None
+        self._lock = threading.Lock()
 
-    def admit(self, key: bytes) -> None:
+    def admit(self, key: bytes, deadline: float | None = None) -> None:
         """Let a request through, if it is the one that tries the server.
 
+        :param deadline: of the request. Who tries the server may be cancelled, and tell nothing; then another one will,
+            but not before this, or the longest pause from now.
         :raises StoreUnavailableError: otherwise; nothing was sent.
         """
-        now = self._monotonic()
-        left = self._retry_at - now
-        if left > 0:
-            raise StoreUnavailableError(
-                key,
-                f"Redis has failed {self.failures} times in a row and is not asked for another {left:.3f} s"
-                f" (last: {self._last_error})",
-            )
-        self._retry_at = now + self._pause  # who tries it may be cancelled and tell nothing; then another one will
+        with self._lock:
+            if self._breaker is None or not self.is_open:
+                return
+            now = self._monotonic()
+            left = self._retry_at - now
+            if left <= 0:
+                patience = 0.0 if deadline is None else min(deadline - now, self._breaker.longest_pause)
+                self._retry_at = now + max(self._pause, patience)
+                self._trying = True
+                return
+        raise StoreUnavailableError(
+            key,
+            f"Redis has failed {self.failures} times in a row and is not asked for another {left:.3f} s"
+            f" (last: {self._last_error})",
+        )
 
     def failed(self, error: Exception) -> None:
         """Take note of a failure."""
-        self.failures += 1
-        self._last_error = getattr(error, "message", None) or str(error)  # ours say the key as well, which is not it
-        breaker = self._breaker
-        if breaker is None or self.failures < breaker.failures:
-            return
-        self._pause = min(self._pause * 2 or breaker.shortest_pause, breaker.longest_pause)
-        self._retry_at = self._monotonic() + self._pause * random.uniform(0.5, 1)
-        self.is_open = True
+        with self._lock:
+            self.failures += 1
+            self._last_error = getattr(error, "message", None) or str(error)  # ours say the key as well: it is not it
+            breaker = self._breaker
+            if breaker is None or self.failures < breaker.failures:
+                return
+            if self.is_open and not self._trying:  # it was on its way before: no news
+                return
+            self._pause = min(self._pause * 2 or breaker.shortest_pause, breaker.longest_pause)
+            self._retry_at = self._monotonic() + self._pause * random.uniform(0.5, 1)
+            self._trying = False
+            self.is_open = True
 
     def succeeded(self) -> None:
         """The server has answered."""
-        self.failures = 0
-        self._pause = 0.0
-        self._last_error = None
-        self.is_open = False
+        with self._lock:
+            self.failures = 0
+            self._pause = 0.0
+            self._last_error = None
+            self._trying = False
+            self.is_open = False
 
     def status(self) -> CircuitStatus:
         """How it is at present."""
-        left = max(0.0, self._retry_at - self._monotonic()) if self.is_open else 0.0
-        state = CircuitState.CLOSED
-        if self.is_open:
-            state = CircuitState.OPEN if left else CircuitState.HALF_OPEN
-        return CircuitStatus(state, self.failures, left, self._last_error)
+        with self._lock:
+            is_left_alone = self.is_open and not self._trying
+            left = max(0.0, self._retry_at - self._monotonic()) if is_left_alone else 0.0
+            state = CircuitState.CLOSED
+            if self.is_open:
+                state = CircuitState.OPEN if left else CircuitState.HALF_OPEN
+            return CircuitStatus(state, self.failures, left, self._last_error)
