@@ -40,6 +40,7 @@ from ratelimit.errors import (
     CorruptStateError,
     Key,
     StoreError,
+    StoreTimeoutError,
     StoreUnavailableError,
 )
 from ratelimit.remembered import Remembered, Seen
@@ -207,8 +208,11 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             by_others |= before is not None
             lost += 1
             attempts += 1
-            if attempts >= backend.attempts or (call.deadline is not None and backend.monotonic() >= call.deadline):
+            late = _is_over(backend, call)
+            if attempts >= backend.attempts or late:
                 remembered.put(key, Seen(before, None, by_others, lost))
+                if late:
+                    raise StoreTimeoutError(target.key, f"there was no time left after {attempts} swaps that were lost")
                 raise ContentionError(target.key, attempts)
             if attempts >= _IMMEDIATE_ATTEMPTS:
                 yield backend.pause(_jittered_pause(attempts - _IMMEDIATE_ATTEMPTS))
@@ -312,7 +316,7 @@ def _repeated(  # noqa: PLR0917  # the same
 ) -> Steps[Lost | None]:
     """After a swap whose reply was lost: swap once more."""
     if isinstance(failure, StoreError):
-        if not failure.in_doubt:
+        if not failure.in_doubt or _is_over(backend, call):
             raise failure
     elif not call.holds or isinstance(failure, GeneratorExit):
         raise failure
@@ -334,6 +338,11 @@ def _repeated(  # noqa: PLR0917  # the same
     raise StoreUnavailableError(
         target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
     ) from failure
+
+
+def _is_over(backend: Backend, call: Call) -> bool:
+    """Whether there is no time left to ask the store."""
+    return call.deadline is not None and backend.monotonic() >= call.deadline
 
 
 def _seen_through(pending: Any, call: Call) -> Steps[Lost | None]:
