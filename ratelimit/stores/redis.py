@@ -13,7 +13,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError
+from ratelimit.errors import InvalidArgumentError, StoreUnavailableError
 from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
@@ -68,7 +68,7 @@ class _RedisSteps:
     def _read(self, key: bytes, deadline: float | None) -> Steps[bytes | None]:
         node = self._node_of(key)
         questions = (_TIME,) * node.time.is_stale(self._monotonic())  # a probe would be a write
-        return _checked((yield from self._accompanied(questions, node, key, ("GET", key), deadline)), key)  # type: ignore[no-any-return]  # as the server sent it
+        return _state((yield from self._accompanied(questions, node, key, ("GET", key), deadline)), key)
 
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
@@ -86,7 +86,7 @@ class _RedisSteps:
             else:
                 (state,) = yield self._channel.send(key, (command,), deadline)
             if not _is_refused_as_unknown(state):
-                return None if _checked(state, key) == before else Lost(state)
+                return None if _state(state, key) == before else Lost(state)
             node.swaps_natively = False  # another server has taken its place
         arguments: tuple[Any, ...]
         if before is None:
@@ -96,12 +96,14 @@ class _RedisSteps:
         else:
             script, arguments = _COMPARE_AND_SWAP, (before, after)
         state = yield from self._run(node, script, key, arguments, deadline)
-        return None if state == 1 else Lost(state)
+        return None if state == 1 else Lost(_state(state, key))
 
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
         """The steps of ``decide``."""
-        done, before = yield from self._run(self._node_of(key), _DECIDE, key, arguments, deadline)
-        return Decided(done == 1, before)
+        reply = yield from self._run(self._node_of(key), _DECIDE, key, arguments, deadline)
+        if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], int):
+            raise _senseless(reply, key)
+        return Decided(reply[0] == 1, _state(reply[1], key))
 
     def _run(
         self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...], deadline: float | None
@@ -160,7 +162,11 @@ class _RedisSteps:
 
     def _learn_time(self, key: bytes, time_reply: Any, sent: int) -> None:
         received = self._monotonic()
-        self._node_of(key).time.observe(time_nanos(time_reply), sent, received)  # of who has answered: keys move
+        try:
+            now = time_nanos(time_reply)
+        except (TypeError, ValueError):
+            raise _senseless(time_reply, key) from None
+        self._node_of(key).time.observe(now, sent, received)  # of who has answered: keys move
 
     def clock_error_nanos(self, key: bytes) -> int | None:
         """How far the estimate of the server's time may be behind at present; None before the first reply."""
@@ -189,6 +195,20 @@ def _checked(reply: Any, key: bytes) -> Any:
     if isinstance(reply, ResponseError):
         raise translated(reply, key, in_doubt=False) from reply
     return reply
+
+
+def _state(reply: Any, key: bytes) -> bytes | None:
+    """What is stored, from a reply that should tell it."""
+    if reply is None or isinstance(reply, bytes):
+        return reply
+    _checked(reply, key)
+    raise _senseless(reply, key)
+
+
+def _senseless(reply: Any, key: bytes) -> StoreUnavailableError:
+    """Whoever has sent this, it is no answer to what was asked; that may have been carried out."""
+    kind = type(reply).__name__
+    return StoreUnavailableError(key, f"Redis sent a reply of a kind that was not asked for ({kind})", in_doubt=True)
 
 
 def time_nanos(time_reply: Any) -> int:

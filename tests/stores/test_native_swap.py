@@ -55,7 +55,7 @@ class MadeUp:
                 return exceptions.ResponseError("syntax error")
             case ("SET", _, _, "IFEQ", before, *_):
                 return before
-            case ("SET", *_):
+            case ("SET", *_) | ("GET", *_):
                 return None
         return 1
 
