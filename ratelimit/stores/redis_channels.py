@@ -9,6 +9,7 @@ the client's own connections; connecting is left to redis-py with all its settin
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import struct
@@ -17,6 +18,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 import hiredis
@@ -73,6 +75,7 @@ class _KeptConnections:
         self._most = most
         self._kept: list[_Kept] = []
         self._waiting = 0
+        self._closed = 0  # how often
         self._lock = threading.Lock()
         _all_kept.add(self)
 
@@ -103,6 +106,11 @@ class _KeptConnections:
             while True:
                 self._release(self._kept.pop())
 
+    def close(self) -> None:
+        """The same, at the end; connections that are being made for somebody are closed when they are there."""
+        self._closed += 1
+        self.clear()
+
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
         self._kept = []
@@ -114,11 +122,17 @@ class _KeptConnections:
             self._waiting += 1
         try:
             self.clear()  # before it is asked for: the pool may be full of what is kept here
-            connection = within(deadline, self.pool.get_connection, late=self.pool.release)
+            connection = within(deadline, self.pool.get_connection, late=partial(self._take_back, self._closed))
         finally:
             with self._lock:
                 self._waiting -= 1
         return _Kept(connection)
+
+    def _take_back(self, closed: int, connection: Any) -> None:
+        """A connection that comes when nobody waits for it any more."""
+        if closed != self._closed:
+            connection.disconnect()
+        self.pool.release(connection)
 
     def _release(self, kept: _Kept) -> None:
         kept.restore()
@@ -129,35 +143,41 @@ class _Kept:
     """A connection, when it came from its pool, and when it was last used.
 
     Two requests in a row go over the connection's socket and through its parser without what redis-py has around them,
-    which is most of its time, where both are of the usual kind: a plain socket, and hiredis. The socket blocks
-    meanwhile, with the timeout in the hands of the system, as Python would otherwise ask it before each call whether
-    the socket is ready.
+    which is most of its time, and which knows no deadline for several reads, where the parser is hiredis. A plain
+    socket blocks meanwhile, with the timeout in the hands of the system, as Python would otherwise ask it before each
+    call whether the socket is ready.
     """
 
-    __slots__ = ("_buffer", "_patience", "_reader", "_socket", "connection", "outdated", "taken_at", "used_at")
+    __slots__ = (
+        *("_buffer", "_has_received", "_is_plain", "_patience", "_reader", "_socket"),
+        *("connection", "outdated", "taken_at", "used_at"),
+    )
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.taken_at = self.used_at = time.monotonic()
         self.outdated = False  # whether to connect again would be to connect to another server, or as another user
         self._socket: socket.socket | None = None
+        self._is_plain = False
+        self._has_received = False  # anything, since the last request
         self._reader: Any = None
         self._patience: float = connection.socket_timeout or _FOR_EVER
         self._buffer = bytearray(_READ_SIZE)
         parser = getattr(connection, "_parser", None)
         if type(parser) is _HiredisParser and not connection.health_check_interval:
             own = getattr(connection, "_sock", None)
-            if type(own) is socket.socket and _let_system_time_out(own, self._patience):
+            if isinstance(own, socket.socket):
                 self._socket, self._reader = own, parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-                own.settimeout(None)
+                self._is_plain = type(own) is socket.socket and _let_system_time_out(own, self._patience)
+                own.settimeout(None if self._is_plain else self._patience)
 
     def is_usable(self, now: float) -> bool:
         """Whether it may serve another request; else its pool has to look at it, and does what it needs."""
         if now - self.taken_at >= _LONGEST_KEPT:
             return False
         rested = now - self.used_at >= _LONGEST_PAUSE
-        if self._socket is None:
-            return not rested
+        if self._socket is None or not self._is_plain:
+            return self._is_connected() and not rested
         return self._is_connected() and not (rested and _has_something_to_read(self._socket))
 
     def _is_connected(self) -> bool:
@@ -168,44 +188,58 @@ class _Kept:
         """Send commands, and read as many replies."""
         if self._socket is None:
             return self._request_by_client(packed, replies, deadline)
-        if deadline is not None:
-            self._be_patient_until(deadline)
+        self._be_patient_until(math.inf if deadline is None else deadline)
+        self._has_received = False
         try:
             self._socket.sendall(packed)
-            return [self._reply(deadline) for _ in range(replies)]
-        except BlockingIOError as error:
+            received = [self._reply(deadline) for _ in range(replies)]
+            if self._reader.has_data() and self._has_reply():
+                self.outdated = True  # nobody has asked for it, and the next one would take it for his own
+        except (BlockingIOError, TimeoutError) as error:
             raise exceptions.TimeoutError("Timeout reading from socket") from error
         except OSError as error:
             raise exceptions.ConnectionError(f"Error while reading from socket: {error}") from error
+        return received
 
     def _request_by_client(self, packed: bytes, replies: int, deadline: float | None) -> Replies:
         own = getattr(self.connection, "_sock", None)
         if deadline is None or not isinstance(own, socket.socket):
             self.connection.send_packed_command([packed])
             return [_read(self.connection) for _ in range(replies)]
-        own.settimeout(min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST)))
-        self.connection.send_packed_command(
-            [packed], check_health=False
-        )  # which would connect again, and wait for that
-        received = [_read(self.connection) for _ in range(replies)]
+        # Its check of health would connect again, and wait for that.
+        self.connection.send_packed_command([packed], check_health=False)
+        received = []
+        for _ in range(replies):
+            own.settimeout(self._left(deadline))
+            received.append(_read(self.connection))
         own.settimeout(self.connection.socket_timeout)
         return received
 
+    def _left(self, deadline: float) -> float:
+        left: float = min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST))
+        return left
+
     def _be_patient_until(self, deadline: float) -> None:
         """Let the system wait no longer than that, give or take a tenth: to tell it is a call of its own."""
-        left = min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST))
-        if not 0.9 < left / self._patience < 1.1:
+        left = self._left(deadline)
+        if 0.9 < left / self._patience < 1.1:
+            return
+        if self._is_plain:
             _let_system_time_out(self._socket, left)  # type: ignore[arg-type]  # there is one
-            self._patience = left
+        else:
+            self._socket.settimeout(left)  # type: ignore[union-attr]
+        self._patience = left
 
     def _reply(self, deadline: float | None) -> Any:
         reader = self._reader
-        received = 0
         while True:
             reply = reader.gets(False)
             if reply is NOT_ENOUGH_DATA:
-                if received and deadline is not None and time.monotonic() >= deadline:
-                    raise exceptions.TimeoutError("Timeout reading from socket")
+                if self._has_received and deadline is not None:
+                    if time.monotonic() >= deadline:
+                        raise exceptions.TimeoutError("Timeout reading from socket")
+                    self._be_patient_until(deadline)
+                self._has_received = True
                 received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
                 if not received:
                     raise exceptions.ConnectionError("Connection closed by server.")
@@ -217,6 +251,14 @@ class _Kept:
             else:
                 self.outdated |= isinstance(reply, exceptions.ResponseError) and is_outdated(reply)
                 return reply
+
+    def _has_reply(self) -> bool:
+        """Whether there is another one; what the server tells unasked is none."""
+        while (reply := self._reader.gets(False)) is not NOT_ENOUGH_DATA:
+            if type(reply) is not PushNotification:
+                return True
+            self.connection._parser.handle_push_response(reply)  # noqa: SLF001
+        return False
 
     def restore(self) -> None:
         """Leave the connection as the pool knows it."""
@@ -286,9 +328,11 @@ def _send_over(
         kept = connections.take(deadline)
     except FOREIGN as error:
         raise translated(error, key, in_doubt=False) from error
-    if deadline is not None and time.monotonic() >= deadline:
+    try:
+        check_time_left(key, deadline)
+    except StoreTimeoutError:
         connections.give_back(kept)
-        raise StoreTimeoutError(key, "there was no time left to ask Redis")
+        raise
     try:
         replies = kept.request(pack(commands), len(commands), deadline)
     except BaseException as error:
@@ -301,6 +345,15 @@ def _send_over(
         kept.connection.disconnect()
     connections.give_back(kept, broken=kept.outdated)
     return replies
+
+
+def check_time_left(key: bytes, deadline: float | None) -> None:
+    """Refuse what comes too late to be sent: that is not the server's failure, and no trial of it.
+
+    :raises StoreTimeoutError: where it does.
+    """
+    if deadline is not None and time.monotonic() >= deadline:
+        raise StoreTimeoutError(key, "there was no time left to ask Redis")
 
 
 def pack(commands: Sequence[Command]) -> bytes:
@@ -354,9 +407,10 @@ class PoolChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands over one connection, in one write."""
+        check_time_left(key, deadline)
         circuit = self._circuit
         if circuit.is_open:
-            circuit.admit(key)
+            circuit.admit(key, deadline)
         try:
             replies = _send_over(self._connections, key, commands, deadline)
         except (StoreUnavailableError, StoreTimeoutError) as error:
@@ -373,7 +427,7 @@ class PoolChannel:
 
     def close(self) -> None:
         """Give all connections back to the pool, and close the client where it is owned."""
-        self._connections.clear()
+        self._connections.close()
         if self._owned:
             for client in self._clients:
                 client.close()
@@ -417,15 +471,27 @@ class ClusterChannel:
         self._connected: redis.RedisCluster | None = None
         self._connections: dict[str, _KeptConnections] = {}
         self._failed: set[str] = set()
+        self._closed = 0  # how often
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._lock = threading.Lock()
 
     def _client(self, deadline: float | None) -> redis.RedisCluster:
-        return within(deadline, self._connect_once) if self._connected is None else self._connected
+        if self._connected is not None:
+            return self._connected
+        late = partial(self._take_back, self._closed)
+        client: redis.RedisCluster = within(deadline, partial(self._connect_once, deadline), late=late)
+        return client
 
-    def _connect_once(self) -> redis.RedisCluster:
+    def _take_back(self, closed: int, client: redis.RedisCluster) -> None:
+        """A client that is there when nobody waits for it any more."""
+        if self._owned and closed != self._closed:
+            client.close()
+
+    def _connect_once(self, deadline: float | None) -> redis.RedisCluster:
         with self._lock:
             if self._connected is None:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise TimeoutError  # nobody waits any more, and others may come who do
                 self._connected = self._connect()
             return self._connected
 
@@ -441,9 +507,10 @@ class ClusterChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands to the node of the key, in one write unless it has to be found first."""
+        check_time_left(key, deadline)
         circuit = self._circuits[self.node(key)]
         if circuit.is_open:
-            circuit.admit(key)
+            circuit.admit(key, deadline)
         try:
             replies = self._send(key, commands, deadline)
         except (StoreUnavailableError, StoreTimeoutError) as error:
@@ -504,6 +571,7 @@ class ClusterChannel:
     def close(self) -> None:
         """Give all connections back to their pools, and close the client where it is owned, if it was ever made."""
         for connections in list(self._connections.values()):
-            connections.clear()
+            connections.close()
+        self._closed += 1
         if self._owned and self._connected is not None:
             self._connected.close()
