@@ -25,13 +25,15 @@ from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.stores.circuit import Circuit
-from ratelimit.stores.redis_channels import Command, PushNotification, Replies, is_outdated, pack
+from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
 
 _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
+
+_LONGEST_FAILURE: Final = 1.0  # seconds
 
 MakeConnection = Callable[[], Any]
 """Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
@@ -55,8 +57,9 @@ class Multiplexer:
         :param key: what errors are about.
         :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
         """
+        check_time_left(key, deadline)
         if self.circuit.is_open:
-            self.circuit.admit(key)
+            self.circuit.admit(key, deadline)
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None or not link.usable:
@@ -108,7 +111,8 @@ class _Link:
     A waiter stays in its place until its replies have come, also when nobody waits for them any more.
 
     A deadline that passes is the matter of that waiter alone. If nothing at all was heard for as long as the timeout of
-    the connection, it is retired: it gets no more commands, and ends with the last of those who still wait.
+    the connection, or if nobody was answered in time for a second, it is retired: it gets no more commands, and ends
+    with the last of those who still wait.
 
     All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it.
 
@@ -134,6 +138,7 @@ class _Link:
         self._timer: asyncio.TimerHandle | None = None
         self._due = math.inf  # when the timer goes off
         self._heard = time.monotonic()
+        self._fails_since = math.inf  # since when nobody was answered in time
         self._transport: _Transport | None = None
         self._parser: Any = None
         self._end_of_loop: AsyncGenerator[None, None] | None = None
@@ -202,6 +207,7 @@ class _Link:
         """Send what has waited for the connection, and let its time begin."""
         waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
         self._heard = now = time.monotonic()
+        self._fails_since = math.inf
         self._patience = self._timeout
         self._waiters = deque(waiter._replace(since=now) for waiter, _ in waiting)
         self._unsent = [packed for _, packed in waiting]
@@ -223,7 +229,7 @@ class _Link:
         except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
             self.end(error)
 
-    def take(self, reply: Any) -> None:
+    def take(self, reply: Any) -> None:  # noqa: C901  # for each reply: no call more than it needs
         """Give a reply to whom it belongs; raises where it belongs to nobody."""
         if len(self._waiters) <= len(self._unsent):
             raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
@@ -242,6 +248,8 @@ class _Link:
                 return
             self._replies = []
         self._waiters.popleft()
+        if not (waiter.future.done() and self._waiters):  # else the replies may be one behind, for ever
+            self._fails_since = math.inf
         refusal, self._refusal = self._refusal, None
         if not waiter.future.done():
             if refusal is None:
@@ -273,10 +281,15 @@ class _Link:
                 next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
             if not waiter.future.done():
                 missing = "connection" if self._transport is None else "reply"
+                self._fails_since = min(self._fails_since, waiter.since)
                 failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
                 _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
         if failure is not None:
             self._circuit.failed(failure)
+        if self._fails_since + _LONGEST_FAILURE <= now:
+            self.usable = False
+        else:
+            next_due = min(next_due, self._fails_since + _LONGEST_FAILURE)
         if next_due < math.inf:
             self._watch(next_due, now)
         if not (self.usable or any(not waiter.future.done() for waiter in self._waiters)):

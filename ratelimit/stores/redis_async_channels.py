@@ -11,9 +11,9 @@ import contextlib
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode
@@ -24,8 +24,10 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseErr
 from ratelimit.errors import StoreError
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.multiplexer import Multiplexer
-from ratelimit.stores.redis_channels import Command, Replies, options_of
+from ratelimit.stores.redis_channels import Command, Replies, check_time_left, options_of
 from ratelimit.stores.redis_errors import FOREIGN, translated
+
+T = TypeVar("T")
 
 _NOT_HERE: Final = (MovedError, AskError, TryAgainError)
 """What a node answers that has not done what it was asked for; redis-py knows whom to ask instead."""
@@ -104,6 +106,7 @@ class AsyncClusterChannel:
         self._multiplexers: dict[str, Multiplexer] = {}
         self._failed: set[str] = set()
         self._renewing: asyncio.Task[None] | None = None
+        self._working: set[asyncio.Task[Any]] = set()  # what the client is doing
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
 
@@ -120,13 +123,13 @@ class AsyncClusterChannel:
 
     async def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands to the node of the key in one write, and again one by one what it refuses as not its own."""
+        check_time_left(key, deadline)
         if self._loop is not asyncio.get_running_loop():
             await self._enter_loop()
         try:
-            async with _until(deadline):
-                if getattr(self._client, "_initialize", True):
-                    await self._initialize(key)
-                node = self._node(key)
+            if getattr(self._client, "_initialize", True):
+                await self._within(deadline, self._initialize(key, deadline))
+            node = self._node(key)
         except FOREIGN as error:
             raise translated(error, key, in_doubt=False) from error
         if node.name in self._failed:
@@ -143,10 +146,33 @@ class AsyncClusterChannel:
                 self._failed.add(node.name)
         return replies
 
-    async def _initialize(self, key: bytes) -> None:
+    async def _within(self, deadline: float | None, work: Coroutine[Any, Any, T]) -> T:
+        """Await some work of the client until the deadline, and no longer: to be cancelled may take it a second.
+
+        :raises TimeoutError: where it has not ended by then. It is being cancelled.
+        """
+        task = asyncio.ensure_future(work)
+        self._working.add(task)
+        task.add_done_callback(self._ended)
+        try:
+            done, _ = await asyncio.wait((task,), timeout=None if deadline is None else deadline - time.monotonic())
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()
+            raise TimeoutError
+        return task.result()
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._working.discard(task)
+        if not task.cancelled():
+            task.exception()  # who waited for it has heard of it
+
+    async def _initialize(self, key: bytes, deadline: float | None) -> None:
         circuit = self._circuits[""]
         if circuit.is_open:
-            circuit.admit(key)
+            circuit.admit(key, deadline)
         try:
             async with self._turn:
                 await self._client.initialize()
@@ -195,10 +221,10 @@ class AsyncClusterChannel:
     async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command, deadline: float | None) -> Any:
         circuit = self._circuits[node.name]
         if circuit.is_open:
-            circuit.admit(key)
+            circuit.admit(key, deadline)
+        asking: Any = self._client.execute_command(*command, target_nodes=node, **options_of(command))
         try:
-            async with _until(deadline):
-                reply = await self._client.execute_command(*command, target_nodes=node, **options_of(command))
+            reply = await self._within(deadline, asking)
         except ResponseError as error:
             reply = error
         except FOREIGN as error:
@@ -257,6 +283,9 @@ class AsyncClusterChannel:
         for multiplexer in self._multiplexers.values():
             multiplexer.close()
         self._multiplexers.clear()
+        ending = [task for task in self._working if task.cancelling()]
+        if ending and self._loop is asyncio.get_running_loop():
+            await asyncio.wait(ending)
         if self._owned:
             await self._client.aclose()
         await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
