@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import trustme
 from hypothesis import settings
 
 from ratelimit import AsyncProxyManager, ProxyManager
@@ -91,6 +92,31 @@ def server(server_binary: servers.ServerBinary) -> Generator[servers.RedisServer
     """A server of the module's own."""
     with servers.RedisServer.start(server_binary) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def tls_server(
+    server_binary: servers.ServerBinary, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[servers.TlsServer]:
+    """A server with a certificate of a private authority, which asks its clients for one, too."""
+    directory = tmp_path_factory.mktemp("tls")
+    authority, certificate, for_client = directory / "ca.pem", directory / "server.pem", directory / "client.pem"
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(authority)
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
+    ca.issue_cert("limiter@localhost").private_key_and_cert_chain_pem.write_to_path(for_client)
+    args = ["--tls-cert-file", certificate, "--tls-key-file", certificate, "--tls-ca-cert-file", authority]
+    with servers.RedisServer.start(server_binary) as probe:
+        # a port that was free a moment ago, for a server that must know it when it starts
+        plain, secure = probe.port, probe.port + 10_000
+    try:
+        server = servers.RedisServer.start(server_binary, *map(str, args), "--tls-port", str(secure), port=plain)
+    except servers.ServerError as error:
+        if "tls-" not in str(error):
+            raise
+        pytest.skip(f"{server_binary} was built without TLS")
+    with server:
+        yield servers.TlsServer(server, f"{server.host}:{secure}", authority, for_client)
 
 
 @pytest.fixture

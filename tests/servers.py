@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import redis
 from redis.backoff import NoBackoff
@@ -263,6 +263,15 @@ class RedisServer:
 
     def _log_tail(self) -> str:
         return "\n".join((self.directory / "log").read_text(errors="replace").splitlines()[-20:])
+
+
+class TlsServer(NamedTuple):
+    """A server that speaks TLS at its address, with a certificate of a private authority."""
+
+    server: RedisServer
+    address: str
+    authority: Path
+    client_certificate: Path
 
 
 _open: set[RedisServer] = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -14,7 +13,6 @@ import redis
 import redis.asyncio
 import redis.asyncio.retry
 import redis.retry
-import trustme
 from redis.backoff import ExponentialBackoff
 from redis.cache import CacheConfig
 
@@ -29,7 +27,7 @@ from ratelimit import (
 )
 from tests import servers
 from tests.faces import Manager, closing, settled
-from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
+from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, TlsServer, wait_until
 
 pytestmark = pytest.mark.redis
 
@@ -186,36 +184,6 @@ async def test_a_url_holds_a_user_and_a_password(face: Face, server: RedisServer
     url = f"redis://limiter:{quote(PASSWORD, safe='')}@{server.host}:{server.port}"
     async with closing(face.from_url(url)) as manager, closing(face.from_url(server.url)) as other:
         await check_scenario(manager, other)
-
-
-class TlsServer(NamedTuple):
-    server: RedisServer
-    address: str
-    authority: Path
-    client_certificate: Path
-
-
-@pytest.fixture(scope="module")
-def tls_server(server_binary: ServerBinary, tmp_path_factory: pytest.TempPathFactory) -> Generator[TlsServer]:
-    """A server with a certificate of a private authority, which asks its clients for one, too."""
-    directory = tmp_path_factory.mktemp("tls")
-    authority, certificate, for_client = directory / "ca.pem", directory / "server.pem", directory / "client.pem"
-    ca = trustme.CA()
-    ca.cert_pem.write_to_path(authority)
-    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
-    ca.issue_cert("limiter@localhost").private_key_and_cert_chain_pem.write_to_path(for_client)
-    args = ["--tls-cert-file", certificate, "--tls-key-file", certificate, "--tls-ca-cert-file", authority]
-    with RedisServer.start(server_binary) as probe:
-        # a port that was free a moment ago, for a server that must know it when it starts
-        plain, secure = probe.port, probe.port + 10_000
-    try:
-        server = RedisServer.start(server_binary, *map(str, args), "--tls-port", str(secure), port=plain)
-    except servers.ServerError as error:
-        if "tls-" not in str(error):
-            raise
-        pytest.skip(f"{server_binary} was built without TLS")
-    with server:
-        yield TlsServer(server, f"{server.host}:{secure}", authority, for_client)
 
 
 async def test_tls_serves_with_a_private_authority_and_a_client_certificate(face: Face, tls_server: TlsServer) -> None:
