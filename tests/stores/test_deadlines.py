@@ -105,9 +105,25 @@ def test_an_interruption_of_who_waits_leaves_the_result_to_late() -> None:
 
     def interrupt() -> None:
         assert work.begun.wait(10)
+        time.sleep(0.05)  # nothing tells that who waits has begun to: a signal before that would not wake him
         signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        within(never(), work, late=work.take)
+    work.may_end.set()
+    assert work.was_late.wait(10)
+    assert work.late == ["done"]
+
+
+def test_an_interruption_while_the_thread_starts_leaves_the_result_to_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, start = Held(), threading.Thread.start
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
     with pytest.raises(KeyboardInterrupt):
         within(never(), work, late=work.take)
     work.may_end.set()
