@@ -235,7 +235,7 @@ class Guard:
         try:
             outcome = yield from exchange(backend, target, plan, Synchronize(debt.tokens, command, booking=True), call)
         except BaseException as error:
-            if not _is_in_doubt(error):
+            if not _is_in_doubt(error) or call.round_trips == 0:
                 self._local.put_back(debt)
             raise
         return outcome.answer

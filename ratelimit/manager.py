@@ -12,6 +12,7 @@ from functools import lru_cache
 from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
+from weakref import WeakMethod
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
@@ -143,7 +144,13 @@ class _Manager(Generic[StoreT, BucketT]):
         self._recovery = _checked_recovery(recovery)
         self._owns_store = False
         # Kept, because to make one takes time, and because a handle knows whether it has made its bucket.
-        self._kept_bucket = lru_cache(_HANDLES_OF_ITS_OWN)(self.bucket)
+        # By a weak reference: a manager that is dropped is to give its connections back at once.
+        make_bucket = WeakMethod(self.bucket)
+
+        def kept_bucket(key: Key) -> BucketT:
+            return make_bucket()(key)  # type: ignore[misc]  # who asks keeps it alive
+
+        self._kept_bucket = lru_cache(_HANDLES_OF_ITS_OWN)(kept_bucket)
 
     def bucket(
         self,

@@ -180,7 +180,8 @@ class AsyncClusterChannel:
             circuit.failed(error)
             raise
         except asyncio.CancelledError:
-            circuit.failed(TimeoutError("the cluster did not answer in time"))
+            if deadline is not None and time.monotonic() >= deadline:  # else it is the caller who was cancelled
+                circuit.failed(TimeoutError("the cluster did not answer in time"))
             raise
         circuit.succeeded()
 

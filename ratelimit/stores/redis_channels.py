@@ -85,8 +85,12 @@ class _KeptConnections:
             kept = self._kept.pop()
         except IndexError:
             return self._from_pool(deadline)
-        if kept.is_usable(time.monotonic()):
-            return kept
+        try:
+            if kept.is_usable(time.monotonic()):
+                return kept
+        except BaseException:  # of a signal; or the pool would miss it for ever
+            self._release(kept)
+            raise
         self._release(kept)
         return self._from_pool(deadline)
 
@@ -110,6 +114,10 @@ class _KeptConnections:
         """The same, at the end; connections that are being made for somebody are closed when they are there."""
         self._closed += 1
         self.clear()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be about to end
+            self.clear()
 
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
@@ -333,17 +341,16 @@ def _send_over(
     except StoreTimeoutError:
         connections.give_back(kept)
         raise
+    broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
     try:
         replies = kept.request(pack(commands), len(commands), deadline)
-    except BaseException as error:
-        kept.connection.disconnect()  # with a reply outstanding it would serve it to somebody else
-        connections.give_back(kept, broken=True)
-        if isinstance(error, FOREIGN):
-            raise translated(error, key, in_doubt=True) from error
-        raise
-    if kept.outdated:
-        kept.connection.disconnect()
-    connections.give_back(kept, broken=kept.outdated)
+        broken = kept.outdated
+    except FOREIGN as error:
+        raise translated(error, key, in_doubt=True) from error
+    finally:
+        if broken:
+            kept.connection.disconnect()
+        connections.give_back(kept, broken=broken)
     return replies
 
 

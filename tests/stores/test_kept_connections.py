@@ -133,6 +133,13 @@ def test_once_a_second_a_connection_in_constant_use_passes_through_the_pool(
     assert 5 <= len(visits) <= 6
 
 
+def test_a_manager_that_is_dropped_gives_its_connection_back(server: RedisServer) -> None:
+    with server.client(max_connections=2) as client:
+        for number in range(10):
+            assert ProxyManager(RedisStore(client), LIMITS).try_consume(f"key {number}")
+        assert in_use(client) == 0
+
+
 def test_threads_reuse_connections(store: RedisStore, server: RedisServer) -> None:
     ids = at_once(8, lambda _: {connection_id(store) for _ in range(100)})
     assert len(set().union(*ids)) <= 8
