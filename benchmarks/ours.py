@@ -11,6 +11,9 @@ from benchmarks.model import AsyncHit, Hit, Setup
 from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimization, ProxyManager
 
 
+PATIENCE = 30.0  # seconds, as for the peers: a crowd on a busy machine takes its time
+
+
 def _configuration(setup: Setup) -> BucketConfiguration:
     return BucketConfiguration(
         *(Bandwidth.greedy(limit.tokens, timedelta(seconds=limit.seconds)) for limit in setup.limits)
@@ -27,7 +30,9 @@ def sync(*, skip_sync: bool = False) -> Callable[[Setup], AbstractContextManager
     @contextmanager
     def opened(setup: Setup) -> Generator[Hit]:
         optimization = _optimization(skip_sync=skip_sync)
-        with ProxyManager.from_url(setup.url, _configuration(setup), optimization=optimization) as manager:
+        with ProxyManager.from_url(
+            setup.url, _configuration(setup), timeout=PATIENCE, optimization=optimization
+        ) as manager:
             yield manager.try_consume
 
     return opened
@@ -39,7 +44,9 @@ def asyncio(*, skip_sync: bool = False) -> Callable[[Setup], Any]:
     @asynccontextmanager
     async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:
         optimization = _optimization(skip_sync=skip_sync)
-        async with AsyncProxyManager.from_url(setup.url, _configuration(setup), optimization=optimization) as manager:
+        async with AsyncProxyManager.from_url(
+            setup.url, _configuration(setup), timeout=PATIENCE, optimization=optimization
+        ) as manager:
             yield manager.try_consume
 
     return opened

@@ -216,6 +216,12 @@ def slugs(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_tests_that_are_named_exist(page: Path) -> None:
+    for path, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+        assert not test or re.search(rf"def {test}\(", (ROOT / path).read_text()), test
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", without_blocks(page)):
         if link.startswith("https://"):

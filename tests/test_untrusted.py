@@ -284,14 +284,6 @@ def test_a_url_in_the_place_of_a_client_is_not_told(store: Any) -> None:
 # What the page promises
 
 
-def test_the_tests_that_the_page_names_exist() -> None:
-    named = set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", PAGE.read_text()))
-    assert len(named) >= 8
-    for path, test in named:
-        text = (PAGE.parents[1] / path).read_text()
-        assert not test or re.search(rf"def {test}\(", text), test
-
-
 def test_the_permissions_of_the_page_are_those_that_are_tested() -> None:
     for command in ACL_COMMANDS:
         assert f"+{command}" in PAGE.read_text()
