@@ -10,7 +10,6 @@ from typing import Any
 from benchmarks.model import AsyncHit, Hit, Setup
 from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimization, ProxyManager
 
-
 PATIENCE = 30.0  # seconds, as for the peers: a crowd on a busy machine takes its time
 
 
