@@ -70,14 +70,18 @@ class Call:
         outcome unknown: the request is seen through, and the cancellation is left in here.
     :ivar interruption: the cancellation that is held back.
     :ivar round_trips: how often the store was asked.
+    :ivar carried: whether another call's exchange carries the command.
     :ivar degraded: whether the answer is not the store's, which has failed.
+    :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
     """
 
     deadline: float | None = None
     holds: bool = False
     interruption: BaseException | None = None
     round_trips: int = 0
+    carried: bool = False
     degraded: bool = False
+    charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ store may have it. A local bucket stays when the store is back, so that one that
 from __future__ import annotations
 
 import logging
+import os
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -33,12 +35,13 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
-from ratelimit.core.int64 import NEVER, wrap
+from ratelimit.core.int64 import MAX, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, VerboseResult
 from ratelimit.core.share import share_of
 from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import (
+    BucketNotFoundError,
     ContentionError,
     CorruptStateError,
     InvalidArgumentError,
@@ -58,6 +61,8 @@ _ENTRY_BYTES: Final = (
     1_500  # of a local bucket: its state, some ten small objects, and a place in a dictionary, roughly
 )
 _QUIET_SECONDS: Final = 60.0  # between two log records about a store that fails on and off
+_SECONDS_BETWEEN_SWEEPS: Final = 1.0
+_FAILURES_OF_A_SWEEP: Final = 5  # in a row: the store is down again
 
 _VERBS: Final[dict[type[Command[Any]], str]] = {
     TryConsume: "try_consume",
@@ -102,6 +107,7 @@ class LocalBuckets:
         self._size = 0
         self._buckets: OrderedDict[bytes, _Local] = OrderedDict()
         self._lock = Lock()
+        _all_local.add(self)
 
     def __bool__(self) -> bool:
         return bool(self._buckets)
@@ -115,7 +121,7 @@ class LocalBuckets:
         with self._lock:
             now = self._now(key)
             local = self._buckets.get(key)
-            state = None if local is None or local.plan != plan else local.state
+            state = None if local is None else local.state
             own = plan._replace(configuration=share_of(plan.configuration, share))
             before = BucketState.initial(own.configuration, own.version, now) if state is None else state.refilled(now)
             after, answer = execute(command, own, before, now)
@@ -143,10 +149,22 @@ class LocalBuckets:
         """What was consumed of a local bucket, now on its way to the store; None where that is nothing."""
         with self._lock:
             local = self._buckets.get(key)
-            if local is None or not local.uncharged:
+            if local is None or local.uncharged <= 0:
                 return None
             tokens, local.uncharged = local.uncharged, 0
             return Debt(local, tokens)
+
+    def forget(self, key: bytes) -> None:
+        """Drop a local bucket, and what was consumed of it: the shared one has been removed."""
+        with self._lock:
+            if self._buckets.pop(key, None) is not None:
+                self._size -= _ENTRY_BYTES + 2 * len(key)
+
+    def forget_debts(self) -> None:
+        """In a forked process: they are the parent's to charge."""
+        self._lock = Lock()
+        for local in self._buckets.values():
+            local.uncharged = 0
 
     def put_back(self, debt: Debt) -> None:
         """It has not got there."""
@@ -160,6 +178,18 @@ class LocalBuckets:
         for key in keys:
             if (debt := self.debt(key)) is not None:
                 yield debt
+
+
+_all_local: weakref.WeakSet[LocalBuckets] = weakref.WeakSet()
+
+
+def _forget_all_debts() -> None:
+    for local in list(_all_local):
+        local.forget_debts()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all_debts)
 
 
 class Guard:
@@ -183,9 +213,12 @@ class Guard:
         self._asynchronous = asynchronous
         self._lock = Lock()
         self._sweeping = False
+        self._swept_at = float("-inf")
+        self._in_debt = False  # whether there may be something to sweep
         self._degraded = 0  # decisions, since the store has answered last
         self._degraded_since = 0.0
         self._logged_at = float("-inf")
+        self._is_announced = False  # that the store fails
 
     def run(  # noqa: PLR0917  # an exchange, and a policy
         self,
@@ -210,13 +243,13 @@ class Guard:
         except (StoreError, ContentionError, CorruptStateError) as failure:
             error = failure
             try:
-                answer = self._answer_without_store(policy, target, plan, observed, failure)
+                answer = self._answer_without_store(policy, target, plan, observed, call, failure)
             except RateLimitError:
                 self._tell(command, target.key, None, backend.monotonic() - begun, call, failure)
                 raise
             call.degraded = True
         else:
-            if self._degraded and call.round_trips:
+            if (self._degraded or self._in_debt) and call.round_trips:
                 self._recovered(exchange, backend)
         self._tell(command, target.key, answer, backend.monotonic() - begun, call, error)
         return _unobserved(command, answer)  # type: ignore[no-any-return]  # that of the command
@@ -235,13 +268,14 @@ class Guard:
         try:
             outcome = yield from exchange(backend, target, plan, Synchronize(debt.tokens, command, booking=True), call)
         except BaseException as error:
-            if not _is_in_doubt(error) or call.round_trips == 0:
+            was_asked = call.round_trips or call.carried or isinstance(error, StoreError)
+            if not (was_asked and _is_in_doubt(error)):
                 self._local.put_back(debt)
             raise
         return outcome.answer
 
-    def _answer_without_store(
-        self, policy: ErrorPolicy, target: Target, plan: Plan, command: Command[Any], error: RateLimitError
+    def _answer_without_store(  # noqa: PLR0917  # a policy, and an exchange
+        self, policy: ErrorPolicy, target: Target, plan: Plan, command: Command[Any], call: Call, error: RateLimitError
     ) -> Any:
         if not command.is_decision:
             raise error
@@ -252,6 +286,7 @@ class Guard:
             raise error
         if chosen.kind == "allow":
             answer = command.answer_without_limit()
+            call.charged = False
         elif chosen.kind == "deny":
             try:
                 answer = command.answer_refused(RETRY_NANOS)
@@ -261,6 +296,7 @@ class Guard:
             answer = None
             self._local.give_back(target, command.tokens)
         else:
+            call.charged = not _is_in_doubt(error)
             answer = self._local.decide(target, plan, chosen.share, command, in_doubt=_is_in_doubt(error))
         self._log_degraded(target.key, chosen, error)
         if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
@@ -275,9 +311,10 @@ class Guard:
             if not self._degraded:
                 self._degraded_since = now
             self._degraded += 1
+            self._in_debt |= chosen.kind == "local"
             logs = now - self._logged_at >= _QUIET_SECONDS
             if logs:
-                self._logged_at = now
+                self._logged_at, self._is_announced = now, True
         if logs:
             _logger.warning(
                 "the store fails (%s); decisions are made without it, by on_error=%s, for the key %s and others",
@@ -287,40 +324,56 @@ class Guard:
             )
 
     def _recovered(self, exchange: Exchange, backend: Backend) -> None:
+        now = time.monotonic()
         with self._lock:
             degraded, self._degraded = self._degraded, 0
             since = self._degraded_since
-            sweeps = bool(degraded) and bool(self._local) and not self._sweeping
-            self._sweeping |= sweeps
-        if degraded:
-            _logger.info(
-                "the store answers again; %d decisions were made without it in %.1f s",
-                degraded,
-                time.monotonic() - since,
-            )
+            logs, self._is_announced = self._is_announced and bool(degraded), self._is_announced and not degraded
+            sweeps = self._in_debt and not self._sweeping and now - self._swept_at >= _SECONDS_BETWEEN_SWEEPS
+            if sweeps:
+                self._swept_at = now
+        if logs:
+            _logger.info("the store answers again; %d decisions were made without it in %.1f s", degraded, now - since)
         if sweeps:
-            self._spawn(self._sweep(exchange, backend))
+            with suppress(RuntimeError):  # no thread to be had: the next one that the store answers tries again
+                self._spawn(self._sweep(exchange, backend))
 
     def _sweep(self, exchange: Exchange, backend: Backend) -> Steps[None]:
+        if self._sweeping:
+            return
+        self._sweeping = True
         try:
-            with suppress(RateLimitError):  # the next one that the store answers begins anew
-                yield from self.charge_all(exchange, backend)
+            self._in_debt = False
+            yield from self.charge_all(exchange, backend)
+        except RateLimitError:  # the next one that the store answers begins anew
+            self._in_debt = True
         finally:
             self._sweeping = False
 
     def charge_all(self, exchange: Exchange, backend: Backend) -> Steps[None]:
         """Charge what was consumed of all local buckets.
 
-        :raises RateLimitError: at once, where the store fails.
+        :raises RateLimitError: the first, where some could not be charged; after several in a row at once.
         """
+        failure: RateLimitError | None = None
+        in_a_row = 0
         for debt in self._local.debts():
             local = debt.local
             try:
                 yield from exchange(backend, local.target, local.plan, Book(debt.tokens), backend.call())
+            except (BucketNotFoundError, CorruptStateError):  # there is nothing to charge it to
+                continue
             except BaseException as error:
                 if not _is_in_doubt(error):
                     self._local.put_back(debt)
-                raise
+                in_a_row += 1
+                if not isinstance(error, RateLimitError) or in_a_row >= _FAILURES_OF_A_SWEEP:
+                    raise
+                failure = failure or error
+            else:
+                in_a_row = 0
+        if failure is not None:
+            raise failure
 
     def interrupted(self, key: Key, tokens: int, error: BaseException) -> None:
         """A wait was cut short."""
@@ -343,6 +396,8 @@ class Guard:
             return
         tokens = inner.limit if isinstance(inner, ConsumeAsMuchAsPossible) else inner.tokens  # type: ignore[attr-defined]  # all of these verbs have some
         consumed, remaining, wait = _seen(inner, tokens, answer)
+        if remaining == MAX:  # of no bucket
+            remaining = None
         decision = Decision(
             key,
             verb,
@@ -371,7 +426,7 @@ def _observed(command: Command[Any]) -> Command[Any]:
     """A command that decides the same, and shows what is left."""
     if type(command) is TryConsume:
         return TryConsumeAndReturnRemaining(command.tokens)
-    if isinstance(command, Verbose | TryConsumeAndReturnRemaining | EstimateAbilityToConsume):
+    if isinstance(command, Verbose | TryConsumeAndReturnRemaining | EstimateAbilityToConsume | GiveBack):
         return command
     return Verbose(command)
 

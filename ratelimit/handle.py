@@ -37,7 +37,7 @@ from ratelimit.errors import (
     shown,
 )
 from ratelimit.exchange import Backend, Call, Exchange, Target, exchange_in_process, executed, got
-from ratelimit.guard import Guard
+from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
 
@@ -89,7 +89,10 @@ class Handle:
         return self._exchanged(self.plan, command, call)
 
     def _run_planned(self, command: Command[T], call: Call) -> Steps[T]:
+        begun = self.backend.monotonic()
         limits = yield self.limits(self.target.key)  # type: ignore[operator]  # there is a plan for all others
+        if call.deadline is not None:  # that is the caller's own time
+            call.deadline += self.backend.monotonic() - begun
         if limits is None:
             return command.answer_without_limit()
         plan = self._planned(BucketConfiguration.of(limits))
@@ -151,7 +154,7 @@ class Handle:
             except BaseException as error:  # noqa: BLE001  # raised again below, once the tokens are back
                 call.interruption = error
         if call.interruption is not None:
-            if wait != NEVER:
+            if wait != NEVER and call.charged:
                 yield from self._give_back(tokens, call.interruption)
             raise call.interruption
         return answer
@@ -190,7 +193,7 @@ class Handle:
         return result  # type: ignore[return-value]  # the value is not None
 
 
-def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[None]:
+def removed(backend: Backend, target: Target, optimizer: Optimizer, local: LocalBuckets | None = None) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
         if backend.deciding is None:
@@ -199,6 +202,8 @@ def removed(backend: Backend, target: Target, optimizer: Optimizer) -> Steps[Non
             yield backend.deciding.delete(target.stored_key, deadline=backend.call().deadline)
     backend.remembered.forget(target.stored_key)
     optimizer.forget(target.stored_key)
+    if local is not None:
+        local.forget(target.stored_key)
 
 
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:

@@ -55,6 +55,9 @@ class Listener(Protocol):
         ...
 
 
+_NEVER_REFUSED = ("estimate_ability_to_consume", "try_consume_as_much_as_possible")
+
+
 class CountingListener:
     """Counts, as Bucket4j's ``SimpleBucketListener`` does; safe for threads. One for as many managers as you like.
 
@@ -85,7 +88,7 @@ class CountingListener:
                 self.failed += 1
                 return
             self.consumed += decision.consumed
-            if decision.verb == "estimate_ability_to_consume":
+            if not decision.consumed and decision.verb in _NEVER_REFUSED:
                 return
             if not decision.consumed:
                 self.rejected += decision.tokens

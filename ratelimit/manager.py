@@ -210,11 +210,13 @@ class _Manager(Generic[StoreT, BucketT]):
 
     def _told(self) -> Steps[None]:
         """The store, of all that was handed out without asking it."""
-        yield from self._optimizer.sync_all(self._backend)
         try:
-            yield from self._guard.charge_all(self._exchange, self._backend)
-        except RateLimitError as error:
-            _logger.warning("what was consumed without the store could not be charged to it: %s", error)
+            yield from self._optimizer.sync_all(self._backend)
+        finally:
+            try:
+                yield from self._guard.charge_all(self._exchange, self._backend)
+            except RateLimitError as error:
+                _logger.warning("what was consumed without the store could not be charged to it: %s", error)
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """How the circuits to the servers are, by node; none of a store in memory. See :class:`CircuitBreaker`."""
@@ -337,7 +339,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
     def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        drive(removed(self._backend, self._target(key), self._optimizer))
+        drive(removed(self._backend, self._target(key), self._optimizer, self._local))
 
     def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.try_consume`."""
@@ -487,7 +489,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
 
     async def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        await adrive(removed(self._backend, self._target(key), self._optimizer))
+        await adrive(removed(self._backend, self._target(key), self._optimizer, self._local))
 
     async def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`AsyncBucket.try_consume`."""
@@ -620,11 +622,11 @@ def _checked_policy(policy: ErrorPolicy) -> ErrorPolicy:
 
 
 def _checked_listener(listener: Listener | None) -> Listener | None:
-    if listener is not None and not all(
-        callable(getattr(listener, name, None)) for name in ("on_decision", "on_interrupted")
-    ):
+    methods = [getattr(listener, name, None) for name in ("on_decision", "on_interrupted")]
+    if listener is not None and not all(callable(one) and not iscoroutinefunction(one) for one in methods):
         raise InvalidArgumentError(
-            f"a listener must have on_decision and on_interrupted, which {brief(listener)} has not"
+            "a listener must have on_decision and on_interrupted, which are called and not awaited; "
+            f"{brief(listener)} has not"
         )
     return listener
 

@@ -5,8 +5,8 @@ are. Here the first runs its exchange. Those who come meanwhile queue; when it i
 command, in order, and each gets its answer. Nobody waits for more than the exchange in flight and the one that carries
 its own command, and every answer is the one that the caller would have had in that order, one by one.
 
-Of threads, the first that waits leads the others: it runs the exchange of all. For tasks, one of the merger's own does
-that, so that a caller is woken once, by its answer, and nobody's cancellation touches the others.
+Of threads, the one that can wait longest leads the others: it runs the exchange of all. For tasks, one of the merger's
+own does that, so that a caller is woken once, by its answer, and nobody's cancellation touches the others.
 
 An exchange that fails shares its error, for they had all asked for the same. Who is cancelled in the queue is not
 charged; once the swap is sent it is seen through. Nobody waits beyond a deadline of his own.
@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.commands import Batch, Command, Plan
@@ -188,7 +189,12 @@ class TaskMerger:
     def _start_carrier(self, place: _Place, backend: Backend) -> None:
         carrier = place.loop.create_task(self._carry(place, backend))
         self._carriers.add(carrier)
-        carrier.add_done_callback(self._carriers.discard)
+        carrier.add_done_callback(partial(self._ended, place))
+
+    def _ended(self, place: _Place, carrier: asyncio.Task[None]) -> None:
+        self._carriers.discard(carrier)
+        if self._places.get((place.loop, place.key)) is place:  # it was cancelled before it had begun
+            self._leave(place)
 
     async def _carry(self, place: _Place, backend: Backend) -> None:
         """Run one exchange after the other until nobody waits."""
@@ -220,6 +226,8 @@ async def _carry_together(backend: Backend, together: list[_Queued[Any]]) -> Non
     target, plan = together[0].target, together[0].plan
     deadlines = [queued.call.deadline for queued in together]
     call = Call(None if None in deadlines else max(deadlines))  # type: ignore[type-var]  # there is no None
+    for queued in together:
+        queued.call.carried = True
     try:
         batch = Batch(tuple([queued.command for queued in together]))
         answers = await adrive(exchange(backend, target, plan, batch, call))
@@ -266,6 +274,10 @@ class _Entry(Generic[T]):
         self.woken.set()
 
 
+def _deadline(entry: _Entry[Any]) -> float:
+    return math.inf if entry.call.deadline is None else entry.call.deadline
+
+
 _NOBODY: Final[deque[_Entry[Any]]] = deque()
 """The queue of a place where one leads and nobody has come yet; it stays empty."""
 
@@ -310,7 +322,7 @@ class ThreadMerger:
                 self._hand_over(place)
         self._wait(place, entry)
         if entry.led is not None:
-            yield from self._lead(place, backend, entry.led)
+            yield from self._lead(place, backend, entry)
         if entry.error is not None:
             raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
@@ -338,7 +350,7 @@ class ThreadMerger:
                     entry.abandoned = not stays
                 if not stays:
                     if entry.led is not None:
-                        self._hand_over(place, entry.led[1:])
+                        self._hand_over(place, [other for other in entry.led if other is not entry])
                     raise
                 call.interruption = error  # what becomes of the command must be known, and then undone
                 if entry.settled:
@@ -360,10 +372,12 @@ class ThreadMerger:
             self._hand_over(place)
         raise _too_late(entry.target.key, in_doubt=not queued)
 
-    def _lead(self, place: Hashable, backend: Backend, led: list[_Entry[Any]]) -> Steps[None]:
+    def _lead(self, place: Hashable, backend: Backend, leader: _Entry[Any]) -> Steps[None]:
         """Run one exchange for all that are led, and hand out the answers."""
-        first, others = led[0], led[1:]
-        asking = first.call if first.call.holds else Call(first.call.deadline, holds=True)
+        led = leader.led or []
+        first, call = led[0], leader.call
+        others = [entry for entry in led if entry is not leader]
+        asking = call if call.holds else Call(call.deadline, holds=True)
         unsettled = others
         try:
             command = Batch(tuple(entry.command for entry in led))
@@ -376,7 +390,7 @@ class ThreadMerger:
                 for entry in others:
                     entry.error = _copied(error, entry.target.key)
                 unsettled = []
-            if asking is not first.call and asking.interruption is not None:
+            if asking is not call and asking.interruption is not None:
                 raise asking.interruption from error
             raise
         finally:
@@ -386,20 +400,20 @@ class ThreadMerger:
                 for entry in others:
                     entry.settle()
             self._hand_over(place, unsettled)
-        if asking is not first.call and asking.interruption is not None:
+        if asking is not call and asking.interruption is not None:
             raise asking.interruption
 
     def _hand_over(self, place: Hashable, returned: Sequence[_Entry[Any]] = ()) -> None:
         """Let the next one lead; those that are returned go first."""
         with self._lock:
             queue = self._queues.get(place)
-            if queue is None:
+            if queue is None and not returned:
                 return
-            if returned and queue is _NOBODY:
+            if queue is None or (returned and queue is _NOBODY):
                 queue = self._queues[place] = deque()
             for entry in reversed(returned):
                 if not entry.abandoned:
-                    entry.queued = True
+                    entry.queued, entry.call.carried = True, False
                     queue.appendleft(entry)
             if not queue:
                 del self._queues[place]
@@ -408,6 +422,7 @@ class ThreadMerger:
             while queue and _go_together(queue[0], led[0]):
                 led.append(queue.popleft())
             for entry in led:
-                entry.queued = False
-            led[0].led = led
-        led[0].woken.set()
+                entry.queued, entry.call.carried = False, True
+            leader = max(led, key=_deadline)
+            leader.led = led
+        leader.woken.set()

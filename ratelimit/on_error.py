@@ -28,6 +28,10 @@ class OnError:
     DENY: ClassVar[OnError]
     """As if there were no tokens; to be tried again in a second. ``consume_ignoring_rate_limits`` raises."""
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("raise", "allow", "deny", "local"):
+            raise InvalidConfigurationError(f"kind must be raise, allow, deny or local, not {brief(self.kind)}", "kind")
+
     @classmethod
     def local(cls, share: float | Fraction) -> OnError:
         """Decide by a bucket of this process, which begins as a new one, with a share of the limits.

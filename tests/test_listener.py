@@ -156,8 +156,14 @@ async def test_one_that_fails_is_logged_and_changes_nothing(make: Make, caplog: 
 
 
 async def test_something_else_is_refused(make: Make) -> None:
-    with pytest.raises(InvalidArgumentError, match="a listener must have on_decision and on_interrupted"):
-        make(listener=print)
+    class Awaited:
+        async def on_decision(self, decision: Decision) -> None: ...
+
+        async def on_interrupted(self, key: Key, tokens: int, error: BaseException) -> None: ...
+
+    for listener in (print, Awaited()):
+        with pytest.raises(InvalidArgumentError, match="a listener must have on_decision and on_interrupted"):
+            make(listener=listener)
 
 
 async def test_tasks_that_share_a_swap_are_told_of_one_by_one() -> None:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from ratelimit.errors import InvalidConfigurationError, StoreUnavailableError
+from ratelimit.errors import InvalidConfigurationError, StoreTimeoutError, StoreUnavailableError
+
+_SHORTEST_FAILURE = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,12 @@ class Circuit:
 
     :ivar failures: in a row; of interest to who reports a success, which changes nothing while there are none.
     :ivar is_open: whether :meth:`admit` has to be asked before a request.
+    :ivar heard_at: when a request began that was answered.
     """
 
     __slots__ = (
         *("_breaker", "_last_error", "_lock", "_monotonic", "_pause", "_retry_at", "_trying"),
-        *("failures", "is_open"),
+        *("failures", "heard_at", "is_open"),
     )
 
     def __init__(self, breaker: CircuitBreaker | None, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -87,6 +90,7 @@ class Circuit:
         self._monotonic = monotonic
         self.failures = 0
         self.is_open = False
+        self.heard_at = float("-inf")
         self._pause = 0.0
         self._retry_at = 0.0
         self._trying = False
@@ -114,6 +118,15 @@ class Circuit:
             key,
             f"Redis has failed {self.failures} times in a row and is not asked for another {left:.3f} s"
             f" (last: {self._last_error})",
+        )
+
+    def excuses(self, error: Exception, begun: float) -> bool:
+        """Whether this is the fault of a caller who could not wait, while the server does answer others."""
+        now = self._monotonic()
+        return (
+            isinstance(error, StoreTimeoutError)
+            and now - begun < _SHORTEST_FAILURE
+            and now - self.heard_at < 2 * _SHORTEST_FAILURE
         )
 
     def failed(self, error: Exception) -> None:

@@ -34,6 +34,7 @@ _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
 
 _LONGEST_FAILURE: Final = 1.0  # seconds
+_SHORTEST_SILENCE: Final = 0.1  # seconds
 
 MakeConnection = Callable[[], Any]
 """Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
@@ -284,7 +285,7 @@ class _Link:
                 self._fails_since = min(self._fails_since, waiter.since)
                 failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
                 _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
-        if failure is not None:
+        if failure is not None and now - self._heard >= _SHORTEST_SILENCE:  # else it answers those who can wait
             self._circuit.failed(failure)
         if self._fails_since + _LONGEST_FAILURE <= now:
             self.usable = False

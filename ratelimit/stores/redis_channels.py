@@ -75,6 +75,7 @@ class _KeptConnections:
         self._most = most
         self._kept: list[_Kept] = []
         self._waiting = 0
+        self._connecting = 0  # in threads, which some of those who waited have left
         self._closed = 0  # how often
         self._lock = threading.Lock()
         _all_kept.add(self)
@@ -122,7 +123,7 @@ class _KeptConnections:
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
         self._kept = []
-        self._waiting = 0
+        self._waiting = self._connecting = 0
         self._lock = threading.Lock()
 
     def _from_pool(self, deadline: float | None) -> _Kept:
@@ -130,11 +131,26 @@ class _KeptConnections:
             self._waiting += 1
         try:
             self.clear()  # before it is asked for: the pool may be full of what is kept here
-            connection = within(deadline, self.pool.get_connection, late=partial(self._take_back, self._closed))
+            with self._lock:
+                if self._connecting >= _MOST_CONNECTING:
+                    raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
+                self._connecting += 1
+            connection = within(deadline, self._connect, late=partial(self._take_back, self._closed))
+        except TimeoutError as error:
+            if isinstance(self.pool, redis.BlockingConnectionPool) and self.pool.pool.empty():
+                raise exceptions.TimeoutError("No connection available") from error
+            raise
         finally:
             with self._lock:
                 self._waiting -= 1
         return _Kept(connection)
+
+    def _connect(self) -> Any:
+        try:
+            return self.pool.get_connection()
+        finally:
+            with self._lock:
+                self._connecting -= 1
 
     def _take_back(self, closed: int, connection: Any) -> None:
         """A connection that comes when nobody waits for it any more."""
@@ -313,6 +329,7 @@ PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None bef
 
 _LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
 _LONGEST_KEPT: Final = 1.0
+_MOST_CONNECTING: Final = 1_000
 _FOR_EVER: Final = 1e8  # seconds
 _SHORTEST: Final = 0.001  # seconds; 0 would mean for ever
 
@@ -351,6 +368,33 @@ def _send_over(
         if broken:
             kept.connection.disconnect()
         connections.give_back(kept, broken=broken)
+    return replies
+
+
+def _watched(
+    circuit: Circuit,
+    send: Callable[[bytes, Sequence[Command], float | None], Replies],
+    key: bytes,
+    commands: Sequence[Command],
+    deadline: float | None,
+) -> Replies:
+    """Send, if the circuit is not open, and let it know what that says of the server."""
+    check_time_left(key, deadline)
+    if circuit.is_open:
+        circuit.admit(key, deadline)
+    begun = time.monotonic()
+    try:
+        replies = send(key, commands, deadline)
+    except (StoreUnavailableError, StoreTimeoutError) as error:
+        if tells_of_server(error) and not circuit.excuses(error, begun):
+            circuit.failed(error)
+        raise
+    except StoreError:  # it has answered
+        circuit.succeeded()
+        raise
+    circuit.heard_at = begun
+    if circuit.failures:
+        circuit.succeeded()
     return replies
 
 
@@ -414,19 +458,7 @@ class PoolChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands over one connection, in one write."""
-        check_time_left(key, deadline)
-        circuit = self._circuit
-        if circuit.is_open:
-            circuit.admit(key, deadline)
-        try:
-            replies = _send_over(self._connections, key, commands, deadline)
-        except (StoreUnavailableError, StoreTimeoutError) as error:
-            if tells_of_server(error):
-                circuit.failed(error)
-            raise
-        if circuit.failures:
-            circuit.succeeded()
-        return replies
+        return _watched(self._circuit, partial(_send_over, self._connections), key, commands, deadline)
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """There is one."""
@@ -514,19 +546,7 @@ class ClusterChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands to the node of the key, in one write unless it has to be found first."""
-        check_time_left(key, deadline)
-        circuit = self._circuits[self.node(key)]
-        if circuit.is_open:
-            circuit.admit(key, deadline)
-        try:
-            replies = self._send(key, commands, deadline)
-        except (StoreUnavailableError, StoreTimeoutError) as error:
-            if tells_of_server(error):
-                circuit.failed(error)
-            raise
-        if circuit.failures:
-            circuit.succeeded()
-        return replies
+        return _watched(self._circuits[self.node(key)], self._send, key, commands, deadline)
 
     def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
         try:
