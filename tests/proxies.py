@@ -191,7 +191,10 @@ class Proxy:
 def _is_one_reply(data: bytes) -> bool:
     replies = hiredis.Reader(notEnoughData=CLOSE)
     replies.feed(data)
-    return replies.gets() is not CLOSE and not replies.has_data()
+    try:
+        return replies.gets() is not CLOSE and not replies.has_data()
+    except hiredis.ProtocolError:  # the rest of one that came in two
+        return False
 
 
 def _listener(port: int, backlog: int) -> socket.socket:

@@ -320,8 +320,11 @@ does not know any longer who this is."""
 
 
 def is_outdated(error: Exception) -> bool:
-    """Also a master whose replicas have left it may be none any more: Sentinel knows, which is asked to connect."""
-    return isinstance(error, OUTDATED) or "NOREPLICAS" in str(error)
+    """Also a master whose replicas have left it may be none any more: Sentinel knows, which is asked to connect.
+
+    By the text, too: an older server puts the code of an error inside a script behind words of its own.
+    """
+    return isinstance(error, OUTDATED) or "READONLY" in str(error) or "NOREPLICAS" in str(error)
 
 
 _READ_SIZE: Final = 16_384
