@@ -152,13 +152,14 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
         now: Any = backend.now(key) if may_delegate else _NOT_ASKED
         if now is None or command.only_reads or (before is None and must_exist):
             call.round_trips += 1
-            before, state, fresh = (yield got(backend, key, call)), None, True
+            before, state, fresh = (yield asked(backend, store.get, call, key)), None, True
         while True:
             if before is None and must_exist:
                 raise BucketNotFoundError(target.key)
             if not isinstance(now, int):
                 now = backend.now(key)
-                now = yield _asked_time(backend, key, call) if now is None else now  # where no read has brought it
+                # It is asked for only where no read has brought it.
+                now = yield asked(backend, store.now_nanos, call, key) if now is None else now
             if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or call.round_trips >= _TRIPS_BEFORE_DELEGATION):
                 may_delegate = False
                 arguments = request(command, plan, target.expiration, now, must_exist=must_exist)
@@ -184,7 +185,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                     remembered.put(key, Seen(before, state, by_others, lost, undisturbed))
                     return answer
                 call.round_trips += 1
-                known, before, state, fresh = before, (yield got(backend, key, call)), None, True
+                known, before, state, fresh = before, (yield asked(backend, store.get, call, key)), None, True
                 by_others |= before != known
                 now = _NOT_ASKED
                 continue
@@ -193,7 +194,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             call.round_trips += 1
             try:
                 if call.holds:
-                    loss = yield from _seen_through(_swapped(backend, swap, call), call)
+                    loss = yield from _seen_through(asked(backend, store.swap, call, *swap), call)
                 elif deciding is not None:
                     loss = yield from deciding.swapping(*swap, call.deadline)
                 else:
@@ -221,7 +222,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             if attempts >= _IMMEDIATE_ATTEMPTS:
                 yield backend.pause(_jittered_pause(attempts - _IMMEDIATE_ATTEMPTS))
                 call.round_trips += 1
-                before = yield got(backend, key, call)
+                before = yield asked(backend, store.get, call, key)
             now = _NOT_ASKED
     except (StoreError, CorruptStateError) as error:  # as errors_named does, at less cost
         error.key = target.key
@@ -265,23 +266,9 @@ def _delegated(deciding: Any, key: bytes, arguments: tuple[bytes, ...], call: Ca
     return (yield from _seen_through(deciding.decide(key, arguments, deadline=call.deadline), call))  # type: ignore[return-value]
 
 
-def got(backend: Backend, key: bytes, call: Call) -> Any:
-    """Ask the store for a state."""
-    if backend.deciding is None:
-        return backend.store.get(key)
-    return backend.deciding.get(key, deadline=call.deadline)
-
-
-def _asked_time(backend: Backend, key: bytes, call: Call) -> Any:
-    if backend.deciding is None:
-        return backend.store.now_nanos(key)
-    return backend.deciding.now_nanos(key, deadline=call.deadline)
-
-
-def _swapped(backend: Backend, swap: tuple[bytes, bytes | None, bytes, int], call: Call) -> Any:
-    if backend.deciding is None:
-        return backend.store.swap(*swap)
-    return backend.deciding.swap(*swap, deadline=call.deadline)
+def asked(backend: Backend, method: Callable[..., Any], call: Call, *arguments: Any) -> Any:
+    """Ask the store by one of its methods, and until the deadline, if it knows deadlines."""
+    return method(*arguments) if backend.deciding is None else method(*arguments, deadline=call.deadline)
 
 
 def _explained(  # noqa: PLR0917  # all that an exchange is about
@@ -329,7 +316,7 @@ def _repeated(  # noqa: PLR0917  # the same
     key, _, after, _ = swap
     call.round_trips += 1
     try:
-        loss: Lost | None = yield _swapped(backend, swap, call)
+        loss: Lost | None = yield asked(backend, backend.store.swap, call, *swap)
     except StoreError as error:
         error.in_doubt = True
         raise

@@ -57,9 +57,7 @@ from ratelimit.on_error import RETRY_NANOS, ErrorPolicy, OnError
 
 T = TypeVar("T")
 
-_ENTRY_BYTES: Final = (
-    1_500  # of a local bucket: its state, some ten small objects, and a place in a dictionary, roughly
-)
+_ENTRY_BYTES: Final = 1_500  # of a local bucket, roughly: its state, some ten small objects, a place in a dictionary
 _QUIET_SECONDS: Final = 60.0  # between two log records about a store that fails on and off
 _SECONDS_BETWEEN_SWEEPS: Final = 1.0
 _FAILURES_OF_A_SWEEP: Final = 5  # in a row: the store is down again
@@ -127,14 +125,14 @@ class LocalBuckets:
             after, answer = execute(command, own, before, now)
             if local is None:
                 local = self._buckets[key] = _Local(target, plan, before)
-                self._size += _ENTRY_BYTES + 2 * len(key)
+                self._size += _weight(key)
             if after is not None and not in_doubt:
                 local.uncharged += wrap(after.consumed_tokens - before.consumed_tokens)
             local.plan, local.state = plan, after or before
             self._buckets.move_to_end(key)
             while self._size > self._limit and len(self._buckets) > 1:
                 forgotten, _ = self._buckets.popitem(last=False)
-                self._size -= _ENTRY_BYTES + 2 * len(forgotten)
+                self._size -= _weight(forgotten)
             return answer
 
     def give_back(self, target: Target, tokens: int) -> None:
@@ -158,7 +156,7 @@ class LocalBuckets:
         """Drop a local bucket, and what was consumed of it: the shared one has been removed."""
         with self._lock:
             if self._buckets.pop(key, None) is not None:
-                self._size -= _ENTRY_BYTES + 2 * len(key)
+                self._size -= _weight(key)
 
     def forget_debts(self) -> None:
         """In a forked process: they are the parent's to charge."""
@@ -178,6 +176,10 @@ class LocalBuckets:
         for key in keys:
             if (debt := self.debt(key)) is not None:
                 yield debt
+
+
+def _weight(key: bytes) -> int:
+    return _ENTRY_BYTES + 2 * len(key)
 
 
 _all_local: weakref.WeakSet[LocalBuckets] = weakref.WeakSet()

@@ -36,7 +36,7 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Call, Exchange, Target, exchange_in_process, executed, got
+from ratelimit.exchange import Backend, Call, Exchange, Target, asked, exchange_in_process, executed
 from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
@@ -196,10 +196,7 @@ class Handle:
 def removed(backend: Backend, target: Target, optimizer: Optimizer, local: LocalBuckets | None = None) -> Steps[None]:
     """Forget a bucket."""
     with errors_named(target.key):
-        if backend.deciding is None:
-            yield backend.store.delete(target.stored_key)
-        else:
-            yield backend.deciding.delete(target.stored_key, deadline=backend.call().deadline)
+        yield asked(backend, backend.store.delete, backend.call(), target.stored_key)
     backend.remembered.forget(target.stored_key)
     optimizer.forget(target.stored_key)
     if local is not None:
@@ -209,7 +206,7 @@ def removed(backend: Backend, target: Target, optimizer: Optimizer, local: Local
 def stored_configuration(backend: Backend, target: Target) -> Steps[BucketConfiguration | None]:
     """The configuration that is stored with a bucket."""
     with errors_named(target.key):
-        state = yield got(backend, target.stored_key, backend.call())
+        state = yield asked(backend, backend.store.get, backend.call(), target.stored_key)
     return None if state is None else codec.decode(state, target.key).configuration
 
 

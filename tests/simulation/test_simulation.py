@@ -161,7 +161,7 @@ def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) ->
     ) -> Steps[Lost | None]:
         if not isinstance(failure, StoreError) or not failure.in_doubt:
             raise failure
-        return Lost((yield ratelimit.exchange.got(backend, target.stored_key, call)))
+        return Lost((yield ratelimit.exchange.asked(backend, backend.store.get, call, target.stored_key)))
 
     _repeating(patch, repeat)
 
