@@ -12,7 +12,7 @@ from hypothesis import settings
 from ratelimit import AsyncProxyManager, ProxyManager
 from tests import servers
 from tests.ways import Way
-from tests.workers import Workers
+from tests.workers import Workers, patient
 
 # Without a deadline for an example: a busy machine is slow, which proves nothing.
 settings.register_profile("test", deadline=None)
@@ -140,3 +140,16 @@ def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
     """The same, told by which way decisions are to go."""
     processes.way = getattr(request, "param", Way())
     return processes
+
+
+@pytest.fixture
+def url(redis_url: str) -> str:
+    """That of an empty database, with the patience that many processes at once want."""
+    return patient(redis_url)
+
+
+@pytest.fixture
+def client(url: str) -> Generator[redis.Redis]:
+    """A client of that database."""
+    with redis.Redis.from_url(url) as client:
+        yield client

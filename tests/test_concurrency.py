@@ -65,17 +65,6 @@ few_ways = over(Way(), Way(By.SWAPS, merging=False), Way(By.SCRIPT))
 
 
 @pytest.fixture
-def url(redis_url: str) -> str:
-    return patient(redis_url)
-
-
-@pytest.fixture
-def client(url: str) -> Generator[redis.Redis]:
-    with redis.Redis.from_url(url) as client:
-        yield client
-
-
-@pytest.fixture
 def server(server_binary: ServerBinary) -> Generator[RedisServer]:
     with RedisServer.start(server_binary) as server:
         yield server

@@ -7,6 +7,7 @@ for as long as a scenario wants a failover.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -74,8 +75,30 @@ def await_replication(master: RedisServer, *replicas: RedisServer) -> None:
         settled_by(lambda r=replica: int(ask(r, "ROLE")[-1]) >= offset, f"{replica!r} has caught up with {master!r}")
 
 
+class Topology(ABC):
+    """Servers that watch each other, and replace one that is gone."""
+
+    @contextmanager
+    def hasty(self) -> Generator[None]:
+        """Let them take one for dead after a second, until all is whole again at the end."""
+        self._be(HASTY_MILLIS)
+        try:
+            yield
+        finally:
+            self.heal()
+            self._be(PATIENT_MILLIS)
+
+    @abstractmethod
+    def heal(self) -> None:
+        """Bring back what was killed or stopped, and wait until all is whole."""
+
+    @abstractmethod
+    def _be(self, millis: int) -> None:
+        """Take one for dead after so long."""
+
+
 @dataclass
-class ReplicatedCluster:
+class ReplicatedCluster(Topology):
     """Masters that share the slots, each with one replica; who is what changes with every failover."""
 
     nodes: list[RedisServer]
@@ -132,16 +155,6 @@ class ReplicatedCluster:
                 self.down.discard(node.port)
             node.resume()
         settled_by(self.is_whole, "the cluster is whole")
-
-    @contextmanager
-    def hasty(self) -> Generator[None]:
-        """Let the nodes take each other for dead after a second, until the cluster is whole again at the end."""
-        self._be(HASTY_MILLIS)
-        try:
-            yield
-        finally:
-            self.heal()
-            self._be(PATIENT_MILLIS)
 
     def _be(self, millis: int) -> None:
         for node in self.alive():
@@ -206,7 +219,7 @@ def end_move(source: RedisServer, target: RedisServer, slot: int, others: list[R
 
 
 @dataclass
-class SentinelTrio:
+class SentinelTrio(Topology):
     """A master, two replicas, and three sentinels of which two have to agree."""
 
     servers: list[RedisServer]
@@ -272,16 +285,6 @@ class SentinelTrio:
             if server is not master and not follows(server, master):
                 ask(server, "REPLICAOF", master.host, master.port)
         settled_by(self.is_whole, "the sentinels see a master and its replicas")
-
-    @contextmanager
-    def hasty(self) -> Generator[None]:
-        """Let the sentinels take the master for dead after a second, until all is whole again at the end."""
-        self._be(HASTY_MILLIS)
-        try:
-            yield
-        finally:
-            self.heal()
-            self._be(PATIENT_MILLIS)
 
     def _be(self, millis: int) -> None:
         for sentinel in self.sentinels:

@@ -28,7 +28,7 @@ from tests.servers import SharedServer, wait_until
 from tests.test_concurrency import AGES, QUOTA, RATE, SMALL_QUOTA, both_faces, bound, every_way, few_ways
 from tests.test_traces import KEY, TRACES, Replay, each_category
 from tests.ways import By, deciding_by
-from tests.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, patient, redis_nanos
+from tests.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, redis_nanos
 
 pytestmark = pytest.mark.redis
 
@@ -49,17 +49,6 @@ def peers(redis_server: SharedServer) -> Generator[list[Peer]]:
 @pytest.fixture
 def peer(peers: list[Peer]) -> Peer:
     return peers[0]
-
-
-@pytest.fixture
-def url(redis_url: str) -> str:
-    return patient(redis_url)
-
-
-@pytest.fixture
-def client(url: str) -> Generator[redis.Redis]:
-    with redis.Redis.from_url(url) as client:
-        yield client
 
 
 @pytest.fixture
