@@ -16,6 +16,7 @@ import redis
 
 from ratelimit import NEVER, Bandwidth, BucketConfiguration, Expiration, ProxyManager
 from ratelimit.cli import main
+from ratelimit.cli.ending import Interrupted, interruptible
 from ratelimit.cli.keys import duration
 from ratelimit.core import codec
 from ratelimit.core.state import BandwidthState, BucketState
@@ -387,6 +388,22 @@ class TestEnding:
         finally:
             os.close(writer)
         assert (ended.stderr, ended.returncode) == (b"", 141)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+    def test_a_signal_that_a_finalizer_swallows_ends_it_a_moment_later(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Ending:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        began = []
+        with pytest.raises(Interrupted) as interruption, interruptible():
+            Ending()
+            began.append(True)
+            threading.Event().wait(30)
+        assert (began, interruption.value.number) == ([True], signal.SIGTERM)
+        assert capsys.readouterr().err == ""
 
     def test_runs_inside_a_program_as_well(self, capsys: pytest.CaptureFixture[str]) -> None:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

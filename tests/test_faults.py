@@ -48,8 +48,11 @@ T = TypeVar("T")
 
 LIMITS = "1000000/day"
 TIMEOUT = 0.2
-SLACK = 0.5
-"""What a decision may take beyond its timeout: the threads and tasks of a busy machine wait for their turns."""
+SLACK = 1.5
+"""What a decision may take beyond its timeout: a busy machine stands still for half a second now and then."""
+
+PATIENCE = 1.0
+"""The timeout of those whose decisions have to succeed while there is no fault, on such a machine, too."""
 
 LONGEST_PAUSE = 2.0
 """Of the circuit breaker."""
@@ -495,7 +498,7 @@ async def test_waiting_has_a_timeout_of_its_own_and_an_interrupted_wait_gives_it
             await task
         return time.perf_counter() - begun
 
-    async with AsyncProxyManager.from_url(url, limits, timeout=TIMEOUT) as manager:
+    async with AsyncProxyManager.from_url(url, limits, timeout=PATIENCE) as manager:
         assert await manager.consume("key", 100, timeout=60)
         assert not await manager.consume("key", 10, timeout=60)
 
@@ -510,11 +513,11 @@ async def test_waiting_has_a_timeout_of_its_own_and_an_interrupted_wait_gives_it
             outcome = await call(manager, "consume", 20, timeout=3600)
             assert isinstance(outcome.error, StoreTimeoutError)
             assert outcome.error.in_doubt
-            assert outcome.seconds <= TIMEOUT + SLACK
-            assert await interrupted(waiting) <= TIMEOUT + SLACK
+            assert outcome.seconds <= PATIENCE + SLACK
+            assert await interrupted(waiting) <= PATIENCE + SLACK
             in_flight = asyncio.create_task(manager.consume("key", 5, timeout=3600))
             await asyncio.sleep(0)
-            assert await interrupted(in_flight) <= TIMEOUT + SLACK
+            assert await interrupted(in_flight) <= PATIENCE + SLACK
         assert [record.message.split(":")[0] for record in caplog.records] == [
             "10 tokens of a wait that was interrupted could not be given back"
         ]
@@ -532,7 +535,7 @@ class Instance:
         self._chosen = chosen
         url = f"redis://127.0.0.1:{wire.proxy.port}"
         kind: Any = AsyncProxyManager if asynchronous else ProxyManager
-        self.manager: Any = kind.from_url(url, "100/day", timeout=TIMEOUT, on_error=self._policy)
+        self.manager: Any = kind.from_url(url, "100/day", timeout=PATIENCE, on_error=self._policy)
 
     def _policy(self, _key: Key, error: RateLimitError) -> OnError:
         self.errors.append(error)
@@ -553,7 +556,7 @@ class Instance:
 
     async def until_it_works(self, key: str) -> int:
         """Ask until the store answers; how many tokens that took from it."""
-        end = time.perf_counter() + LONGEST_PAUSE + TIMEOUT + SLACK
+        end = time.perf_counter() + LONGEST_PAUSE + PATIENCE + SLACK
         while (probe := await self.ask(key)).degraded:
             assert time.perf_counter() < end
             await asyncio.sleep(0.01)
@@ -618,12 +621,12 @@ async def test_to_close_during_an_outage_takes_the_timeout_and_tells_what_is_not
         begun = time.perf_counter()
         async with closing(instance.manager):
             pass
-        assert time.perf_counter() - begun <= TIMEOUT + SLACK
+        assert time.perf_counter() - begun <= PATIENCE + SLACK
     assert caplog.records[-1].message.startswith("what was consumed without the store could not be charged to it")
 
 
 async def until(ask: Callable[[], Awaitable[Any]], wanted: Any) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     while (answer := await ask()) != wanted:
         assert time.monotonic() < end, f"{answer}, not {wanted}"
         await asyncio.sleep(0.005)

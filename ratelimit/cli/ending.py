@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_AGAIN_SECONDS = 0.01
 
 
 class CommandError(Exception):
@@ -43,12 +45,28 @@ def interruptible() -> Generator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
+    def report(unraisable: sys.UnraisableHookArgs) -> None:
+        """A finalizer that happened to run has swallowed it, as it would any error: it is raised again in a moment."""
+        interruption = unraisable.exc_value
+        if not isinstance(interruption, Interrupted):
+            report_before(unraisable)
+        elif hasattr(signal, "setitimer"):
+            number = interruption.number
+            signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        else:  # the next signal will do
+            for number in before:
+                signal.signal(number, interrupt)
+
     before = {number: signal.getsignal(number) for number in _ENDING}
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    report_before = sys.unraisablehook
     try:
         for number in before:
             signal.signal(number, interrupt)
+        sys.unraisablehook = report
         yield
     finally:
+        sys.unraisablehook = report_before
         for number, handler in before.items():
             signal.signal(number, handler)
