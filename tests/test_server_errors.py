@@ -25,6 +25,7 @@ from tests.fronts import Front
 from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
 from tests.topologies import ask, begin_to_move, end_move, move_keys
 from tests.ways import By, deciding_by
+from tests.workers import patient
 
 pytestmark = pytest.mark.redis
 
@@ -335,7 +336,7 @@ async def test_a_bucket_that_is_in_between_is_asked_for_again(face: Face, server
     """TRYAGAIN, which servers answer to commands of several keys: never to ours, but proxies may."""
     ask(server, "FLUSHALL")
     with Front(server) as front:
-        async with managing(face, f"redis+cluster://127.0.0.1:{front.port}") as manager:
+        async with managing(face, patient(f"redis+cluster://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key")
             left = 3
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Generator
@@ -32,7 +33,7 @@ SECOND = 1.0
 
 class Clock:
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = time.monotonic()  # deadlines of decisions are by the real one
 
     def monotonic(self) -> float:
         return self.now
