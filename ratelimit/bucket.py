@@ -10,6 +10,7 @@ from ratelimit.core.commands import (
     EstimateAbilityToConsume,
     ForceAddTokens,
     GetAvailableTokens,
+    GiveBack,
     Reset,
     Verbose,
 )
@@ -19,7 +20,14 @@ from ratelimit.core.int64 import MAX
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import Key, shown
-from ratelimit.handle import Handle, replacement, token_count, try_consume, try_consume_and_return_remaining
+from ratelimit.handle import (
+    Handle,
+    hold_back,
+    replacement,
+    token_count,
+    try_consume,
+    try_consume_and_return_remaining,
+)
 
 
 class Bucket:
@@ -97,6 +105,21 @@ class Bucket:
         """Put tokens in, above the capacity if need be."""
         self._handle.answer(ForceAddTokens(token_count(tokens)), timeout)
 
+    def give_back(self, tokens: int, *, timeout: Duration | None = None) -> None:
+        """Undo a consumption of which nothing has come: the tokens are there again, up to the capacity."""
+        self._handle.answer(GiveBack(token_count(tokens)), timeout)
+
+    def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> None:
+        """Let nobody have a token before this long from now; a wait that is longer already stays as it is.
+
+        For a fleet that has been told to come later: however many say it, it is done once. Tokens are taken for it, in
+        debt if need be, and come back one by one or by the period, as the limits say. They do not count as consumed.
+        Who has reserved tokens before is not held, and who puts tokens in, or gives them back, ends it sooner.
+
+        :param duration: a ``timedelta`` or seconds, above 0.
+        """
+        self._handle.answer(hold_back(duration), timeout)
+
     def reset(self, *, timeout: Duration | None = None) -> None:
         """Fill the bucket to its capacity; a debt is forgotten."""
         self._handle.answer(Reset(), timeout)
@@ -171,6 +194,14 @@ class VerboseBucket:
     def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
         return self._handle.answer(Verbose(ForceAddTokens(token_count(tokens))), timeout)
+
+    def give_back(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
+        """See :meth:`Bucket.give_back`."""
+        return self._handle.answer(Verbose(GiveBack(token_count(tokens))), timeout)
+
+    def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> VerboseResult[None]:
+        """See :meth:`Bucket.hold_back`."""
+        return self._handle.answer(Verbose(hold_back(duration)), timeout)
 
     def reset(self, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""
@@ -248,6 +279,14 @@ class AsyncBucket:
         """See :meth:`Bucket.force_add_tokens`."""
         await self._handle.awaited(ForceAddTokens(token_count(tokens)), timeout)
 
+    async def give_back(self, tokens: int, *, timeout: Duration | None = None) -> None:
+        """See :meth:`Bucket.give_back`."""
+        await self._handle.awaited(GiveBack(token_count(tokens)), timeout)
+
+    async def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> None:
+        """See :meth:`Bucket.hold_back`."""
+        await self._handle.awaited(hold_back(duration), timeout)
+
     async def reset(self, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.reset`."""
         await self._handle.awaited(Reset(), timeout)
@@ -316,6 +355,14 @@ class AsyncVerboseBucket:
     async def force_add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.force_add_tokens`."""
         return await self._handle.awaited(Verbose(ForceAddTokens(token_count(tokens))), timeout)
+
+    async def give_back(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[None]:
+        """See :meth:`Bucket.give_back`."""
+        return await self._handle.awaited(Verbose(GiveBack(token_count(tokens))), timeout)
+
+    async def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> VerboseResult[None]:
+        """See :meth:`Bucket.hold_back`."""
+        return await self._handle.awaited(Verbose(hold_back(duration)), timeout)
 
     async def reset(self, *, timeout: Duration | None = None) -> VerboseResult[None]:
         """See :meth:`Bucket.reset`."""

@@ -13,6 +13,7 @@ from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.commands import (
     Command,
     GiveBack,
+    HoldBack,
     Plan,
     ReplaceConfiguration,
     Reserve,
@@ -244,6 +245,11 @@ def replacement(configuration: Limits, inheritance: TokensInheritance) -> Replac
     return ReplaceConfiguration(BucketConfiguration.of(configuration), checked_inheritance(inheritance))
 
 
+def hold_back(duration: Duration) -> HoldBack:
+    """Check how long there are to be no tokens."""
+    return HoldBack(_nanos(duration, name="duration"))
+
+
 def checked_inheritance(inheritance: TokensInheritance) -> TokensInheritance:
     """Check a way of inheriting."""
     if not isinstance(inheritance, TokensInheritance):
@@ -264,7 +270,7 @@ def stored_key(prefix: bytes, key: Key) -> bytes:
 
 
 def _longest_wait(timeout: Duration) -> int:
-    return _nanos(timeout, " (try_consume does not wait)")
+    return _nanos(timeout, advice=" (try_consume does not wait)")
 
 
 def seconds(timeout: Duration) -> float:
@@ -272,13 +278,13 @@ def seconds(timeout: Duration) -> float:
     return min(_nanos(timeout) / NANOS_PER_SECOND, _LONGEST_TIMEOUT)
 
 
-def _nanos(timeout: Duration, advice: str = "") -> int:
+def _nanos(duration: Duration, *, name: str = "timeout", advice: str = "") -> int:
     try:
-        nanos = to_nanos(timeout)
+        nanos = to_nanos(duration)
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"timeout {error}") from None
+        raise InvalidArgumentError(f"{name} {error}") from None
     if nanos < 1:
-        raise InvalidArgumentError(f"timeout must be above 0, not {brief(timeout)}{advice}")
+        raise InvalidArgumentError(f"{name} must be above 0, not {brief(duration)}{advice}")
     return nanos
 
 

@@ -381,6 +381,14 @@ class ProxyManager(_Manager[Store, Bucket]):
         """See :meth:`Bucket.force_add_tokens`."""
         self._own_bucket(key).force_add_tokens(tokens, timeout=timeout)
 
+    def give_back(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
+        """See :meth:`Bucket.give_back`."""
+        self._own_bucket(key).give_back(tokens, timeout=timeout)
+
+    def hold_back(self, key: Key, duration: Duration, *, timeout: Duration | None = None) -> None:
+        """See :meth:`Bucket.hold_back`."""
+        self._own_bucket(key).hold_back(duration, timeout=timeout)
+
     def reset(self, key: Key, *, timeout: Duration | None = None) -> None:
         """See :meth:`Bucket.reset`."""
         self._own_bucket(key).reset(timeout=timeout)
@@ -532,6 +540,14 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     async def force_add_tokens(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
         """See :meth:`AsyncBucket.force_add_tokens`."""
         await self._own_bucket(key).force_add_tokens(tokens, timeout=timeout)
+
+    async def give_back(self, key: Key, tokens: int, *, timeout: Duration | None = None) -> None:
+        """See :meth:`AsyncBucket.give_back`."""
+        await self._own_bucket(key).give_back(tokens, timeout=timeout)
+
+    async def hold_back(self, key: Key, duration: Duration, *, timeout: Duration | None = None) -> None:
+        """See :meth:`AsyncBucket.hold_back`."""
+        await self._own_bucket(key).hold_back(duration, timeout=timeout)
 
     async def reset(self, key: Key, *, timeout: Duration | None = None) -> None:
         """See :meth:`AsyncBucket.reset`."""

@@ -63,6 +63,8 @@ VERBS: dict[str, Callable[[Manager], Any]] = {
     "available_tokens": lambda manager: manager.available_tokens(KEY),
     "add_tokens": lambda manager: manager.add_tokens(KEY, 1),
     "force_add_tokens": lambda manager: manager.force_add_tokens(KEY, 1),
+    "give_back": lambda manager: manager.give_back(KEY, 1),
+    "hold_back": lambda manager: manager.hold_back(KEY, 1),
     "reset": lambda manager: manager.reset(KEY),
     "replace_configuration": lambda manager: manager.replace_configuration(KEY, "5/s", TokensInheritance.AS_IS),
     "snapshot": lambda manager: manager.snapshot(KEY),
@@ -81,6 +83,7 @@ TOKEN_VERBS: dict[str, Callable[[Manager, Any], Any]] = {
     "estimate_ability_to_consume": lambda manager, tokens: manager.estimate_ability_to_consume(KEY, tokens),
     "add_tokens": lambda manager, tokens: manager.add_tokens(KEY, tokens),
     "force_add_tokens": lambda manager, tokens: manager.force_add_tokens(KEY, tokens),
+    "give_back": lambda manager, tokens: manager.give_back(KEY, tokens),
     "verbose": lambda manager, tokens: manager.bucket(KEY).verbose.try_consume(tokens),
 }
 

@@ -50,6 +50,8 @@ VERBS = {
     "available_tokens": (),
     "add_tokens": (1,),
     "force_add_tokens": (1,),
+    "give_back": (1,),
+    "hold_back": (0.5,),
     "reset": (),
     "replace_configuration": ("5/second", TokensInheritance.AS_IS),
     "snapshot": (),

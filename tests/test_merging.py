@@ -91,6 +91,8 @@ calls = st.one_of(
     tokens.map(lambda n: ("consume_ignoring_rate_limits", n)),
     tokens.map(lambda n: ("add_tokens", n)),
     tokens.map(lambda n: ("force_add_tokens", n)),
+    tokens.map(lambda n: ("give_back", n)),
+    tokens.map(lambda n: ("hold_back", n)),
     st.just(("consume_ignoring_rate_limits", 2**63 - 1)),
     st.just(("reset",)),
     st.sampled_from(TokensInheritance).map(lambda how: ("replace_configuration", "50/minute; 80/hour id h", how)),

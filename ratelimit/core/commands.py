@@ -270,6 +270,22 @@ class ForceAddTokens(Command[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class HoldBack(Command[None]):
+    """Let there be no token before this long from now; a wait that is longer already stays as it is.
+
+    Done twice it does what it does once, so that many who are told the same by somebody may all say it.
+    """
+
+    nanos: int
+
+    def decide(self, state: BucketState, now: int) -> Decision[None]:
+        return state.held_back(self.nanos, now), None
+
+    def answer_without_limit(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
 class Reset(Command[None]):
     """Fill every bandwidth to its capacity."""
 

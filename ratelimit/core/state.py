@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
-from ratelimit.core.int64 import MAX, NEVER, quotient, remainder, saturating_product, truncated, wrap
+from ratelimit.core.int64 import MAX, MIN, NEVER, quotient, remainder, saturating_product, truncated, wrap
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+
+_LARGEST_DEBT = MIN + 2  # what is missing to one token is still a number of 64 bits
 
 
 class BandwidthState(NamedTuple):
@@ -108,13 +110,27 @@ class BucketState(NamedTuple):
             )
         )
 
+    def held_back(self, nanos: int, now: int) -> BucketState | None:
+        """The state whose next token is not there before this long from now; None where that is so already.
+
+        A wait is that of the scarcest bandwidth, so that taking from one of them is enough: from the one whose wait
+        gets the least too long, and of several such from the one that has regained the soonest what is taken.
+        """
+        if self.nanos_until(1, now, check_capacity=False) >= nanos:
+            return None
+        pairs = zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
+        ways = [_held_back(bandwidth, state, nanos, now) for bandwidth, state in pairs]
+        place = min(range(len(ways)), key=lambda place: ways[place][:2])
+        states = self.bandwidth_states
+        return self._replace(bandwidth_states=(*states[:place], ways[place][2], *states[place + 1 :]))
+
     def nanos_until(self, tokens: int, now: int, *, check_capacity: bool) -> int:
         """How long until this many tokens are there, in nanoseconds; NEVER where that does not fit into 64 bits.
 
         :param check_capacity: NEVER also where more is wanted than a bandwidth can hold.
         """
         waits = [
-            _nanos_until(bandwidth, state, tokens, now, check_capacity)
+            nanos_until(bandwidth, state, tokens, now, check_capacity=check_capacity)
             for bandwidth, state in zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
         ]
         return max(waits)
@@ -123,8 +139,8 @@ class BucketState(NamedTuple):
         """How long until every bandwidth is full, in nanoseconds."""
         bandwidths, states = self.configuration.bandwidths, self.bandwidth_states
         if len(states) == 1:
-            return _nanos_until_full(bandwidths[0], states[0], now)
-        return max([_nanos_until_full(*pair, now) for pair in zip(bandwidths, states, strict=True)])
+            return nanos_until_full(bandwidths[0], states[0], now)
+        return max([nanos_until_full(*pair, now) for pair in zip(bandwidths, states, strict=True)])
 
 
 def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
@@ -197,7 +213,8 @@ def _force_added(state: BandwidthState, tokens: int) -> BandwidthState:
     return state._replace(current_size=size)
 
 
-def _nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: int, check_capacity: bool) -> int:
+def nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: int, *, check_capacity: bool) -> int:
+    """As the method of a bucket, for one bandwidth."""
     if check_capacity and tokens > bandwidth.capacity:
         return NEVER
     if tokens <= state.current_size:
@@ -206,7 +223,8 @@ def _nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: 
     return _nanos_to_gain(bandwidth, state, missing, now) if missing > 0 else NEVER
 
 
-def _nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> int:
+def nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> int:
+    """As the method of a bucket, for one bandwidth."""
     missing = bandwidth.capacity - state.current_size
     if missing <= 0:
         return 0
@@ -234,3 +252,22 @@ def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, no
     further = saturating_product(periods, period)
     wait = NEVER if further == MAX else wrap(further + to_next_refill)
     return wait if wait >= 0 else NEVER
+
+
+def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int) -> tuple[int, int, BandwidthState]:
+    """The wait that this bandwidth can make of a wanted one, in how long it regains what that takes, and its state."""
+    last, size, error = state
+    tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if bandwidth.refill_intervally:
+        to_next_refill = last + period - now
+        periods = max(0, -((to_next_refill - nanos) // period))
+        wait = to_next_refill + periods * period
+        after = BandwidthState(last, max(_LARGEST_DEBT, min(size, -periods * tokens)), error)
+    else:  # the unfinished token makes it exact
+        wait = nanos
+        level = min(size * period + error, period - nanos * tokens)
+        after = BandwidthState(last, *divmod(level, period))
+        if after.current_size < _LARGEST_DEBT:
+            after = BandwidthState(last, _LARGEST_DEBT, 0)
+    taken = (size - after.current_size) * period + error - after.rounding_error
+    return wait, taken // tokens, after

@@ -20,6 +20,7 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GetAvailableTokens,
     GiveBack,
+    HoldBack,
     Plan,
     ReplaceConfiguration,
     Reserve,
@@ -93,7 +94,8 @@ class TryConsumeTwice(TryConsume):
 
 
 @pytest.mark.parametrize(
-    "command", [REPLACE, TryConsumeTwice(1), TryConsume(-1), Reserve(-1), TryConsume(MAX + 1), Reserve(1, MAX + 1)]
+    "command",
+    [REPLACE, HoldBack(1), TryConsumeTwice(1), TryConsume(-1), Reserve(-1), TryConsume(MAX + 1), Reserve(1, MAX + 1)],
 )
 def test_an_unknown_command_is_no_request_wherever_it_stands(command: Command[Any]) -> None:
     assert operations(command) is None
