@@ -10,6 +10,7 @@
     ├── CorruptStateError
     │   └── UnsupportedStateError
     ├── ReservationOverflowError
+    ├── RateLimitExceeded
     └── StoreError
         ├── StoreUnavailableError
         └── StoreTimeoutError
@@ -129,6 +130,24 @@ class UnsupportedStateError(CorruptStateError):
 
 class ReservationOverflowError(RateLimitError):
     """The tokens asked for could never be paid back: the debt, or the wait for it, exceeds 64 bits."""
+
+
+class RateLimitExceeded(RateLimitError):  # noqa: N818  # the name that this has in every such library
+    """A call was refused by a limit: of a function that is ``limited``, or of an API that is called through a limit.
+
+    :ivar key: whose limit that was.
+    :ivar retry_after: in seconds, rounded up; None where waiting does not help, because more is wanted than the bucket
+        can hold.
+    """
+
+    def __init__(self, key: Key, retry_after: float | None) -> None:
+        super().__init__(key, retry_after)
+        self.key = key
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        wait = "never" if self.retry_after is None else f"in {self.retry_after:g} s"
+        return f"the limit of the key {shown(self.key)} is exceeded; tokens enough are there {wait}"
 
 
 class StoreError(RateLimitError):

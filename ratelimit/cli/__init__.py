@@ -13,10 +13,9 @@ from importlib.util import find_spec
 from ratelimit.cli import keys
 from ratelimit.cli.ending import CommandError, Interrupted, interruptible
 from ratelimit.errors import Key, RateLimitError
+from ratelimit.stores.urls import DEFAULT_URL, URL_VARIABLE, default_url
 
 DISTRIBUTION = "ratelimit-redis"
-URL_VARIABLE = "RATELIMIT_URL"
-DEFAULT_URL = "redis://localhost:6379/0"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     bucket.add_argument("key", metavar="KEY", type=_key)
     bucket.add_argument(
         "--url",
-        default=os.environ.get(URL_VARIABLE) or DEFAULT_URL,
+        default=default_url(),
         help=f"where the buckets are; by default ${URL_VARIABLE}, else {DEFAULT_URL}",
     )
     bucket.add_argument("--prefix", default="", type=_key, help="what stands before every key in Redis")

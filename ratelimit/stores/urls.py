@@ -6,6 +6,7 @@ the query of the URL, which takes redis-py's names: ``redis://host?socket_timeou
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from ratelimit.stores.redis import AsyncRedisStore, RedisStore
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
 from ratelimit.stores.redis_channels import ClusterChannel, PoolChannel
 
+URL_VARIABLE: Final = "RATELIMIT_URL"
+DEFAULT_URL: Final = "redis://localhost:6379/0"
 FORMS: Final = (
     "memory://",
     "redis://host:port/db",
@@ -49,6 +52,11 @@ _NO_TEXT: Final = (  # options of redis-py that are objects, or that would chang
     *("maint_notifications_config", "driver_info"),
 )
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
+
+
+def default_url() -> str:
+    """Where the buckets are for who says nothing: where the variable ``RATELIMIT_URL`` says, or on this machine."""
+    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
 def store_from_url(url: str) -> Store:

@@ -1,0 +1,50 @@
+"""The core of all that limits HTTP requests; knows no framework.
+
+A :class:`Rule` says which requests are limited, by which key and to what; a :class:`Limiter`, or :class:`AsyncLimiter`,
+decides about a request by rules; :class:`Answers` makes header fields and refusals of its decision. The modules beside
+this package do that for one framework each.
+"""
+
+from ratelimit.integrations.http.answers import Answers, Headers, HttpAnswer
+from ratelimit.integrations.http.decision import HttpDecision, Outcome, Policy, ServiceLimit
+from ratelimit.integrations.http.keys import (
+    Missing,
+    RequestKey,
+    api_key,
+    client_ip,
+    combined,
+    header,
+    method,
+    route,
+    user,
+)
+from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, decision_about
+from ratelimit.integrations.http.plans import Assigned, Plans
+from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.rules import Rule
+
+__all__ = [
+    "Answers",
+    "Assigned",
+    "AsyncLimiter",
+    "Headers",
+    "HttpAnswer",
+    "HttpDecision",
+    "HttpRequest",
+    "Limiter",
+    "Missing",
+    "Outcome",
+    "Plans",
+    "Policy",
+    "RequestKey",
+    "Rule",
+    "ServiceLimit",
+    "api_key",
+    "client_ip",
+    "combined",
+    "decision_about",
+    "header",
+    "method",
+    "route",
+    "user",
+]

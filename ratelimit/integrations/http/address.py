@@ -1,0 +1,177 @@
+"""The address of a client: read from text, followed through trusted proxies, and cut to the network of one client.
+
+Proxies append who has connected to them on the right. What stands further left may have been written by anybody, so
+everything here reads from the right, and nothing on the left can change what is read before it. Text that is no
+address is None, never an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from itertools import islice
+from typing import Final, TypeAlias
+
+Address: TypeAlias = IPv4Address | IPv6Address
+Network: TypeAlias = IPv4Network | IPv6Network
+Hops: TypeAlias = Iterator[Address | None]
+"""The addresses that a header lists, from the right; None for an entry that is no address."""
+
+MOST_HOPS: Final = 100
+"""Entries of a header that are looked at; what comes after them counts as one that is no address."""
+
+_LONGEST: Final = 100  # characters: 45 of an address, the zone, brackets and port
+
+# A node of RFC 7239, section 6: a port may be a number or a name. X-Forwarded-For has the same forms in practice.
+_NODE: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?")
+
+# An element of Forwarded, spelled backwards. There a quotation mark within a string is followed by the backslash that
+# escapes it, and the one that opens a string by a "=".
+_ELEMENT_BACKWARDS: Final = re.compile(r'(?:[^",]++|"(?:[^"]++|"(?=\\))*+")*+')
+_PAIR: Final = re.compile(
+    r"""[ \t]*+
+        (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]++) = (?P<value> "(?:[^"\\]|\\.)*+" | [^";,\s]*+ ) )?+
+        [ \t]*+ (?: ; | \Z )""",
+    re.VERBOSE | re.DOTALL,
+)
+_ESCAPED: Final = re.compile(r"\\(.)", re.DOTALL)
+
+_NAT64: Final = int(IPv6Address("64:ff9b::")) >> 32  # a /96
+_LOCAL_NAT64: Final = int(IPv6Address("64:ff9b:1::")) >> 80  # a /48
+
+
+def parse(text: str) -> Address | None:
+    """An address in any of its spellings, also with a port, in brackets, or with a zone; None for other text.
+
+    The zone is left out: it names an interface of whoever wrote it. An IPv4-mapped address is the IPv4 address.
+    """
+    if len(text) > _LONGEST:
+        return None
+    node = _NODE.fullmatch(text)
+    try:
+        if node is None:
+            address: Address = ip_address(text)
+        else:
+            address = IPv4Address(node["four"]) if node["six"] is None else IPv6Address(node["six"])
+    except ValueError:
+        return None
+    if isinstance(address, IPv4Address):
+        return address
+    return address.ipv4_mapped or (address if address.scope_id is None else IPv6Address(int(address)))
+
+
+def parse_network(text: str) -> Network:
+    """A network like ``10.0.0.0/8``, or a single address. One of IPv4-mapped addresses is that of the IPv4 addresses.
+
+    :raises ValueError: for other text, for bits that are set after the prefix, and for a zone.
+    """
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone")
+    network = ip_network(text)
+    if isinstance(network, IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return IPv4Network((int(mapped), network.prefixlen - 96))
+    return network
+
+
+def x_forwarded_for(text: str) -> Hops:
+    """The entries of ``X-Forwarded-For``. Empty ones are none, as in every list of HTTP."""
+    entries = text.rsplit(",", MOST_HOPS)
+    more = len(entries) > MOST_HOPS
+    for entry in reversed(entries[1:] if more else entries):
+        stripped = entry.strip(" \t")
+        if stripped:
+            yield parse(stripped)
+    if more:
+        yield None
+
+
+def forwarded(text: str) -> Hops:
+    """The ``for=`` of each element of ``Forwarded`` (RFC 7239).
+
+    It is taken apart backwards, because a quotation mark on the left that is never closed would swallow, forwards, what
+    the proxies have appended. A comma within a string that a proxy has quoted, of the client's ``host=`` say, does not
+    end an element.
+    """
+    backwards, position = text[::-1], 0
+    for _ in range(MOST_HOPS):
+        match = _ELEMENT_BACKWARDS.match(backwards, position)
+        assert match is not None, "an empty element is one"  # noqa: S101
+        position = match.end()
+        if position < len(backwards) and backwards[position] != ",":  # a string that nothing opens
+            break
+        element = match[0][::-1].strip(" \t")
+        if element:
+            yield _node(element)
+        if position == len(backwards):
+            return
+        position += 1
+    yield None
+
+
+def _node(element: str) -> Address | None:
+    """The ``for=`` of an element; None where it is no address, not there, there twice, or in bad company."""
+    nodes: list[str] = []
+    position = 0
+    while position < len(element):
+        pair = _PAIR.match(element, position)
+        if pair is None:
+            return None
+        if pair["name"] is not None and pair["name"].lower() == "for":
+            nodes.append(pair["value"])
+        position = pair.end()
+    if len(nodes) != 1:
+        return None
+    (node,) = nodes
+    return parse(_ESCAPED.sub(r"\1", node[1:-1]) if node.startswith('"') else node)
+
+
+def first_untrusted(peer: Address, hops: Iterable[Address | None], trusted: Sequence[Network]) -> Address:
+    """Who is the first, from the peer on, that is not trusted; the last of all where all are.
+
+    The peer, where something on the way to it is no address.
+    """
+    client = peer
+    for hop in _path(peer, hops):
+        if hop is None:
+            return peer
+        client = hop
+        if not any(hop in network for network in trusted):
+            break
+    return client
+
+
+def _path(peer: Address, hops: Iterable[Address | None]) -> Hops:
+    yield peer
+    yield from hops
+
+
+def nth(hops: Iterable[Address | None], count: int) -> Address | None:
+    """The hop before ``count`` proxies, 1 or more; None where there are fewer, or it is no address."""
+    return next(islice(hops, count - 1, None), None)
+
+
+def unwrapped(address: Address) -> Address:
+    """The IPv4 address that an IPv6 address stands for, else the address itself.
+
+    - NAT64, ``64:ff9b::/96`` (RFC 6052): the last 32 bits.
+    - ``64:ff9b:1::/48`` (RFC 8215) is for local use. Where the IPv4 address stands there depends on the length of the
+      prefix that was chosen; all but a /96 have zeros in the last 24 bits. So it is the last 32 bits where those are
+      not zero, and otherwise not known.
+    - 6to4, ``2002::/16``: the site's own; it has 65536 networks of /64 and one IPv4 address.
+    """
+    if isinstance(address, IPv4Address):
+        return address
+    number = int(address)
+    if number >> 32 == _NAT64 or (number >> 80 == _LOCAL_NAT64 and number & 0xFFFFFF):
+        return IPv4Address(number & 0xFFFFFFFF)
+    return address.sixtofour or address
+
+
+def cut(address: Address, ipv4_prefix: int, ipv6_prefix: int) -> str:
+    """The network of this length that an address is in; the address alone where it has the full length."""
+    if isinstance(address, IPv4Address):
+        return str(address if ipv4_prefix == 32 else IPv4Network((int(address), ipv4_prefix), strict=False))
+    return str(address if ipv6_prefix == 128 else IPv6Network((int(address), ipv6_prefix), strict=False))

@@ -1,0 +1,409 @@
+"""Keys: whose bucket a request draws on.
+
+A key is a callable that is given the request and answers with text or bytes, or with None where the request has no such
+key. The ones that are ready-made are frozen values: two that are defined alike are equal, and print how they are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+from uuid import UUID
+
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
+from ratelimit.integrations.http import address
+from ratelimit.integrations.http.request import HttpRequest
+
+RequestKey: TypeAlias = Callable[[HttpRequest], Key | Awaitable[Key | None] | None]
+"""Whose bucket a request draws on; None: the request has no such key. May be ``async`` where the limiter is."""
+
+_LONGEST: Final = 128  # characters of a client's text that are kept as they are
+_FEWEST_SECRET_BYTES: Final = 16
+_HASH_BYTES: Final = 16
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110
+_METHODS: Final = frozenset(
+    ["CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"],
+)
+_READERS: Final = {"x-forwarded-for": address.x_forwarded_for, "forwarded": address.forwarded}
+
+
+class Missing(Enum):
+    """What becomes of a request that has no key."""
+
+    ERROR = "error"
+    """It is in error, and is not let through."""
+    UNLIMITED = "unlimited"
+    """It is let through, and counts for nobody."""
+
+
+def name_of(key: RequestKey) -> str:
+    """The short name of a key for messages: its ``name``, else that of the function or class."""
+    name = getattr(key, "name", None) or getattr(key, "__name__", None)
+    return name if isinstance(name, str) else type(key).__name__
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ClientIp:
+    """See :func:`client_ip`, which makes it."""
+
+    name: ClassVar[str] = "ip"
+
+    trusted_proxies: tuple[address.Network, ...]
+    hops: int | None
+    header: str
+    ipv6_prefix: int
+    ipv4_prefix: int
+
+    def __call__(self, request: HttpRequest) -> str | None:
+        peer = (request.peer or "").strip()
+        client = address.parse(peer)
+        if self.hops:
+            client = address.nth(self._listed(request), self.hops) or client
+        elif self.trusted_proxies and client is not None:
+            client = address.first_untrusted(client, self._listed(request), self.trusted_proxies)
+        if client is None:
+            return _bounded(peer) if peer else None
+        return address.cut(address.unwrapped(client), self.ipv4_prefix, self.ipv6_prefix)
+
+    def _listed(self, request: HttpRequest) -> address.Hops:
+        return _READERS[self.header](request.header(self.header) or "")
+
+    def __repr__(self) -> str:
+        arguments: list[tuple[str, object, object]] = [
+            ("trusted_proxies", [str(network) for network in self.trusted_proxies], []),
+            ("hops", self.hops, None),
+            ("header", self.header, "x-forwarded-for"),
+            ("ipv6_prefix", self.ipv6_prefix, 64),
+            ("ipv4_prefix", self.ipv4_prefix, 32),
+        ]
+        shown = [f"{name}={value!r}" for name, value, default in arguments if value != default]
+        return f"client_ip({', '.join(shown)})"
+
+
+def client_ip(
+    *,
+    trusted_proxies: Collection[str] = (),
+    hops: int | None = None,
+    header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for",
+    ipv6_prefix: int = 64,
+    ipv4_prefix: int = 32,
+) -> ClientIp:
+    """The address of the client: ``203.0.113.7``, ``2001:db8:1:2::/64``.
+
+    By default that is the peer, and headers, which anybody can send, are not looked at. Behind proxies say which are
+    yours, by one of two ways. Where they list something that is no address, or too little, the peer counts.
+
+    IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. A peer that is no address counts as the
+    text that it is; without a peer, as on a Unix socket, there is no key.
+
+    :param trusted_proxies: addresses and networks of your proxies: ``["10.0.0.0/8", "2001:db8::1"]``. As long as the
+        peer is one of them, the header is read from the right to the first address that is not; where all are, the
+        leftmost counts. At most 100 entries are read.
+    :param hops: how many proxies of yours there are, each of which appends who has connected to it; 0 to 100. The last
+        of them is the peer, and the client is the entry of this number from the right: with 2, the first address in
+        ``203.0.113.7, 198.51.100.1``. Whoever can connect past the proxies chooses its key. 0: the peer.
+    :param header: the one that your proxies write.
+    :param ipv6_prefix: 1 to 128. One subscriber has a whole /64, or more of them.
+    :param ipv4_prefix: 1 to 32.
+    :raises InvalidConfigurationError: for values outside these ranges, for ``trusted_proxies`` and ``hops`` together,
+        and for a network that is everybody.
+    """
+    networks = _networks(trusted_proxies)
+    if hops is not None:
+        _check_range("hops", hops, 0, address.MOST_HOPS)
+        if networks:
+            raise InvalidConfigurationError("trusted_proxies and hops do not go together", "hops")
+    lower = header.lower() if isinstance(header, str) else ""
+    if lower not in _READERS:
+        raise InvalidConfigurationError(f"header must be x-forwarded-for or forwarded, not {brief(header)}", "header")
+    _check_range("ipv6_prefix", ipv6_prefix, 1, 128)
+    _check_range("ipv4_prefix", ipv4_prefix, 1, 32)
+    return ClientIp(networks, hops or None, lower, ipv6_prefix, ipv4_prefix)
+
+
+def _networks(texts: Collection[str]) -> tuple[address.Network, ...]:
+    """The networks in one order, so that the same ones are equal."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Collection):
+        raise InvalidConfigurationError(
+            f"trusted_proxies must be a list of addresses and networks, not {brief(texts)}", "trusted_proxies"
+        )
+    return tuple(sorted({_network(text) for text in texts}, key=str))
+
+
+def _network(text: str) -> address.Network:
+    wanted = "trusted_proxies must be addresses or networks like 10.0.0.0/8"
+    if not isinstance(text, str):
+        raise InvalidConfigurationError(f"{wanted}, not {brief(text)}", "trusted_proxies")
+    try:
+        network = address.parse_network(text)
+    except ValueError as error:
+        raise InvalidConfigurationError(f"{wanted}: {brief(str(error))}", "trusted_proxies") from None
+    if network.prefixlen == 0:
+        raise InvalidConfigurationError(
+            f"{wanted}; with {text} every client would choose its key (hops=1 is for a proxy of unknown address)",
+            "trusted_proxies",
+        )
+    return network
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ApiKey:
+    """See :func:`api_key`, which makes it."""
+
+    name: ClassVar[str] = "api-key"
+
+    header: str
+    scheme: str | None
+    secret: bytes
+
+    def __call__(self, request: HttpRequest) -> str | None:
+        value, _, _ = (request.header(self.header) or "").lstrip(", \t").partition(",")
+        if self.scheme is not None:
+            scheme, *rest = value.split(None, 1) or [""]
+            value = rest[0] if rest and scheme.lower() == self.scheme else ""
+        value = value.strip()
+        return self.hashed(value) if value else None
+
+    def hashed(self, value: str) -> str:
+        """What stands for an API key in the bucket's key, and in what a plan is looked up by: 32 hexadecimal digits."""
+        return hmac.digest(self.secret, value.encode("utf-8", "surrogatepass"), "sha256")[:_HASH_BYTES].hex()
+
+    def __repr__(self) -> str:
+        scheme = "" if self.scheme is None else f", scheme={self.scheme!r}"
+        return f"api_key({self.header!r}, secret=...{scheme})"
+
+
+def api_key(header: str | None = None, *, secret: str | bytes, scheme: str | None = None) -> ApiKey:
+    """The API key in a header, as a keyed hash (HMAC-SHA-256, 128 bits); the key itself is never stored.
+
+    It is not known here which keys exist: let the application refuse others, or a client invents a new one, with a new
+    bucket, for each request. A key ends at a comma, because several headers of one name come joined by commas, and the
+    application may look at the first only.
+
+    :param header: its name; by default ``x-api-key``, and ``authorization`` with a scheme.
+    :param secret: at least 16 bytes, the same in all processes. With another one all buckets are new.
+    :param scheme: what stands before the key: ``Bearer`` for ``Authorization: Bearer <key>``, in either case. A request
+        with another scheme has no such key.
+    :raises InvalidConfigurationError: for a secret that is too short, or a header or scheme that cannot be.
+    """
+    if header is None:
+        header = "x-api-key" if scheme is None else "authorization"
+    _check_token("header", header)
+    if scheme is not None:
+        _check_token("scheme", scheme)
+    raw = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
+    if not isinstance(raw, bytes) or len(raw) < _FEWEST_SECRET_BYTES:
+        raise InvalidConfigurationError(
+            f"secret must be a str or bytes, of at least {_FEWEST_SECRET_BYTES} bytes", "secret"
+        )
+    return ApiKey(header.lower(), None if scheme is None else scheme.lower(), raw)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class User:
+    """See :func:`user`, which makes it."""
+
+    name: ClassVar[str] = "user"
+
+    find: Callable[[Any], object] | None
+
+    def __call__(self, request: HttpRequest) -> str | Awaitable[str | None] | None:
+        found = request.find_user() if self.find is None else self.find(request.native)
+        return _id_later(found) if isinstance(found, Awaitable) else _id(found)
+
+    def __repr__(self) -> str:
+        return "user()" if self.find is None else f"user({self.find!r})"
+
+
+def user(find: Callable[[Any], object] | None = None) -> User:
+    """Who has logged in; an anonymous request has no such key.
+
+    The id is a str, an int or a UUID, and counts as its text: 1 and "1" are one user, who may come by a session with a
+    number and by a token with the same number as text. Where numbers and names are different users, let ``find`` write
+    them differently (``f"id:{user.id}"``).
+
+    :param find: is given the framework's own request and answers with the id, or None for nobody; may be ``async``.
+        None: as the framework knows it.
+    :raises InvalidConfigurationError: for what is no callable. The key raises ``InvalidArgumentError`` for an id of
+        another type, whose text may be a new one for each request.
+    """
+    if find is not None and not callable(find):
+        raise InvalidConfigurationError(f"find must be a callable, not {brief(find)}", "find")
+    return User(find)
+
+
+def _id(found: object) -> str | None:
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, str | int | UUID):
+        raise InvalidArgumentError(
+            f"the id of a user must be a str, an int or a UUID, not of type {type(found).__name__}:"
+            " let user(find) answer with an id"
+        )
+    text = str(found)
+    return text if text.strip() else None
+
+
+async def _id_later(found: Awaitable[object]) -> str | None:
+    return _id(await found)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Route:
+    """See :func:`route`, which makes it."""
+
+    name: ClassVar[str] = "route"
+
+    def __call__(self, request: HttpRequest) -> str | None:
+        return request.find_route() or None
+
+    def __repr__(self) -> str:
+        return "route()"
+
+
+def route() -> Route:
+    """The template of the route: ``/users/{id}``, whatever the method.
+
+    A request whose route is not known has no such key. The path is never taken for it: clients could vary it endlessly.
+    """
+    return Route()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Method:
+    """See :func:`method`, which makes it."""
+
+    name: ClassVar[str] = "method"
+
+    def __call__(self, request: HttpRequest) -> str:
+        return request.method if request.method in _METHODS else "OTHER"
+
+    def __repr__(self) -> str:
+        return "method()"
+
+
+def method() -> Method:
+    """The method: ``GET``. All that are not standard are ``OTHER``, because clients can invent them."""
+    return Method()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Header:
+    """See :func:`header`, which makes it."""
+
+    header: str
+
+    @property
+    def name(self) -> str:
+        return f"header:{self.header}"
+
+    def __call__(self, request: HttpRequest) -> str | None:
+        value = (request.header(self.header) or "").strip()
+        return _bounded(value) if value else None
+
+    def __repr__(self) -> str:
+        return f"header({self.header!r})"
+
+
+def header(name: str) -> Header:
+    """The value of a header as it is; a hash of it where it is longer than 128 characters. Empty: no such key.
+
+    The client chooses it, and may choose another for each request. Take only a header that something in front of the
+    application sets, and removes from what clients send.
+
+    :raises InvalidConfigurationError: for what is no name of a header.
+    """
+    _check_token("name", name)
+    return Header(name.lower())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Combined:
+    """See :func:`combined`, which makes it."""
+
+    keys: tuple[RequestKey, ...]
+
+    @property
+    def name(self) -> str:
+        return "+".join(map(name_of, self.keys))
+
+    def __call__(self, request: HttpRequest) -> Key | Awaitable[Key | None] | None:
+        parts: list[Key] = []
+        for key in self.keys:
+            part = key(request)
+            if isinstance(part, Awaitable):
+                return self._rest(request, parts, part)
+            if part is None:
+                return None
+            parts.append(_checked(key, part))
+        return _joined(parts)
+
+    async def _rest(self, request: HttpRequest, parts: list[Key], awaited: Awaitable[Key | None]) -> Key | None:
+        """Go on with the first part that has to be awaited, one after the other, so that none is left without it."""
+        part = await awaited
+        while part is not None:
+            parts.append(_checked(self.keys[len(parts)], part))
+            if len(parts) == len(self.keys):
+                return _joined(parts)
+            answer = self.keys[len(parts)](request)
+            part = await answer if isinstance(answer, Awaitable) else answer
+        return None
+
+    def __repr__(self) -> str:
+        return f"combined({', '.join(map(repr, self.keys))})"
+
+
+def combined(*keys: RequestKey) -> Combined:
+    """Several keys as one: ``203.0.113.7|/users/{id}``. It is missing where one of them is.
+
+    Different parts never give the same text: a ``|`` and a backslash within a part have a backslash before them. Where
+    a part is awaited, so is the whole. It is bytes where a part is.
+
+    :raises InvalidConfigurationError: without a key, or for what is no callable. The key raises
+        ``InvalidArgumentError`` where a part is neither text nor bytes.
+    """
+    if not keys:
+        raise InvalidConfigurationError("combined wants at least one key", "keys")
+    for key in keys:
+        if not callable(key):
+            raise InvalidConfigurationError(f"keys must be callables, not {brief(key)}", "keys")
+    return Combined(keys)
+
+
+def _checked(key: RequestKey, part: object) -> Key:
+    if not isinstance(part, str | bytes):
+        raise InvalidArgumentError(
+            f"the key {brief(name_of(key))} must answer with a str, bytes or None, not {type(part).__name__}"
+        )
+    return part
+
+
+def _joined(parts: list[Key]) -> Key:
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) == len(parts):
+        return "|".join(text.replace("\\", "\\\\").replace("|", "\\|") for text in texts)
+    raw = [part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part for part in parts]
+    return b"|".join(part.replace(b"\\", b"\\\\").replace(b"|", b"\\|") for part in raw)
+
+
+def _bounded(text: str) -> str:
+    """Text that a stranger has chosen, as it is where it is short and has a form in UTF-8, else as a hash."""
+    raw = text.encode("utf-8", "surrogatepass")
+    if len(text) <= _LONGEST and (text.isascii() or raw == text.encode("utf-8", "replace")):
+        return text
+    return f"sha256:{hashlib.sha256(raw).hexdigest()}"
+
+
+def _check_range(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidConfigurationError(f"{name} must be an int from {least} to {most}, not {brief(value)}", name)
+
+
+def _check_token(name: str, value: object) -> None:
+    if not isinstance(value, str) or not _TOKEN.fullmatch(value):
+        raise InvalidConfigurationError(f"{name} must be a token as HTTP has it, not {brief(value)}", name)

@@ -1,0 +1,36 @@
+"""A request as the core for HTTP sees it, whatever framework it has come through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _nobody() -> None:
+    return None
+
+
+@dataclass(slots=True, eq=False)
+class HttpRequest:
+    """What rules and keys may look at. Adapters make one for each request; nothing is computed before it is asked for.
+
+    :param method: in capitals; that of a WebSocket handshake is GET.
+    :param path: as the application sees it, decoded, without the query.
+    :param peer: the address of who is connected, as text; None where there is none, as with a Unix socket.
+    :param header: the value of a header by its name in lower case, several of them joined with ``", "``; None if there
+        is none.
+    :param native: the framework's own request, or scope, or environment.
+    :param find_route: the template of the route, ``/users/{id}`` say; None where the framework does not know one.
+    :param find_user: who has logged in, as the framework knows it; None for nobody.
+    :param notes: what is kept with the request for as long as it lives, by all that limits it.
+    """
+
+    method: str
+    path: str
+    peer: str | None
+    header: Callable[[str], str | None]
+    native: Any = None
+    find_route: Callable[[], str | None] = _nobody
+    find_user: Callable[[], object] = _nobody
+    notes: MutableMapping[Any, Any] = field(default_factory=dict)

@@ -1,0 +1,302 @@
+"""Rules, and what a limiter decides by them: who is limited, who pays how much and for what, and who gets it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ratelimit import (
+    AsyncProxyManager,
+    BucketConfiguration,
+    InvalidArgumentError,
+    InvalidConfigurationError,
+    OnError,
+    ProxyManager,
+    StoreUnavailableError,
+)
+from ratelimit.integrations.http import (
+    AsyncLimiter,
+    HttpRequest,
+    Limiter,
+    Missing,
+    Plans,
+    Rule,
+    client_ip,
+    combined,
+    decision_about,
+    header,
+    route,
+)
+from ratelimit.testing import ScriptedStore
+from tests.integrations.requests_of import Limits, request_of
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
+def asynchronous(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+async def statuses(limited: Limits, *requests: HttpRequest) -> list[bool]:
+    return [bool(await limited.decide(request)) for request in requests]
+
+
+class TestRule:
+    def test_is_named_by_its_limits(self) -> None:
+        assert Rule("10/minute").name == "10/minute"
+        assert Rule("10 per minute").name == "10/minute"
+        assert Rule(lambda _: "10/minute").name == "default"
+        assert Rule("10/minute", name="login").name == "login"
+
+    def test_the_buckets_of_names_and_keys_are_apart(self) -> None:
+        assert Rule("10/minute").stored_key("a") == "10/minute:a"
+        assert Rule("10/minute", name="n").stored_key(b"\xff") == b"n:\xff"
+
+    @pytest.mark.parametrize(
+        ("routes", "path", "expected"),
+        [
+            (["/"], "/", True),
+            (["/"], "/users", False),
+            (["/users/{id}"], "/users/7", True),
+            (["/users/{id}"], "/users/7/", False),
+            (["/users/{id}"], "/users/", False),
+            (["/users/{id}/posts"], "/users/a/b/posts", False),
+            (["/files/{rest:path}"], "/files/a/b\nc", True),
+            (["/a.b"], "/axb", False),
+            (["/a", "/b"], "/b", True),
+            ([], "/b", False),
+        ],
+    )
+    def test_is_about_its_routes(self, routes: list[str], path: str, expected: bool) -> None:
+        assert Rule("1/s", routes=routes).is_about(request_of(path)) is expected
+
+    @pytest.mark.parametrize(("method", "expected"), [("GET", False), ("POST", True), ("PUT", True)])
+    def test_is_about_its_methods(self, method: str, expected: bool) -> None:
+        assert Rule("1/s", methods=["post", "PUT"]).is_about(request_of(method=method)) is expected
+
+    @pytest.mark.parametrize(
+        ("settings", "fault"),
+        [
+            ({"key": "ip"}, "key must be a callable"),
+            ({"name": ""}, "name must be"),
+            ({"name": "ü"}, "name must be"),
+            ({"name": "a\nb"}, "name must be"),
+            ({"name": "a" * 201}, "name must be"),
+            ({"methods": "GET"}, "methods must be a list"),
+            ({"routes": "/users"}, "routes must be a list"),
+            ({"routes": ["users"]}, "begins with a slash"),
+            ({"routes": ["/users/{id"]}, "a parameter is"),
+            ({"routes": ["/users/<id>", "/{a-b}"]}, "a parameter is"),
+            ({"cost": 0}, "cost must be"),
+            ({"cost": True}, "cost must be"),
+            ({"cost": 1.5}, "cost must be"),
+            ({"missing": "error"}, "missing must be"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, settings: dict[str, Any], fault: str) -> None:
+        with pytest.raises(InvalidConfigurationError, match=fault):
+            Rule("1/s", **settings)
+        with pytest.raises(InvalidConfigurationError):
+            Rule("1 per fortnight")
+
+    def test_two_with_one_name_have_the_same_limits(self) -> None:
+        Limiter(Rule("1/s", methods=["GET"]), Rule("1/s", methods=["POST"]))
+        with pytest.raises(InvalidConfigurationError, match="two rules with other limits have the name 'a'"):
+            Limiter(Rule("1/s", name="a"), Rule("2/s", name="a"))
+
+
+class TestLimiter:
+    async def test_limits_alone_are_a_rule_for_all_by_their_address(self, asynchronous: bool) -> None:
+        limited = Limits("2/minute", asynchronous=asynchronous)
+        first, second = request_of(), request_of(peer="192.0.2.2")
+        assert await statuses(limited, request_of("/a"), request_of("/b", method="POST"), first, second) == [
+            *(True, True, False, True)
+        ]
+        assert decision_about(first).retry_after == 30
+        assert limited.consumed("2/minute:192.0.2.1") == 2
+
+    async def test_rules_share_buckets_by_name_and_key(self, asynchronous: bool) -> None:
+        rules = [Rule("2/minute", name="x", routes=["/a"]), Rule("2/minute", name="x", routes=["/b"])]
+        limited = Limits(*rules, asynchronous=asynchronous)
+        assert await statuses(limited, request_of("/a"), request_of("/b"), request_of("/a")) == [True, True, False]
+
+    async def test_a_key_of_route_and_address_is_a_bucket_for_each_route(self, asynchronous: bool) -> None:
+        limited = Limits(Rule("1/minute", key=combined(client_ip(), route())), asynchronous=asynchronous)
+        asked = [request_of(f"/users/{number}", route="/users/{id}") for number in range(2)]
+        assert await statuses(limited, *asked, request_of("/a", route="/a")) == [True, False, True]
+
+    async def test_exempt_and_when_say_who_is_not_limited(self, asynchronous: bool) -> None:
+        async def is_internal(request: HttpRequest) -> bool:
+            return request.header("x-internal") == "yes"
+
+        exempt = is_internal if asynchronous else (lambda request: request.header("x-internal") == "yes")
+        rule = Rule("1/minute", when=lambda request: request.path != "/health", exempt=exempt)
+        limited = Limits(rule, asynchronous=asynchronous)
+        free = [request_of("/health"), request_of(x_internal="yes")]
+        assert await statuses(limited, *free, request_of(), *free, request_of()) == [*(True,) * 5, False]
+
+    async def test_a_cost_is_a_number_or_depends_on_the_request(self, asynchronous: bool) -> None:
+        async def cost(request: HttpRequest) -> int:
+            return int(request.header("x-cost") or 0)
+
+        limited = Limits(
+            Rule("10/minute", cost=cost if asynchronous else (lambda request: int(request.header("x-cost") or 0))),
+            asynchronous=asynchronous,
+        )
+        asked = [request_of(x_cost=cost) for cost in ("7", "4", "3", "11")]
+        assert await statuses(limited, *asked, request_of()) == [True, False, True, False, True]
+        assert decision_about(asked[1]).retry_after == 6
+        assert decision_about(asked[3]).retry_after is None
+        assert limited.consumed("10/minute:192.0.2.1") == 10
+
+    @pytest.mark.parametrize("cost", [-1, True, 1.5, None])
+    async def test_a_cost_that_cannot_be_is_an_error(self, cost: Any, asynchronous: bool) -> None:
+        with pytest.raises(InvalidArgumentError, match="the cost of a request must be an int of 0 or more"):
+            await Limits(Rule("10/minute", cost=lambda _: cost), asynchronous=asynchronous).decide()
+
+    async def test_limits_may_depend_on_the_key(self, asynchronous: bool) -> None:
+        async def limits(key: Any) -> str | None:
+            return {"a": "1/minute", "b": "2/minute"}.get(key)
+
+        plain = {"a": "1/minute", "b": "2/minute"}
+        ask: Any = limits if asynchronous else plain.get
+        rule = Rule(ask, key=header("user"), name="plan")
+        limited = Limits(rule, asynchronous=asynchronous)
+        asked = [request_of(user=user) for user in "aabbbccc"]
+        assert await statuses(limited, *asked) == [True, False, True, True, False, True, True, True]
+
+    async def test_a_request_without_a_key_is_an_error_or_not_limited(self, asynchronous: bool) -> None:
+        limited = Limits(
+            Rule("5/minute", name="all"), Rule("1/minute", key=header("user"), name="user"), asynchronous=asynchronous
+        )
+        decision = await limited.decide()
+        assert not decision
+        assert decision.missing is limited.limiter.rules[1]
+        assert limited.consumed("all:192.0.2.1") == 0
+        lenient = Limits(Rule("1/minute", key=header("user"), missing=Missing.UNLIMITED), asynchronous=asynchronous)
+        assert await statuses(lenient, request_of(), request_of(), request_of(user="a")) == [True, True, True]
+
+    async def test_a_refusal_says_by_which_rule_and_costs_nothing(self, asynchronous: bool) -> None:
+        rules = [Rule("100/minute", name="all"), Rule("1/minute", name="few"), Rule("9/minute", name="never asked")]
+        limited = Limits(*rules, asynchronous=asynchronous)
+        assert await limited.decide()
+        decision = await limited.decide()
+        assert decision.refused is not None
+        assert decision.refused.rule is rules[1]
+        assert decision.refused.violated_policies == ["few"]
+        assert [outcome.rule.name for outcome in decision.outcomes] == ["all", "few"]
+        assert [limited.consumed(f"{rule.name}:192.0.2.1") for rule in rules] == [1, 1, 1]
+
+    async def test_a_request_pays_for_a_bucket_once(self, asynchronous: bool) -> None:
+        """Whatever middleware, dependency and decorator it passes."""
+        outer = Limits("5/minute", Rule("9/minute", name="outer"), asynchronous=asynchronous)
+        kind: Any = AsyncLimiter if asynchronous else Limiter
+        inner = kind(Rule("5/minute", cost=3), Rule("7/minute", name="inner"), manager=outer.manager)
+        request = request_of()
+        await outer.decide(request)
+        outer.limiter = inner
+        decision = await outer.decide(request)
+        await outer.decide(request)
+        assert [outcome.rule.name for outcome in decision.outcomes] == ["5/minute", "outer", "inner"]
+        assert [outer.consumed(f"{name}:192.0.2.1") for name in ("5/minute", "outer", "inner")] == [1, 1, 1]
+        assert decision_about(request) == decision
+
+    async def test_a_refusal_further_in_gives_back_what_was_paid_further_out(self, asynchronous: bool) -> None:
+        limited = Limits("5/minute", asynchronous=asynchronous)
+        kind: Any = AsyncLimiter if asynchronous else Limiter
+        request = request_of()
+        assert await limited.decide(request)
+        assert limited.consumed("5/minute:192.0.2.1") == 1
+        limited.limiter = kind(Rule("2/minute", cost=3), manager=limited.manager)
+        assert not await limited.decide(request)
+        assert limited.consumed("5/minute:192.0.2.1") == 0
+        assert not await limited.decide(request), "what was refused stays refused"
+        assert limited.consumed("5/minute:192.0.2.1") == 0
+
+
+async def async_answer(_: Any) -> Any:
+    return 1
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("5/minute", key=async_answer),
+        Rule("5/minute", cost=async_answer),
+        Rule("5/minute", when=async_answer),
+        Rule("5/minute", exempt=async_answer),
+        Rule(async_answer),
+        Rule(Plans({"free": "5/minute"}, async_answer)),
+        Rule(Plans({"free": "5/minute"}, async_answer, by=async_answer)),
+    ],
+)
+async def test_a_callable_that_has_to_be_awaited_is_refused_where_nobody_can(rule: Rule) -> None:
+    with pytest.raises(InvalidArgumentError, match="only an AsyncLimiter awaits"):
+        await Limits(rule).decide()
+
+
+class TestWithoutStore:
+    async def test_a_manager_of_the_callers_decides_by_its_own_policy(self) -> None:
+        store = ScriptedStore()
+        limiter = Limiter("5/minute", manager=ProxyManager(store))
+        store.fail(times=2)
+        with pytest.raises(StoreUnavailableError):
+            limiter.decide(request_of())
+        assert not Limiter("5/minute", manager=ProxyManager(store), on_error=OnError.DENY).decide(request_of())
+
+    @pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", None])
+    async def test_by_url_requests_are_refused_for_the_time_being(
+        self, url: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RATELIMIT_URL", "redis://127.0.0.1:1/1")
+        for decision in (
+            Limiter("5/minute", manager=url).decide(request_of()),
+            await AsyncLimiter("5/minute", manager=url).decide(request_of()),
+        ):
+            assert not decision
+            assert decision.degraded
+            assert decision.retry_after == 1
+
+    def test_a_policy_may_allow(self) -> None:
+        decision = Limiter("5/minute", manager="redis://127.0.0.1:1/0", on_error=OnError.ALLOW).decide(request_of())
+        assert decision
+        assert decision.degraded
+
+    async def test_tokens_that_cannot_be_given_back_are_told_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        store = ScriptedStore()
+        manager = ProxyManager(store)
+
+        def cost(_: HttpRequest) -> int:
+            store.fail(times=2)
+            return 1
+
+        limiter = Limiter("5/minute", Rule("3/minute", cost=cost), manager=manager, on_error=lambda *_: OnError.DENY)
+        assert not limiter.decide(request_of())
+        assert manager.bucket("5/minute:192.0.2.1", "5/minute").available_tokens() == 4
+
+
+def test_a_wrong_manager_is_refused() -> None:
+    with pytest.raises(InvalidConfigurationError, match="names no store"):
+        Limiter("5/minute", manager="http://localhost").decide(request_of())
+    sync: Any = ProxyManager.from_url("memory://")
+    asynchronous: Any = AsyncProxyManager.from_url("memory://")
+    with pytest.raises(InvalidArgumentError, match="a ProxyManager is wanted"):
+        Limiter("5/minute", manager=asynchronous)
+    with pytest.raises(InvalidArgumentError, match="an AsyncProxyManager is wanted"):
+        AsyncLimiter("5/minute", manager=sync)
+
+
+def test_a_manager_by_url_is_shared() -> None:
+    one, other = Limiter("5/minute", manager="memory://"), Limiter(Rule("5/minute", cost=5), manager="memory://")
+    assert one.decide(request_of(peer="192.0.2.77"))
+    assert not other.decide(request_of(peer="192.0.2.77"))
+
+
+def test_a_policy_of_several_bandwidths_is_named_by_each() -> None:
+    configuration = BucketConfiguration.parse("10/second burst 50; 1000/hour id hourly")
+    names = [Rule(configuration, name="api").policy_name(configuration, bandwidth) for bandwidth in configuration]
+    assert names == ["api: 10/second burst 50", "api: hourly"]
+    unnamed = Rule(configuration)
+    assert [unnamed.policy_name(configuration, bandwidth) for bandwidth in configuration] == [
+        *("10/second burst 50", "hourly")
+    ]
