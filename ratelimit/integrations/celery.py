@@ -1,0 +1,85 @@
+"""A base for Celery's tasks that stay under somebody else's limit, all workers together.
+
+::
+
+    limit = OutboundLimit("10/second", key="api.example.com", max_wait=600)
+
+    @app.task(base=RateLimitedTask, outbound_limit=limit)
+    def call_api(customer): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final
+
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.integrations.extras import needing
+from ratelimit.integrations.outbound import OutboundLimit
+
+with needing("celery"):
+    from celery import Task
+    from celery.exceptions import Retry
+
+__all__ = ["OutboundLimit", "RateLimitedTask"]
+
+_RESERVED: Final = "ratelimit_reserved"  # a header of the message: for which of its attempts there are tokens
+
+
+class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
+    """A task that runs when it is its turn, and until then is a message with a countdown that keeps no worker busy.
+
+    Before it runs, its tokens are reserved. If they are there only later, it is retried once, exactly then, and has
+    them already: who is first reserved is first served, in whichever worker. Such a retry is none of the task's own,
+    and does not count against its ``max_retries``; each of its own wants new tokens.
+
+    Run eagerly there is no worker to be kept free, and it sleeps. Called as a function it is not limited.
+
+    :cvar outbound_limit: its callables are given the request of the task, which has ``args`` and ``kwargs``. Where the
+        turn would come later than its ``max_wait``, the task fails with :class:`RateLimitExceeded`.
+    """
+
+    abstract = True
+    outbound_limit: ClassVar[OutboundLimit | None] = None
+
+    @classmethod
+    def on_bound(cls, app: Any) -> None:
+        """Check that there is a limit, and that it is one for sync code.
+
+        :raises InvalidConfigurationError: where there is none.
+        """
+        super().on_bound(app)
+        _limit_of(cls).check_face(asynchronous=False)
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Go on if it is the task's turn, or come back then. Who overrides this calls it first."""
+        super().before_start(task_id, args, kwargs)
+        limit, request = _limit_of(self), self.request
+        if request.is_eager:
+            limit.acquire(request)
+            return
+        attempt = f"{request.id}:{request.retries}"
+        is_reserved = (request.headers or {}).get(_RESERVED) == attempt
+        if is_reserved and not limit.remaining_hold(request):  # else what it has is from before the hold, and void
+            return
+        wait = limit.reserve(request)
+        if wait:
+            headers = {**(request.headers or {}), _RESERVED: attempt}
+            signature: Any = self.signature_from_request(request, countdown=wait, headers=headers)
+            signature.apply_async()
+            raise Retry(f"its turn is in {wait:g} s", when=wait, sig=signature)
+
+    def learn(self, status: int, headers: Mapping[str, str]) -> None:
+        """Tell the limit about an answer that the task has got: all tasks are held back if it says so."""
+        limit = _limit_of(self)
+        limit.learn(limit.key_of(self.request), status, headers)
+
+
+def _limit_of(task: Any) -> OutboundLimit:
+    limit = task.outbound_limit
+    if not isinstance(limit, OutboundLimit):
+        raise InvalidConfigurationError(
+            f"a RateLimitedTask needs an outbound_limit=OutboundLimit(...), which {task.name} has not",
+            "outbound_limit",
+        )
+    return limit

@@ -1,0 +1,40 @@
+"""Transports of httpx that stay under somebody else's limit.
+
+::
+
+    limit = OutboundLimit("10/second", key="api.example.com")
+    client = httpx.Client(transport=RateLimitTransport(limit))
+"""
+
+from __future__ import annotations
+
+from ratelimit.integrations.extras import needing
+from ratelimit.integrations.outbound import OutboundLimit, host_of
+from ratelimit.integrations.outbound.transports import AsyncTransport, Transport
+
+with needing("httpx"):
+    import httpx
+
+__all__ = ["AsyncRateLimitTransport", "OutboundLimit", "RateLimitTransport", "host_of"]
+
+
+class RateLimitTransport(Transport, httpx.BaseTransport):
+    """For ``httpx.Client``: each request waits for its turn, a redirect too, and its answer is learned from.
+
+    :param limit: its callables are given the ``httpx.Request``.
+    :param transport: what sends the requests; an ``httpx.HTTPTransport()`` of its own when None.
+    :raises InvalidArgumentError: where the limit has a manager for asyncio.
+    """
+
+    def __init__(self, limit: OutboundLimit, transport: httpx.BaseTransport | None = None) -> None:
+        super().__init__(limit, httpx.HTTPTransport() if transport is None else transport)
+
+
+class AsyncRateLimitTransport(AsyncTransport, httpx.AsyncBaseTransport):
+    """The same for ``httpx.AsyncClient``, under asyncio.
+
+    :raises InvalidArgumentError: where the limit has a manager for sync code.
+    """
+
+    def __init__(self, limit: OutboundLimit, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        super().__init__(limit, httpx.AsyncHTTPTransport() if transport is None else transport)

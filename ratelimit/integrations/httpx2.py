@@ -1,0 +1,40 @@
+"""Transports of httpx2 that stay under somebody else's limit.
+
+::
+
+    limit = OutboundLimit("10/second", key="api.example.com")
+    client = httpx2.Client(transport=RateLimitTransport(limit))
+"""
+
+from __future__ import annotations
+
+from ratelimit.integrations.extras import needing
+from ratelimit.integrations.outbound import OutboundLimit, host_of
+from ratelimit.integrations.outbound.transports import AsyncTransport, Transport
+
+with needing("httpx2"):
+    import httpx2
+
+__all__ = ["AsyncRateLimitTransport", "OutboundLimit", "RateLimitTransport", "host_of"]
+
+
+class RateLimitTransport(Transport, httpx2.BaseTransport):
+    """For ``httpx2.Client``: each request waits for its turn, a redirect too, and its answer is learned from.
+
+    :param limit: its callables are given the ``httpx2.Request``.
+    :param transport: what sends the requests; an ``httpx2.HTTPTransport()`` of its own when None.
+    :raises InvalidArgumentError: where the limit has a manager for asyncio.
+    """
+
+    def __init__(self, limit: OutboundLimit, transport: httpx2.BaseTransport | None = None) -> None:
+        super().__init__(limit, httpx2.HTTPTransport() if transport is None else transport)
+
+
+class AsyncRateLimitTransport(AsyncTransport, httpx2.AsyncBaseTransport):
+    """The same for ``httpx2.AsyncClient``, under asyncio.
+
+    :raises InvalidArgumentError: where the limit has a manager for sync code.
+    """
+
+    def __init__(self, limit: OutboundLimit, transport: httpx2.AsyncBaseTransport | None = None) -> None:
+        super().__init__(limit, httpx2.AsyncHTTPTransport() if transport is None else transport)
