@@ -15,13 +15,14 @@ from ratelimit.integrations.http.keys import (
     combined,
     header,
     method,
+    name_of,
     route,
     user,
 )
 from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, decision_about
 from ratelimit.integrations.http.plans import Assigned, Plans
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Rule
+from ratelimit.integrations.http.rules import Rule, RuleSettings
 
 __all__ = [
     "Answers",
@@ -38,6 +39,7 @@ __all__ = [
     "Policy",
     "RequestKey",
     "Rule",
+    "RuleSettings",
     "ServiceLimit",
     "api_key",
     "client_ip",
@@ -45,6 +47,7 @@ __all__ = [
     "decision_about",
     "header",
     "method",
+    "name_of",
     "route",
     "user",
 ]

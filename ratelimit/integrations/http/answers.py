@@ -53,19 +53,20 @@ class Answers:
             )
 
     def headers(self, decision: HttpDecision) -> Headers:
-        """The fields of an answer to a request, whatever has become of it; none where no limit was looked at.
+        """The fields of an answer to a request, whatever has become of it, and whoever answers it.
 
-        A refusal tells of what it was refused by alone, because a client waits for the last of what it is told.
+        None where no limit was looked at. To a request that is refused they tell when to come back, and of that alone
+        which it was refused by, because a client waits for the last of what it is told.
         """
-        limits = [limit for outcome in decision.outcomes for limit in outcome.limits]
-        if not limits:
-            return []
-        told = [limit for limit in limits if limit.violated] or limits
         headers: Headers = []
-        if self.standard:
+        if decision.retry_after is not None:
+            headers.append(("Retry-After", str(decision.retry_after)))
+        limits = [limit for outcome in decision.outcomes for limit in outcome.limits]
+        told = [limit for limit in limits if limit.violated] or limits
+        if self.standard and limits:
             headers.append(("RateLimit-Policy", ", ".join([_policy(limit.policy) for limit in limits])))
             headers.append(("RateLimit", ", ".join([_limit(limit) for limit in told])))
-        if self.x_ratelimit is not None:
+        if self.x_ratelimit is not None and limits:
             closest = min(told, key=lambda limit: (limit.remaining, -limit.reset_after))
             at = closest.reset_after + (int(self.clock()) if self.x_ratelimit == "epoch" else 0)
             headers.append(("X-RateLimit-Limit", str(closest.policy.quota)))
@@ -77,10 +78,8 @@ class Answers:
         """The answer to a request that is refused, with all its fields."""
         problem = self.problem(decision)
         body = self.body(problem)
-        headers: Headers = [("Content-Type", self.content_type), ("Content-Length", str(len(body)))]
-        if decision.retry_after is not None:
-            headers.append(("Retry-After", str(decision.retry_after)))
-        return HttpAnswer(problem["status"], [*headers, *self.headers(decision)], body)
+        about_body: Headers = [("Content-Type", self.content_type), ("Content-Length", str(len(body)))]
+        return HttpAnswer(problem["status"], about_body + self.headers(decision), body)
 
     content_type = "application/problem+json"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Collection
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration, Limits
-from ratelimit.errors import InvalidConfigurationError, Key, brief
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
 from ratelimit.handle import AsyncLimitsOfKey
 from ratelimit.integrations.http.keys import Missing, RequestKey, client_ip
 from ratelimit.integrations.http.plans import Plans
@@ -19,6 +19,19 @@ Cost: TypeAlias = int | Callable[[HttpRequest], int | Awaitable[int]]
 RuleLimits: TypeAlias = Limits | Plans | AsyncLimitsOfKey
 
 _PRINTABLE: Final = re.compile(r"[\x20-\x7e]{1,200}")  # what a string of a structured field may hold (RFC 9651)
+
+
+class RuleSettings(TypedDict, total=False):
+    """What a :class:`Rule` can be told beside its limits."""
+
+    key: RequestKey | None
+    name: str | None
+    methods: Collection[str] | None
+    routes: Collection[str] | None
+    when: Predicate | None
+    exempt: Predicate | None
+    cost: Cost
+    missing: Missing
 
 
 class Rule:
@@ -82,9 +95,16 @@ class Rule:
         self.missing = missing
 
     @classmethod
-    def of(cls, rule: Rule | RuleLimits) -> Rule:
-        """A rule from whatever a caller may give for one: itself, or limits for all requests by the peer's address."""
-        return rule if isinstance(rule, Rule) else cls(rule)
+    def of(cls, rule: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> Rule:
+        """A rule from whatever a caller may give for one: itself, or limits, and other settings with them.
+
+        :raises InvalidArgumentError: for settings beside a rule.
+        """
+        if not isinstance(rule, Rule):
+            return cls(rule, **settings)
+        if settings:
+            raise InvalidArgumentError(f"a Rule has its settings already; {brief(', '.join(settings))} goes there")
+        return rule
 
     def __repr__(self) -> str:
         return f"Rule({self.limits!r}, key={self.key!r}, name={self.name!r})"

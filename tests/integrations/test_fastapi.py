@@ -1,0 +1,559 @@
+# No "from __future__ import annotations": FastAPI could not resolve what names a limit that a test has made.
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, WebSocket
+from fastapi.exception_handlers import http_exception_handler
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.testclient import TestClient
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.testclient import WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
+
+from ratelimit import (
+    AsyncMemoryStore,
+    AsyncProxyManager,
+    InvalidArgumentError,
+    InvalidConfigurationError,
+    OnError,
+    ProxyManager,
+    StoreUnavailableError,
+)
+from ratelimit.integrations.asgi import RateLimitMiddleware
+from ratelimit.integrations.fastapi import RateLimit, RequestRefused, add_rate_limits
+from ratelimit.integrations.http import Answers, HttpDecision, Missing, Rule, api_key, header, route, user
+from ratelimit.testing import ScriptedStore
+from tests.integrations.asgi_parts import PEER, Stored, parsed
+from tests.integrations.gunicorns import statuses
+from tests.integrations.uvicorns import serving, workers
+
+
+@pytest.fixture
+def stored() -> Stored:
+    return Stored()
+
+
+@pytest.fixture
+def limit(stored: Stored) -> Callable[..., RateLimit]:
+    """Makes limits that are kept there."""
+
+    def make(limits: Any, **settings: Any) -> RateLimit:
+        return RateLimit(limits, manager=stored.amanager, **settings)
+
+    return make
+
+
+def client_of(app: FastAPI, **settings: Any) -> TestClient:
+    return TestClient(app, client=(PEER, 4711), **settings)
+
+
+def fields_of(response: Any) -> list[str]:
+    return [name for name in response.headers if "rate" in name]
+
+
+TOLD = ["ratelimit-policy", "ratelimit"]
+
+
+def test_ten_requests_are_admitted_and_five_refused(limit: Callable[..., RateLimit], stored: Stored) -> None:
+    app = FastAPI()
+    calls: list[str] = []
+
+    @app.get("/", dependencies=[Depends(limit("10/minute"))])
+    async def index() -> dict[str, str]:
+        calls.append("index")
+        return {"hello": "world"}
+
+    client = client_of(app)
+    answers = [client.get("/") for _ in range(15)]
+    assert [answer.status_code for answer in answers] == [200] * 10 + [429] * 5
+    assert [parsed(answer, "RateLimit")[0][1]["r"] for answer in answers[:10]] == list(range(9, -1, -1))
+    assert parsed(answers[0], "RateLimit-Policy") == [("10/minute", {"q": 10, "w": 60})]
+    refusal = answers[-1]
+    assert refusal.headers["Retry-After"] == "6"
+    assert refusal.headers["Content-Type"] == "application/problem+json"
+    assert refusal.json() == {
+        "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
+        "title": "Request cannot be satisfied as assigned quota has been exceeded",
+        "status": 429,
+        "violated-policies": ["10/minute"],
+    }
+    assert parsed(refusal, "RateLimit") == [("10/minute", {"r": 0, "t": 6})]
+    assert len(calls) == stored.consumed(f"10/minute:{PEER}") == 10
+
+
+def endpoint() -> str:
+    return "hello"
+
+
+def on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    app.get("/")(endpoint)
+    app.get("/v1/x", dependencies=[Depends(limit())])(endpoint)
+
+
+def on_router(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(limit())])
+    router.get("/x")(endpoint)
+    app.include_router(router)
+
+
+def on_application(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    app.router.dependencies.append(Depends(limit()))
+    router = APIRouter(prefix="/v1")
+    router.get("/x")(endpoint)
+    app.include_router(router)
+
+
+def on_inclusion(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    inner, outer = APIRouter(), APIRouter(prefix="/v1")
+    inner.get("/x")(endpoint)
+    outer.include_router(inner, dependencies=[Depends(limit())])
+    app.include_router(outer)
+
+
+def on_router_and_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    one = limit()
+    router = APIRouter(prefix="/v1", dependencies=[Depends(one)])
+    router.get("/x", dependencies=[Depends(one, use_cache=False)])(endpoint)
+    app.include_router(router)
+
+
+def on_router_and_twin_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    router = APIRouter(prefix="/v1", dependencies=[Depends(limit())])
+    router.get("/x", dependencies=[Depends(limit())])(endpoint)
+    app.include_router(router)
+
+
+def as_middleware_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    on_route(app, limit)
+    add_rate_limits(app, limit().rule, manager=limit()._limiter._manager)
+
+
+def as_sub_dependency_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+    async def service(_: Annotated[HttpDecision, Depends(limit())]) -> str:
+        return "service"
+
+    @app.get("/v1/x", dependencies=[Depends(limit())])
+    def called(service: Annotated[str, Depends(service)]) -> str:
+        return service
+
+
+EVERYWHERE = [
+    on_route,
+    on_router,
+    on_application,
+    on_inclusion,
+    on_router_and_route,
+    on_router_and_twin_on_route,
+    as_middleware_and_on_route,
+    as_sub_dependency_and_on_route,
+]
+
+
+@pytest.mark.parametrize("telling", [False, True], ids=["alone", "telling"])
+@pytest.mark.parametrize("put", EVERYWHERE, ids=lambda put: put.__name__)
+def test_wherever_a_limit_is_it_is_paid_and_told_once(
+    limit: Callable[..., RateLimit], stored: Stored, put: Callable[..., None], telling: bool
+) -> None:
+    app = FastAPI()
+    put(app, lambda: limit("2/hour"))
+    if telling:
+        add_rate_limits(app)
+    client = client_of(app)
+    answers = [client.get("/v1/x") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert [parsed(answer, "RateLimit") for answer in answers] == [
+        [("2/hour", {"r": 1, "t": 1800})],
+        [("2/hour", {"r": 0, "t": 1800})],
+        [("2/hour", {"r": 0, "t": 1800})],
+    ]
+    assert all(len(answer.headers.get_list("RateLimit-Policy")) == 1 for answer in answers)
+    assert stored.consumed(f"2/hour:{PEER}") == 2
+    if telling:
+        assert "429" in app.openapi()["paths"]["/v1/x"]["get"]["responses"]
+
+
+class TestFields:
+    """Which answers have them."""
+
+    @pytest.fixture
+    def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
+        app = FastAPI(dependencies=[Depends(limit("10/hour"))])
+
+        @app.get("/value")
+        async def value() -> int:
+            return 1
+
+        @app.get("/sync")
+        def sync() -> int:
+            return 1
+
+        @app.get("/response")
+        async def response() -> JSONResponse:
+            return JSONResponse([])
+
+        @app.get("/stream")
+        async def stream() -> StreamingResponse:
+            async def pieces() -> AsyncGenerator[bytes]:
+                yield b"piece"
+
+            return StreamingResponse(pieces())
+
+        @app.get("/error")
+        async def error() -> None:
+            raise HTTPException(418)
+
+        @app.get("/invalid")
+        async def invalid(number: int) -> int:
+            return number
+
+        return app
+
+    @pytest.mark.parametrize("path", ["/value", "/sync", "/response", "/stream", "/error", "/invalid"])
+    def test_all_answers_once_the_application_is_told(self, app: FastAPI, path: str) -> None:
+        add_rate_limits(app)
+        answer = client_of(app).get(path)
+        assert fields_of(answer) == TOLD
+        assert parsed(answer, "RateLimit") == [("10/hour", {"r": 9, "t": 360})]
+
+    @pytest.mark.parametrize(
+        ("path", "expected"), [("/value", TOLD), ("/sync", TOLD), ("/response", []), ("/stream", []), ("/error", [])]
+    )
+    def test_only_those_made_of_values_otherwise(self, app: FastAPI, path: str, expected: list[str]) -> None:
+        assert fields_of(client_of(app).get(path)) == expected
+
+    def test_answers_of_unlimited_routes_have_none(self, stored: Stored) -> None:
+        app = FastAPI()
+        add_rate_limits(app, Rule("1/hour", routes=["/limited"]), manager=stored.amanager)
+        assert fields_of(client_of(app).get("/docs")) == []
+
+    def test_with_the_answers_of_the_one_who_tells(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI()
+        app.get("/", dependencies=[Depends(limit("9/hour"))])(endpoint)
+        add_rate_limits(app, answers=Answers(standard=False, x_ratelimit="delta"))
+        answer = client_of(app).get("/")
+        assert fields_of(answer) == ["x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"]
+
+    def test_all_the_limits_of_a_request(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI(dependencies=[Depends(limit("10/hour"))])
+        app.get("/", dependencies=[Depends(limit("5/minute"))])(endpoint)
+        assert [name for name, _ in parsed(client_of(app).get("/"), "RateLimit")] == ["10/hour", "5/minute"]
+
+
+def test_what_a_later_limit_refuses_has_paid_nothing(limit: Callable[..., RateLimit], stored: Stored) -> None:
+    app = FastAPI(dependencies=[Depends(limit("10/hour"))])
+    app.get("/", dependencies=[Depends(limit("1/hour"))])(endpoint)
+    client = client_of(app)
+    assert [client.get("/").status_code for _ in range(3)] == [200, 429, 429]
+    assert stored.consumed(f"10/hour:{PEER}") == 1
+
+
+class TestRefusals:
+    """Who answers them."""
+
+    @pytest.fixture
+    def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
+        app = FastAPI()
+        app.get("/", dependencies=[Depends(limit("1/hour", cost=2, name="dear"))])(endpoint)
+        return app
+
+    @pytest.mark.parametrize("caught", [429, StarletteHTTPException, HTTPException, RequestRefused])
+    def test_a_handler_of_the_application(self, app: FastAPI, caught: Any) -> None:
+        @app.exception_handler(caught)
+        async def own(_: Request, error: HTTPException) -> PlainTextResponse:
+            return PlainTextResponse(f"own: {error.detail}", error.status_code, error.headers)
+
+        answer = client_of(app).get("/")
+        assert (answer.status_code, answer.text) == (429, "own: Too Many Requests")
+        assert fields_of(answer) == TOLD
+
+    def test_a_handler_that_goes_on_to_the_one_of_fastapi(self, app: FastAPI) -> None:
+        @app.exception_handler(StarletteHTTPException)
+        async def logged(request: Request, error: StarletteHTTPException) -> Any:
+            return await http_exception_handler(request, error)
+
+        answer = client_of(app).get("/")
+        assert (answer.status_code, answer.json()) == (429, {"detail": "Too Many Requests"})
+        assert answer.headers["Content-Type"] == "application/json"
+
+    def test_a_handler_is_told_of_the_decision(self, app: FastAPI) -> None:
+        @app.exception_handler(RequestRefused)
+        async def own(_: Request, error: RequestRefused) -> JSONResponse:
+            assert error.decision.refused
+            return JSONResponse(error.decision.refused.violated_policies, 429)
+
+        assert client_of(app).get("/").json() == ["dear"]
+
+    def test_other_errors_are_answered_as_ever(self, app: FastAPI) -> None:
+        before = dict(app.exception_handlers)
+        client = client_of(app)
+        assert client.get("/").headers["Content-Type"] == "application/problem+json"
+        assert client.get("/none").json() == {"detail": "Not Found"}
+        assert app.exception_handlers == before
+
+    def test_a_mounted_application_answers_its_own(self, limit: Callable[..., RateLimit]) -> None:
+        app, inner = FastAPI(), FastAPI()
+        inner.get("/", dependencies=[Depends(limit("1/hour", cost=2))])(endpoint)
+        app.mount("/inner", inner)
+
+        @app.exception_handler(429)
+        async def unasked(*_: object) -> None:
+            pytest.fail("the handler of another application")
+
+        assert client_of(app).get("/inner/").headers["Content-Type"] == "application/problem+json"
+
+    def test_a_request_without_its_key_is_in_error(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI()
+        key = api_key(secret="x" * 16)
+        app.get("/", dependencies=[Depends(limit("9/hour", key=key))])(endpoint)
+        app.get("/free", dependencies=[Depends(limit("9/hour", key=key, missing=Missing.UNLIMITED))])(endpoint)
+        client = client_of(app)
+        assert client.get("/").json()["detail"] == "The request has no api-key, by which it would be limited."
+        assert client.get("/free").status_code == 200
+
+    def test_where_the_store_fails_it_is_as_the_policy_says(self) -> None:
+        app, store = FastAPI(), ScriptedStore()
+        manager = AsyncProxyManager(AsyncMemoryStore(store))
+        app.get("/raise", dependencies=[Depends(RateLimit("9/hour", manager=manager))])(endpoint)
+        app.get("/deny", dependencies=[Depends(RateLimit("9/hour", manager=manager, on_error=OnError.DENY))])(endpoint)
+        store.fail(times=2)
+        client = client_of(app)
+        with pytest.raises(StoreUnavailableError):
+            client.get("/raise")
+        answer = client.get("/deny")
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert answer.json()["type"].endswith("#temporary-reduced-capacity")
+
+    def test_answers_may_be_made_otherwise(self, limit: Callable[..., RateLimit]) -> None:
+        class Plain(Answers):
+            content_type = "text/plain"
+
+            def body(self, problem: dict[str, Any]) -> bytes:
+                return problem["title"].encode()  # type: ignore[no-any-return]  # a str
+
+        app = FastAPI()
+        app.get("/", dependencies=[Depends(limit("1/hour", cost=2, answers=Plain()))])(endpoint)
+        answer = client_of(app).get("/")
+        assert answer.headers["Content-Type"] == "text/plain"
+        assert answer.text == "Request cannot be satisfied as assigned quota has been exceeded"
+
+
+class TestWebSocket:
+    @pytest.fixture
+    def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
+        app = FastAPI()
+
+        @app.websocket("/{room}", dependencies=[Depends(limit("1/hour", key=route()))])
+        async def greet(websocket: WebSocket) -> None:
+            await websocket.accept()
+            await websocket.send_text("hello")
+            await websocket.close()
+
+        return app
+
+    @pytest.mark.parametrize("telling", [False, True])
+    def test_a_handshake_is_admitted_or_refused(self, app: FastAPI, stored: Stored, telling: bool) -> None:
+        if telling:
+            add_rate_limits(app)
+        client = client_of(app)
+        with client.websocket_connect("/a") as websocket:
+            assert websocket.receive_text() == "hello"
+            headers: Any = websocket.extra_headers
+        assert [name.decode() for name, _ in headers] == (TOLD if telling else [])
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/b"):
+            pytest.fail("it was admitted")
+        assert refused.value.status_code == 429
+        assert refused.value.json()["violated-policies"] == ["1/hour"]
+        assert parsed(refused.value, "RateLimit") == [("1/hour", {"r": 0, "t": 3600})]
+        assert stored.consumed("1/hour:/{room}") == 1
+
+    def test_a_server_that_cannot_send_the_answer_closes(self, app: FastAPI) -> None:
+        async def poorer(scope: Any, receive: Any, send: Any) -> None:
+            await app({**scope, "extensions": {}}, receive, send)
+
+        client = TestClient(poorer)
+        with client.websocket_connect("/a") as websocket:
+            assert websocket.receive_text() == "hello"
+        with pytest.raises(WebSocketDisconnect) as refused, client.websocket_connect("/a"):
+            pytest.fail("it was admitted")
+        assert type(refused.value) is WebSocketDisconnect
+        assert refused.value.code == 1008
+
+
+class TestOpenApi:
+    @pytest.fixture
+    def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
+        app, router = FastAPI(), APIRouter(prefix="/v1", dependencies=[Depends(limit("9/hour"))])
+        app.get("/free")(endpoint)
+        app.get("/own", dependencies=[Depends(limit("9/hour"))], responses={429: {"description": "mine"}})(endpoint)
+        app.get("/posted", dependencies=[Depends(limit("9/hour", methods=["POST"]))])(endpoint)
+        app.post("/posted", dependencies=[Depends(limit("9/hour", methods=["POST"]))])(endpoint)
+        app.get("/hidden", dependencies=[Depends(limit("9/hour"))], include_in_schema=False)(endpoint)
+        router.get("/items/{number}")(endpoint)
+        app.include_router(router, prefix="/api")
+        return app
+
+    def documented(self, app: FastAPI) -> set[tuple[str, str]]:
+        paths = app.openapi()["paths"]
+        return {(method, path) for path, item in paths.items() for method in item if "429" in item[method]["responses"]}
+
+    def test_every_operation_that_is_limited_has_a_429(self, app: FastAPI) -> None:
+        add_rate_limits(app)
+        assert self.documented(app) == {("get", "/own"), ("post", "/posted"), ("get", "/api/v1/items/{number}")}
+        document = client_of(app).get("/openapi.json").json()
+        told = document["paths"]["/api/v1/items/{number}"]["get"]["responses"]["429"]
+        assert list(told["headers"]) == ["Retry-After", "RateLimit-Policy", "RateLimit"]
+        reference = told["content"]["application/problem+json"]["schema"]["$ref"]
+        properties = document["components"]["schemas"][reference.removeprefix("#/components/schemas/")]["properties"]
+        assert set(properties) == {"type", "title", "status", "violated-policies"}
+        assert document["paths"]["/own"]["get"]["responses"]["429"] == {"description": "mine"}
+
+    def test_also_those_that_rules_are_about(self, app: FastAPI) -> None:
+        add_rate_limits(
+            app, Rule("5/hour", routes=["/api/v1/items/{id}", "/free"]), answers=Answers(x_ratelimit="epoch")
+        )
+        assert ("get", "/free") in self.documented(app)
+        told = app.openapi()["paths"]["/free"]["get"]["responses"]["429"]["headers"]
+        assert list(told)[-3:] == ["X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"]
+
+    def test_the_document_is_that_of_the_routes_there_are(self, app: FastAPI, limit: Callable[..., RateLimit]) -> None:
+        add_rate_limits(app)
+        first = app.openapi()
+        assert app.openapi() == first
+        app.get("/late", dependencies=[Depends(limit("9/hour"))])(endpoint)
+        app.openapi_schema = None
+        assert ("get", "/late") in self.documented(app)
+
+    def test_a_generator_of_the_application_goes_first(self, app: FastAPI) -> None:
+        generate = app.openapi
+        app.openapi = lambda: generate() | {"x-own": True}  # type: ignore[method-assign]  # as FastAPI has it
+        add_rate_limits(app)
+        assert app.openapi()["x-own"]
+        assert ("get", "/own") in self.documented(app)
+
+    def test_without_being_told_the_document_has_none(self, app: FastAPI) -> None:
+        assert self.documented(app) == {("get", "/own")}
+
+
+class TestDependency:
+    def test_its_value_is_the_decision(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI()
+
+        @app.get("/")
+        async def remaining(decision: Annotated[HttpDecision, Depends(limit("5/hour"))]) -> int:
+            return decision.outcomes[0].probe.remaining_tokens
+
+        assert client_of(app).get("/").json() == 4
+
+    def test_it_can_be_overridden_in_tests(self, limit: Callable[..., RateLimit]) -> None:
+        app, dear = FastAPI(), limit("1/hour", cost=2)
+        app.get("/", dependencies=[Depends(dear)])(endpoint)
+        app.dependency_overrides[dear] = lambda: None
+        assert client_of(app).get("/").status_code == 200
+        app.dependency_overrides.clear()
+        assert client_of(app).get("/").status_code == 429
+
+    def test_keys_see_what_earlier_dependencies_have_found(self, limit: Callable[..., RateLimit]) -> None:
+        async def authenticated(request: Request) -> None:
+            request.state.user = request.headers["x-user"]
+
+        limited = limit("1/hour", key=user(lambda request: request.state.user))
+        app = FastAPI(dependencies=[Depends(authenticated), Depends(limited)])
+        app.get("/")(endpoint)
+        client = client_of(app)
+        statuses = [client.get("/", headers={"x-user": name}).status_code for name in ("a", "b", "a")]
+        assert statuses == [200, 200, 429]
+
+    def test_the_body_and_the_parameters_are_as_without_it(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI()
+
+        @app.post("/{number}", dependencies=[Depends(limit("9/hour"))])
+        async def echo(number: int, items: list[str], flag: bool = False) -> list[Any]:
+            return [number, items, flag]
+
+        assert client_of(app).post("/3?flag=1", json=["a"]).json() == [3, ["a"], True]
+        assert [p["name"] for p in app.openapi()["paths"]["/{number}"]["post"]["parameters"]] == ["number", "flag"]
+
+    @pytest.mark.parametrize("mounted", [False, True])
+    def test_the_route_is_the_template_with_its_prefixes(self, stored: Stored, mounted: bool) -> None:
+        templates: list[str | None] = []
+
+        def seen(request: Any) -> bool:
+            templates.append(request.find_route())
+            return True
+
+        app = FastAPI()
+        inner, outer = APIRouter(prefix="/items"), APIRouter(prefix="/v{version}")
+        looking = RateLimit("9/hour", when=seen, manager=stored.amanager)
+        inner.get("/{number}", dependencies=[Depends(looking)])(endpoint)
+        outer.include_router(inner)
+        app.include_router(outer)
+        if mounted:
+            parent = FastAPI()
+            parent.mount("/t/{tenant}", app)
+        else:
+            parent = app
+        add_rate_limits(parent, Rule("99/hour", when=seen), manager=stored.amanager)
+        assert client_of(parent).get("/t/acme/v1/items/7" if mounted else "/v1/items/7").status_code == 200
+        expected = "/v{version}/items/{number}"
+        assert templates == [f"/t/{{tenant}}{expected}" if mounted else expected] * 2
+
+    def test_a_rule_may_be_shared_with_middleware(self, limit: Callable[..., RateLimit], stored: Stored) -> None:
+        rule = Rule("9/hour", name="shared", key=header("x-tenant"))
+        app = FastAPI(dependencies=[Depends(limit(rule))])
+        app.get("/")(endpoint)
+        app.add_middleware(RateLimitMiddleware, rule, manager=stored.amanager)
+        assert client_of(app).get("/", headers={"x-tenant": "acme"}).status_code == 200
+        assert stored.consumed("shared:acme") == 1
+
+    def test_what_cannot_be_is_refused_at_once(self) -> None:
+        with pytest.raises(InvalidConfigurationError, match="name"):
+            RateLimit("1/hour", name="")
+        with pytest.raises(InvalidArgumentError, match=r"settings already; 'cost'"):
+            RateLimit(Rule("1/hour"), cost=2)
+        with ProxyManager.from_url("memory://") as manager, pytest.raises(InvalidArgumentError, match="Async"):
+            RateLimit("1/hour", manager=manager)  # type: ignore[arg-type]  # that is it
+        with pytest.raises(InvalidConfigurationError, match="other limits"):
+            add_rate_limits(FastAPI(), Rule("1/hour", name="a"), Rule("2/hour", name="a"))
+
+    def test_it_prints_as_its_rule(self) -> None:
+        assert repr(RateLimit("1/hour", manager="memory://")) == (
+            "RateLimit(Rule(BucketConfiguration.parse('1/hour'), key=client_ip(), name='1/hour'))"
+        )
+
+
+async def test_requests_at_once_are_admitted_as_the_limit_says(limit: Callable[..., RateLimit]) -> None:
+    app = FastAPI()
+    app.get("/", dependencies=[Depends(limit("10/hour"))])(endpoint)
+    async with serving(app) as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
+        answers = await asyncio.gather(*(client.get("/") for _ in range(30)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 10 + [429] * 20
+
+
+SERVED = """
+from fastapi import Depends, FastAPI
+from fastapi.responses import PlainTextResponse
+
+from ratelimit.integrations.fastapi import RateLimit, add_rate_limits
+
+app = FastAPI(dependencies=[Depends(RateLimit("40/hour"))])
+add_rate_limits(app, "20/hour")
+
+
+@app.get("/")
+def index():
+    return PlainTextResponse("hello")
+"""
+
+
+@pytest.mark.redis
+def test_worker_processes_admit_together_what_the_limit_says(redis_url: str, tmp_path: Path) -> None:
+    with workers(SERVED, tmp_path, redis_url=redis_url) as address:
+        assert statuses(address, "/", 60) == {200: 20, 429: 40}
+    with ProxyManager.from_url(redis_url, "1/s") as witness:
+        assert witness.snapshot("20/hour:127.0.0.1").consumed_tokens == 20
+        assert witness.snapshot("40/hour:127.0.0.1").consumed_tokens == 20
