@@ -1,0 +1,233 @@
+"""An extension for Flask.
+
+::
+
+    limiter = RateLimiter("1000/hour", app=app)
+
+
+    @app.get("/search")
+    @limiter.limit("10/minute", name="search")
+    def search(): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, wraps
+from inspect import isclass, iscoroutinefunction
+from typing import Any, Final, TypeVar, Unpack, cast
+
+from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.integrations.extras import needing
+from ratelimit.integrations.http.answers import Answers, HttpAnswer
+from ratelimit.integrations.http.decision import HttpDecision
+from ratelimit.integrations.http.limiter import Limiter
+from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings, checked_rules
+from ratelimit.integrations.wsgi import decision_of
+from ratelimit.integrations.wsgi import http_request as wsgi_request
+from ratelimit.manager import ProxyManager
+from ratelimit.on_error import ErrorPolicy
+
+with needing("flask"):
+    from flask import Blueprint, Flask, Request, Response, current_app, request
+    from werkzeug.exceptions import HTTPException, default_exceptions
+
+T = TypeVar("T")
+
+_EXTENSION: Final = "ratelimit"
+_EXEMPT_OF: Final = "_ratelimit_exempt_of"
+
+
+class RequestRefused(HTTPException):
+    """Raised for a request that is refused; answers with the status, header fields and body of :class:`Answers`.
+
+    It is an instance also of Werkzeug's own exception for the status: ``@app.errorhandler(429)``, ``(503)`` and
+    ``(400)`` are called with it, as is ``@app.errorhandler(RequestRefused)``.
+
+    :ivar decision: why it is refused.
+    """
+
+    def __init__(self, decision: HttpDecision, answer: HttpAnswer) -> None:
+        super().__init__(response=Response(answer.body, answer.status, answer.headers))
+        self.decision = decision
+
+
+@cache
+def _refused_with(status: int) -> type[RequestRefused]:
+    # Flask finds error handlers by the class, and by the status that the class has.
+    bases = (RequestRefused, default_exceptions.get(status, HTTPException))
+    return cast("type[RequestRefused]", type(RequestRefused.__name__, bases, {"code": status}))
+
+
+@dataclass(slots=True, eq=False)
+class _Installed:
+    """What an application has of the extension."""
+
+    extension: RateLimiter
+    manager: ProxyManager | str | None
+    limiters: dict[tuple[Rule, ...], Limiter] = field(default_factory=dict)
+
+
+class RateLimiter:
+    """Limits the requests to Flask applications: all of them by the rules given here, others by :meth:`limit`.
+
+    A request has to satisfy all rules that are about it, those of the application first, then those of its blueprints,
+    then those of its view. What it has paid is given back where a later one refuses.
+
+    The rules of the application count for all requests, those that end with 404 among them, but for views that are
+    :meth:`exempt`, and for the static files that Flask serves.
+
+    :param rules: see :class:`Rule`; limits alone are for all requests, by the peer's address.
+    :param app: an application, as with :meth:`init_app`.
+    :param manager: has the buckets; or its URL. None: the URL in the application's configuration, ``RATELIMIT_URL``,
+        else that of the environment variable of this name, or localhost.
+    :param answers: what clients are told.
+    :param on_error: what is decided where the store fails. None: as a manager of the caller's says, else
+        :attr:`OnError.DENY`, which is answered with 503.
+    :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.
+    """
+
+    def __init__(
+        self,
+        *rules: Rule | RuleLimits,
+        app: Flask | None = None,
+        manager: ProxyManager | str | None = None,
+        answers: Answers | None = None,
+        on_error: ErrorPolicy | None = None,
+    ) -> None:
+        self._rules = checked_rules(rules)
+        self._manager = manager
+        self._answers = Answers() if answers is None else answers
+        self._on_error = on_error
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask, *, manager: ProxyManager | str | None = None) -> None:
+        """Limit the requests to an application; to be called before its other ``before_request`` functions are made.
+
+        Configuration of the application: ``RATELIMIT_ENABLED``, False to admit everything, in tests say, at any time;
+        and ``RATELIMIT_URL``, see :class:`RateLimiter`.
+
+        :param manager: has the buckets of this application, in the place of that of the extension.
+        :raises RuntimeError: for an application that has a ``RateLimiter`` already.
+        """
+        if _EXTENSION in app.extensions:
+            raise RuntimeError("this application has a RateLimiter already: use that one")
+        app.config.setdefault("RATELIMIT_ENABLED", True)
+        app.config.setdefault("RATELIMIT_URL", None)
+        app.extensions[_EXTENSION] = _Installed(self, self._manager if manager is None else manager)
+        app.before_request(lambda: self._admit_to_view(self._rules))
+        app.after_request(self._add_fields)
+
+    def limit(self, limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> Callable[[T], T]:
+        """Decorate a view, or call it with a blueprint: ``limiter.limit("100/hour")(blueprint)``.
+
+        On a view it stands below ``route``, which would register the view without it otherwise. Classes of views have
+        it in their ``decorators``. A blueprint is limited together with those that are nested in it, except for their
+        static files; limit it before it is registered.
+
+        Views with the same limits share their buckets, unless they differ in ``name`` or ``key``.
+
+        :param limits: a :class:`Rule`, or its limits with its other settings.
+        :raises InvalidConfigurationError: for settings that cannot be.
+        :raises InvalidArgumentError: for settings beside a rule, and for what is no view.
+        """
+        rules = (Rule.of(limits, **settings),)
+
+        def decorate(view: T) -> T:
+            if isinstance(view, Blueprint):
+                view.before_request(lambda: self._admit_to_view(rules))
+                return view
+            function = _checked_view(view)
+            if iscoroutinefunction(function):
+
+                @wraps(function)
+                async def acall(*args: Any, **kwargs: Any) -> Any:
+                    self._admit(rules)
+                    return await function(*args, **kwargs)
+
+                return cast("T", acall)
+
+            @wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._admit(rules)
+                return function(*args, **kwargs)
+
+            return cast("T", call)
+
+        return decorate
+
+    def exempt(self, view: T) -> T:
+        """Let the rules of the application and of blueprints not count for a view, or for all views of a blueprint.
+
+        Its own count: with ``limit`` beside it a view has other limits, instead of more of them.
+
+        :raises InvalidArgumentError: for what is neither a view nor a blueprint.
+        """
+        exempt: Any = view if isinstance(view, Blueprint) else _checked_view(view)
+        # Kept with the view, whence functools.wraps takes it along to what other decorators make of it.
+        setattr(exempt, _EXEMPT_OF, {*getattr(exempt, _EXEMPT_OF, ()), self})
+        return view
+
+    @property
+    def decision(self) -> HttpDecision:
+        """What has been decided about the current request so far."""
+        return decision_of(request.environ)
+
+    def _admit_to_view(self, rules: tuple[Rule, ...]) -> None:
+        if not self._is_exempt():
+            self._admit(rules)
+
+    def _admit(self, rules: tuple[Rule, ...]) -> None:
+        limiter = self._limiter(rules)
+        if not rules or not current_app.config["RATELIMIT_ENABLED"]:
+            return
+        decision = limiter.decide(http_request(request))
+        if not decision:
+            answer = limiter.answers.refusal(decision)
+            raise _refused_with(answer.status)(decision, answer)
+
+    def _is_exempt(self) -> bool:
+        """Whether the view is, or a blueprint that it is in, or it is the one of Flask's own for static files."""
+        endpoint = request.endpoint
+        if endpoint is None:
+            return False
+        blueprints = [current_app.blueprints.get(name) for name in request.blueprints]
+        owner = blueprints[0] if blueprints else current_app
+        if owner is not None and owner.has_static_folder and endpoint.rpartition(".")[2] == "static":
+            return True
+        views = (current_app.view_functions.get(endpoint), *blueprints)
+        return any(self in getattr(view, _EXEMPT_OF, ()) for view in views)
+
+    def _limiter(self, rules: tuple[Rule, ...]) -> Limiter:
+        """That of the current application."""
+        installed = current_app.extensions.get(_EXTENSION)
+        if not isinstance(installed, _Installed) or installed.extension is not self:
+            raise RuntimeError("this RateLimiter does not know the application: call init_app(app)")
+        if rules not in installed.limiters:
+            manager = installed.manager or current_app.config["RATELIMIT_URL"]
+            installed.limiters[rules] = Limiter(*rules, manager=manager, answers=self._answers, on_error=self._on_error)
+        return installed.limiters[rules]
+
+    def _add_fields(self, response: Response) -> Response:
+        for name, value in self._answers.headers(self.decision):
+            response.headers.setdefault(name, value)
+        return response
+
+
+def http_request(request: Request) -> HttpRequest:
+    """A request as rules see it; what is kept with it is kept in its WSGI environment."""
+    seen = wsgi_request(request.environ)
+    seen.native = request
+    seen.find_route = lambda: None if request.url_rule is None else request.url_rule.rule
+    return seen
+
+
+def _checked_view(view: object) -> Callable[..., Any]:
+    if isclass(view):
+        raise InvalidArgumentError(f"a class of views has this in its decorators: {brief(view)}")
+    if not callable(view):
+        raise InvalidArgumentError(f"a view or a blueprint is wanted, not {brief(view)}")
+    return view
