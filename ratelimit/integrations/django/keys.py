@@ -1,0 +1,29 @@
+"""The key that Django's and REST framework's users expect."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Final
+
+from ratelimit.errors import Key
+from ratelimit.integrations.django.conf import current
+from ratelimit.integrations.http import HttpRequest, user
+
+_USER: Final = user()
+
+
+def user_or_client(request: HttpRequest) -> Key | Awaitable[Key | None] | None:
+    """Who has logged in (``user:42``), or the address of who has not (``ip:203.0.113.7``), as ``CLIENT_IP`` says."""
+    found = _USER(request)
+    return _later(request, found) if isinstance(found, Awaitable) else _either(request, found)
+
+
+async def _later(request: HttpRequest, found: Awaitable[str | None]) -> Key | None:
+    return _either(request, await found)
+
+
+def _either(request: HttpRequest, found: str | None) -> Key | None:
+    if found is not None:
+        return f"user:{found}"
+    client = current().client_ip(request)
+    return b"ip:" + client if isinstance(client, bytes) else client and f"ip:{client}"

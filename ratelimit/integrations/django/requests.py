@@ -1,0 +1,101 @@
+"""Requests and responses of Django, and those of the core for HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from django.urls import Resolver404, resolve
+
+from ratelimit.drive import Steps
+from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.integrations import http
+from ratelimit.integrations.http import AsyncLimiter, Headers, HttpAnswer, Limiter, decision_about
+
+
+def native_of(request: object) -> HttpRequest:
+    """Django's own request, also where that of REST framework is around it."""
+    native = request if isinstance(request, HttpRequest) else getattr(request, "_request", None)
+    if not isinstance(native, HttpRequest):
+        raise InvalidArgumentError(
+            f"a view must be given a request first, not {brief(request)}; a method is limited by method_decorator"
+        )
+    return native
+
+
+def http_request(request: HttpRequest, *, asynchronous: bool) -> http.HttpRequest:
+    """A request as the core sees it. The decision is kept as ``request.ratelimit``."""
+    return http.HttpRequest(
+        method=request.method or "GET",
+        path=request.path_info or "/",  # without SCRIPT_NAME, as in urlpatterns
+        peer=request.META.get("REMOTE_ADDR") or None,
+        header=partial(_header, request),
+        native=request,
+        find_route=partial(_route, request),
+        find_user=partial(_auser if asynchronous else _user, request),
+        notes=vars(request),
+    )
+
+
+def answered(
+    limiter: Limiter | AsyncLimiter, request: HttpRequest, respond: Callable[[], Any]
+) -> Steps[HttpResponseBase]:
+    """What a request is answered with: what the application responds, or a refusal."""
+    asked = http_request(request, asynchronous=isinstance(limiter, AsyncLimiter))
+    decision: Any = yield limiter.decide(asked)
+    if not decision:
+        return refusal(limiter.answers.refusal(decision))
+    response: Any = yield respond()
+    if isinstance(response, HttpResponseBase):  # Django itself complains of everything else
+        tell(response, limiter.answers.headers(decision_about(asked)))
+    return response  # type: ignore[no-any-return]
+
+
+def refusal(answer: HttpAnswer) -> HttpResponse:
+    """An answer as a response."""
+    return HttpResponse(answer.body, status=answer.status, headers=dict(answer.headers))
+
+
+def tell(response: HttpResponseBase, headers: Headers) -> None:
+    """Set header fields; whoever comes last knows most."""
+    for name, value in headers:
+        response[name] = value
+
+
+def _header(request: HttpRequest, name: str) -> str | None:
+    return request.headers.get(name)
+
+
+def _route(request: HttpRequest) -> str | None:
+    match = request.resolver_match
+    if match is None:  # in a middleware: the view is looked for after it
+        try:
+            match = resolve(request.path_info, getattr(request, "urlconf", None))
+        except Resolver404:
+            return None
+    return f"/{match.route}"
+
+
+def _user(request: HttpRequest) -> object:
+    if not hasattr(request, "user"):
+        raise ImproperlyConfigured(
+            "a rule by user needs request.user: put django.contrib.auth.middleware.AuthenticationMiddleware before"
+            " ratelimit.integrations.django.RateLimitMiddleware"
+        )
+    return _id(request.user)
+
+
+async def _auser(request: HttpRequest) -> object:
+    # request.user may look the session up with a blocking call, which Django forbids here.
+    if hasattr(request, "auser"):
+        return _id(await request.auser())
+    return await sync_to_async(_user)(request)
+
+
+def _id(user: Any) -> object:
+    return user.pk if user is not None and user.is_authenticated else None

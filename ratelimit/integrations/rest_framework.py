@@ -1,0 +1,157 @@
+"""For Django REST framework: throttles, and an exception handler.
+
+They share setting, decisions and buckets with :mod:`ratelimit.integrations.django`, and use no cache.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.integrations.extras import needing
+
+with needing("drf"):
+    from django.core.exceptions import ImproperlyConfigured
+    from django.http.response import HttpResponseBase
+    from rest_framework.exceptions import APIException
+    from rest_framework.request import Request
+    from rest_framework.settings import api_settings
+    from rest_framework.throttling import BaseThrottle
+    from rest_framework.views import exception_handler as default_exception_handler
+
+from ratelimit.integrations.django.conf import current, limiter
+from ratelimit.integrations.django.keys import user_or_client
+from ratelimit.integrations.django.requests import http_request, native_of, refusal
+from ratelimit.integrations.http import HttpDecision, HttpRequest, RequestKey, Rule, client_ip, decision_about
+from ratelimit.integrations.http.rules import Cost, Predicate, RuleLimits
+
+__all__ = ["AnonRateLimit", "RateLimitThrottle", "Refused", "ScopedRateLimit", "UserRateLimit", "exception_handler"]
+
+
+class Refused(APIException):
+    """A request is refused for another reason than a limit: the store fails (503), or there is no key (400)."""
+
+    def __init__(self, decision: HttpDecision) -> None:
+        problem = current().answers.problem(decision)
+        super().__init__(problem.get("detail") or problem.get("title"), code="refused")
+        self.status_code = problem["status"]
+        self.wait = decision.retry_after  # which REST framework makes Retry-After of
+
+
+class RateLimitThrottle(BaseThrottle):
+    """Limits a view by a :class:`Rule`, of which the attributes of the class are the arguments.
+
+    ::
+
+        class Searches(RateLimitThrottle):
+            limits = "10/minute burst 20"
+            key = api_key(secret=...)
+
+    A request that any throttle of this kind refuses has paid for none of them.
+
+    :cvar limits: None: the rate of the scope in ``DEFAULT_THROTTLE_RATES``, which may be written in either way:
+        ``100/hour``, ``10/second burst 50``; a rate of None is no limit.
+    :cvar scope: of the rate.
+    :cvar name: by default the scope, but with limits of its own their text.
+    :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.
+    :cvar cost: tokens of a request.
+    :cvar exempt: not limited are requests for which this is true.
+    """
+
+    limits: RuleLimits | None = None
+    scope: str | None = None
+    name: str | None = None
+    key: RequestKey = user_or_client
+    cost: Cost = 1
+    exempt: Predicate | None = None
+
+    _decision = HttpDecision()
+
+    def allow_request(self, request: Request, view: Any) -> bool:
+        """Whether a request may go on.
+
+        :raises Refused: where it may not, for another reason than a limit.
+        :raises ImproperlyConfigured: for limits that cannot be.
+        """
+        rule = self._rule()
+        if rule is None or not current().enabled:
+            return True
+        deciding = limiter((rule,))
+        # After a refusal nothing more is asked, although REST framework goes on to the next throttle.
+        self._decision = deciding.decide(http_request(native_of(request), asynchronous=False))
+        if hasattr(view, "headers"):  # those that REST framework sets on whatever response there will be
+            view.headers.update(deciding.answers.headers(self._decision))
+        if not self._decision and deciding.answers.problem(self._decision)["status"] != 429:
+            raise Refused(self._decision)
+        return bool(self._decision)
+
+    def wait(self) -> float | None:
+        """Seconds until the request may be sent again; None for never."""
+        return self._decision.retry_after
+
+    def _rule(self) -> Rule | None:
+        cls = type(self)  # of which callables are asked for, lest they become methods
+        name, limits = cls.name, cls.limits
+        if limits is None:
+            name, limits = name or self.scope, _rate(cls.__name__, self.scope)
+        try:
+            return None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt)
+        except InvalidConfigurationError as error:
+            raise ImproperlyConfigured(f"{cls.__name__} cannot be: {error}") from error
+
+
+def _rate(throttle: str, scope: str | None) -> str | None:
+    if scope is None:
+        raise ImproperlyConfigured(f"{throttle} needs limits, or a scope")
+    rates: Any = api_settings.DEFAULT_THROTTLE_RATES
+    if scope not in rates:
+        raise ImproperlyConfigured(f"DEFAULT_THROTTLE_RATES has no rate for the scope {scope!r} of {throttle}")
+    rate: str | None = rates[scope]
+    return None if rate is None else re.sub(r"/\s*m$", "/minute", rate)  # as REST framework lets one write it
+
+
+@lru_cache(maxsize=1024)
+def _made(limits: RuleLimits, name: str | None, key: RequestKey, cost: Cost, exempt: Predicate | None) -> Rule:
+    return Rule(limits, name=name, key=key, cost=cost, exempt=exempt)
+
+
+def _is_known(request: HttpRequest) -> bool:
+    return request.find_user() is not None
+
+
+class AnonRateLimit(RateLimitThrottle):
+    """Limits those who have not logged in, by address."""
+
+    scope = "anon"
+    key = client_ip()
+    exempt = staticmethod(_is_known)
+
+
+class UserRateLimit(RateLimitThrottle):
+    """Limits everybody, by user, and by address who has not logged in."""
+
+    scope = "user"
+
+
+class ScopedRateLimit(RateLimitThrottle):
+    """The same for views with a ``throttle_scope``, by the rate and under the name of that."""
+
+    def allow_request(self, request: Request, view: Any) -> bool:
+        """See :meth:`RateLimitThrottle.allow_request`."""
+        self.scope = getattr(view, "throttle_scope", None)
+        return not self.scope or super().allow_request(request, view)
+
+
+def exception_handler(exc: Exception, context: dict[str, Any]) -> HttpResponseBase | None:
+    """REST framework's own, but for requests that are refused by a limit: they are answered with a problem of RFC 9457.
+
+    For ``EXCEPTION_HANDLER`` in ``REST_FRAMEWORK``.
+    """
+    response: HttpResponseBase | None = default_exception_handler(exc, context)
+    if isinstance(exc, APIException) and hasattr(exc, "wait"):
+        decision = decision_about(http_request(native_of(context["request"]), asynchronous=False))
+        if not decision:
+            return refusal(current().answers.refusal(decision))
+    return response
