@@ -247,7 +247,7 @@ def replacement(configuration: Limits, inheritance: TokensInheritance) -> Replac
 
 def hold_back(duration: Duration) -> HoldBack:
     """Check how long there are to be no tokens."""
-    return HoldBack(_nanos(duration, name="duration"))
+    return HoldBack(nanos_of(duration, "duration"))
 
 
 def checked_inheritance(inheritance: TokensInheritance) -> TokensInheritance:
@@ -270,15 +270,16 @@ def stored_key(prefix: bytes, key: Key) -> bytes:
 
 
 def _longest_wait(timeout: Duration) -> int:
-    return _nanos(timeout, advice=" (try_consume does not wait)")
+    return nanos_of(timeout, "timeout", advice=" (try_consume does not wait)")
 
 
 def seconds(timeout: Duration) -> float:
     """Check how long a call may take."""
-    return min(_nanos(timeout) / NANOS_PER_SECOND, _LONGEST_TIMEOUT)
+    return min(nanos_of(timeout, "timeout") / NANOS_PER_SECOND, _LONGEST_TIMEOUT)
 
 
-def _nanos(duration: Duration, *, name: str = "timeout", advice: str = "") -> int:
+def nanos_of(duration: Duration, name: str, *, advice: str = "") -> int:
+    """Check a duration above 0, and give it in nanoseconds."""
     try:
         nanos = to_nanos(duration)
     except (TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ import pytest
 from ratelimit import Bucket, ProxyManager, cli, errors
 from ratelimit.core import limit_text
 from ratelimit.manager import Settings
-from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS
+from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
 from tests.servers import RedisServer, ServerBinary
 from tests.test_bad_input import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
 
@@ -134,7 +134,8 @@ def check_examples(page: Path, redis_url: str) -> None:
 
 @pytest.mark.redis
 @pytest.mark.parametrize("page", pages_with_examples(redis=True), ids=name_of)
-def test_examples_do_what_they_show(page: Path, redis_url: str) -> None:
+def test_examples_do_what_they_show(page: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL_VARIABLE, redis_url)  # where integrations look for it
     check_examples(page, redis_url)
 
 

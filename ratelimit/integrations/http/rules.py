@@ -13,6 +13,7 @@ from ratelimit.handle import AsyncLimitsOfKey
 from ratelimit.integrations.http.keys import Missing, RequestKey, client_ip
 from ratelimit.integrations.http.plans import Plans
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.managers import bucket_key
 
 Predicate: TypeAlias = Callable[[HttpRequest], bool | Awaitable[bool]]
 Cost: TypeAlias = int | Callable[[HttpRequest], int | Awaitable[int]]
@@ -117,7 +118,7 @@ class Rule:
 
     def stored_key(self, key: Key) -> Key:
         """The key of the bucket: after the rule's name, that of the request."""
-        return f"{self.name}:{key}" if isinstance(key, str) else self.name.encode() + b":" + key
+        return bucket_key(self.name, key)
 
     def policy_name(self, configuration: BucketConfiguration, bandwidth: Bandwidth) -> str:
         """What clients are told that a bandwidth is called."""

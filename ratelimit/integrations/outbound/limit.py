@@ -22,13 +22,13 @@ from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.commands import Reserve, Verbose
-from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos, to_seconds
+from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_seconds
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.results import VerboseResult
 from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, RateLimitExceeded, brief, shown
-from ratelimit.handle import token_count
+from ratelimit.handle import nanos_of, token_count
 from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
 from ratelimit.manager import AsyncProxyManager, ProxyManager
@@ -105,10 +105,10 @@ class OutboundLimit:
         self._limits = None if limits is None else BucketConfiguration.of(limits)
         self._key = key
         self._cost = cost if callable(cost) else token_count(cost, "cost")
-        self._max_wait = None if max_wait is None else _nanos("max_wait", max_wait)
-        self._max_hold = _nanos("max_hold", max_hold)
+        self._max_wait = None if max_wait is None else nanos_of(max_wait, "max_wait")
+        self._max_hold = nanos_of(max_hold, "max_hold")
         self._default_hold = (
-            _default_hold(self._limits) if default_hold is None else _nanos("default_hold", default_hold)
+            _default_hold(self._limits) if default_hold is None else nanos_of(default_hold, "default_hold")
         )
         self._prefix = prefix
         self._manager = manager
@@ -149,11 +149,11 @@ class OutboundLimit:
 
         :param duration: a ``timedelta`` or seconds, above 0.
         """
-        drive(self._held_back(_checked_key(key), _nanos("duration", duration), asynchronous=False))
+        drive(self._held_back(_checked_key(key), nanos_of(duration, "duration"), asynchronous=False))
 
     async def ahold_back(self, key: Key, duration: Duration) -> None:
         """See :meth:`hold_back`."""
-        await adrive(self._held_back(_checked_key(key), _nanos("duration", duration), asynchronous=True))
+        await adrive(self._held_back(_checked_key(key), nanos_of(duration, "duration"), asynchronous=True))
 
     def reserve(self, request: Any = None) -> float:
         """Take the tokens of a request on credit, and do not wait: the seconds until its turn, for who waits elsewhere.
@@ -298,16 +298,6 @@ def _checked_key(key: object) -> Key:
     if not isinstance(key, str | bytes):
         raise InvalidArgumentError(f"key must be a str or bytes, not {brief(key)}")
     return key
-
-
-def _nanos(name: str, duration: Duration) -> int:
-    try:
-        nanos = to_nanos(duration)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{name} {error}") from None
-    if nanos < 1:
-        raise InvalidArgumentError(f"{name} must be above 0, not {brief(duration)}")
-    return nanos
 
 
 def _default_hold(limits: BucketConfiguration | None) -> int:

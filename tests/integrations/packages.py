@@ -1,0 +1,44 @@
+"""What the integrations need, and what their tests need besides."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+PACKAGES: dict[str, list[str]] = {
+    "aiohttp": ["aiohttp", "http_sf"],
+    "asgi": [],
+    "celery": ["celery", "http_sf"],
+    "django": ["django"],
+    "fastapi": ["fastapi"],
+    "flask": ["flask"],
+    "functions": [],
+    "grpc": ["grpc", "grpc_status"],
+    "http": [],
+    "httpx": ["httpx", "http_sf"],
+    "httpx2": ["httpx2", "http_sf"],
+    "outbound": ["http_sf"],
+    "requests": ["requests", "http_sf"],
+    "rest_framework": ["rest_framework"],
+    "wsgi": [],
+}
+"""Of each module of ``ratelimit.integrations``."""
+
+EXTRAS: dict[str, str] = {"http_sf": "outbound", "rest_framework": "drf", "grpc_status": "grpc"}
+"""Of packages whose extra has another name than they have."""
+
+OF_TESTS: dict[str, list[str]] = {
+    "answers": ["http_sf"],
+    "asgi": ["httpx", "http_sf", "starlette", "uvicorn", "websockets"],
+    "django": ["gunicorn", "http_sf", "uvicorn"],
+    "fastapi": ["httpx", "http_sf", "uvicorn"],
+    "flask": ["gunicorn", "http_sf"],
+    "rest_framework": ["gunicorn", "http_sf"],
+    "httpx": ["httpx2"],
+    "wsgi": ["http_sf"],
+}
+
+
+def missing_for(test: str) -> list[str]:
+    """The packages that the tests of a file want, and that are not there."""
+    name = test.removeprefix("test_")
+    return [package for package in (*PACKAGES.get(name, []), *OF_TESTS.get(name, [])) if not find_spec(package)]

@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, assert_type
+
+import pytest
+
+from ratelimit import (
+    AsyncMemoryStore,
+    AsyncProxyManager,
+    BucketConfiguration,
+    InvalidArgumentError,
+    InvalidConfigurationError,
+    MemoryStore,
+    OnError,
+    ProxyManager,
+    RateLimitExceeded,
+    StoreUnavailableError,
+)
+from ratelimit.integrations.functions import limited
+from ratelimit.testing import ManualClock, ScriptedStore
+from tests.faces import Manager, settled
+
+HOUR = 3600 * 10**9
+
+
+@dataclass
+class Face:
+    """Functions of one kind, and a manager of the same kind."""
+
+    asynchronous: bool
+    clock: ManualClock = field(default_factory=lambda: ManualClock(0))
+    store: ScriptedStore = field(default_factory=ScriptedStore)
+    calls: list[Any] = field(default_factory=list)
+
+    def manager(self, **settings: Any) -> Manager:
+        if self.asynchronous:
+            return AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock, **settings)
+        return ProxyManager(self.store, clock=self.clock, **settings)
+
+    def function(self) -> Callable[..., Any]:
+        """One that takes note of its calls."""
+
+        def send(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((args, kwargs))
+            return args[0] if args else None
+
+        async def asend(*args: Any, **kwargs: Any) -> Any:
+            return send(*args, **kwargs)
+
+        return asend if self.asynchronous else send
+
+    def limited(self, limits: Any, **options: Any) -> Callable[..., Awaitable[Any]]:
+        manager = options.pop("manager", None) or self.manager()
+        function = limited(limits, manager=manager, **dict[str, Any](name="send") | options)(self.function())
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return await settled(function(*args, **kwargs))
+
+        return call
+
+    def callable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, async where functions are."""
+
+        async def afunction(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(0)
+            return function(*args, **kwargs)
+
+        return afunction if self.asynchronous else function
+
+
+@pytest.fixture(params=["sync", "async"])
+def face(request: pytest.FixtureRequest) -> Face:
+    return Face(request.param == "async")
+
+
+async def test_a_call_beyond_the_limit_is_refused_and_does_not_happen(face: Face) -> None:
+    send = face.limited("2/hour")
+    assert [await send(1, to="a"), await send(2)] == [1, 2]
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await send(3)
+    assert (refusal.value.key, refusal.value.retry_after) == ("send", 1800)
+    assert face.calls == [((1,), {"to": "a"}), ((2,), {})]
+    face.clock.advance(1800)
+    assert await send(4) == 4
+
+
+async def test_a_callable_key_gets_the_arguments_of_the_call(face: Face) -> None:
+    send = face.limited("1/hour", key=face.callable(lambda user, text="": f"{user}{text}"))
+    await send("ann", text="1")
+    await send("ann")
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await send("ann", text="1")
+    assert refusal.value.key == "send:ann1"
+
+
+async def test_a_call_with_the_key_none_is_not_limited(face: Face) -> None:
+    send = face.limited("1/hour", key=lambda user: None if user == "root" else user)
+    assert [await send("root") for _ in range(3)] == ["root"] * 3
+    assert len(face.store) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "stored"),
+    [(None, b"send"), ("all", b"send:all"), (b"\xff", b"send:\xff"), ("", b"send:"), ("é:", b"send:\xc3\xa9:")],
+)
+async def test_the_bucket_is_named_by_name_and_key(face: Face, key: str | bytes | None, stored: bytes) -> None:
+    await face.limited("5/hour", key=key)()
+    assert face.store.get(stored) is not None
+    if key is not None:
+        await face.limited("5/hour", key=lambda: key)()
+        assert await settled(face.manager().bucket(stored, "5/hour").available_tokens()) == 3
+
+
+async def test_functions_of_one_name_share_a_bucket(face: Face) -> None:
+    send, post = face.limited("1/hour", name="out"), face.limited("1/hour", name="out")
+    await send()
+    with pytest.raises(RateLimitExceeded):
+        await post()
+
+
+async def test_the_name_is_that_of_the_function_where_none_is_given(face: Face) -> None:
+    await face.limited("5/hour", name=None)()
+    kind = "asend" if face.asynchronous else "send"
+    assert face.store.get(f"tests.integrations.test_functions.Face.function.<locals>.{kind}") is not None
+
+
+async def test_a_call_costs_what_its_cost_says(face: Face) -> None:
+    send = face.limited("10/hour", cost=face.callable(len))
+    await send("12345678")
+    with pytest.raises(RateLimitExceeded):
+        await send("123")
+    await send("")
+    await send("12")
+    assert await settled(face.manager().bucket("send", "10/hour").available_tokens()) == 0
+
+
+async def test_more_than_the_bucket_can_hold_is_refused_for_ever(face: Face) -> None:
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await face.limited("10/hour", cost=11)()
+    assert refusal.value.retry_after is None
+
+
+@pytest.mark.parametrize("cost", [-1, 1.0, True, False, None, "1"])
+async def test_a_cost_that_cannot_be_is_an_error_and_the_call_does_not_happen(face: Face, cost: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="what cost gives must be an int"):
+        await face.limited("10/hour", cost=lambda: cost)()
+    assert face.calls == []
+
+
+async def test_a_key_that_cannot_be_is_an_error_and_the_call_does_not_happen(face: Face) -> None:
+    with pytest.raises(InvalidArgumentError, match="what key gives must be a str, bytes or None, not 42"):
+        await face.limited("10/hour", key=lambda user: user)(42)
+    assert face.calls == []
+
+
+async def test_limits_are_looked_up_by_the_key_without_the_name(face: Face) -> None:
+    plans = {"ann": "1/hour", "bob": BucketConfiguration.parse("2/hour"), "root": None}
+    send = face.limited(face.callable(lambda user: plans[user]), key=lambda user: user)
+    for user, allowed in (("ann", 1), ("bob", 2)):
+        for _ in range(allowed):
+            await send(user)
+        with pytest.raises(RateLimitExceeded):
+            await send(user)
+    assert [await send("root") for _ in range(5)] == ["root"] * 5
+
+
+async def test_limits_are_looked_up_by_the_name_where_there_is_no_key(face: Face) -> None:
+    send = face.limited({"out": "1/hour"}.get, name="out")
+    await send()
+    with pytest.raises(RateLimitExceeded):
+        await send()
+
+
+async def test_a_call_that_waits_gets_its_turn(face: Face) -> None:
+    send = face.limited("1/second", wait=True)
+    assert [await send(number) for number in range(3)] == [0, 1, 2]
+    assert face.clock.slept == [10**9, 10**9]
+
+
+@pytest.mark.parametrize("wait", [5, timedelta(seconds=5)])
+async def test_a_wait_beyond_the_bound_is_refused_at_once_and_takes_nothing(face: Face, wait: Any) -> None:
+    send = face.limited("4/hour", wait=wait)
+    for _ in range(4):
+        await send()
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await send()
+    assert (refusal.value.retry_after, face.clock.slept, len(face.calls)) == (900, [], 4)
+    face.clock.advance(896)
+    await send()
+    assert face.clock.slept == [4 * 10**9]
+
+
+async def test_a_wait_that_is_interrupted_gives_its_tokens_back_and_the_call_does_not_happen() -> None:
+    manager = AsyncProxyManager(AsyncMemoryStore(), "2/hour")
+    happened: list[None] = []
+
+    @limited("2/hour", cost=2, wait=True, name="send", manager=manager)
+    async def send() -> None:
+        happened.append(None)
+
+    await send()
+    waiting = asyncio.create_task(send())
+    while await manager.available_tokens("send") == 0:
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (await manager.available_tokens("send"), len(happened)) == (0, 1)
+
+
+async def test_tokens_are_gone_also_where_the_function_fails(face: Face) -> None:
+    manager = face.manager()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    async def afail() -> None:
+        raise ZeroDivisionError
+
+    failing = limited("2/hour", name="fail", manager=manager)(afail if face.asynchronous else fail)
+    with pytest.raises(ZeroDivisionError):
+        await settled(failing())
+    assert await settled(manager.bucket("fail", "2/hour").available_tokens()) == 1
+
+
+@pytest.mark.parametrize("wait", [False, True])
+async def test_a_store_that_fails_is_an_error_by_default(face: Face, *, wait: bool) -> None:
+    face.store.fail()
+    with pytest.raises(StoreUnavailableError):
+        await face.limited("2/hour", wait=wait)()
+    assert face.calls == []
+
+
+@pytest.mark.parametrize("wait", [False, True])
+async def test_a_store_that_fails_is_answered_as_the_manager_says(face: Face, *, wait: bool) -> None:
+    face.store.fail(times=3)
+    assert await face.limited("2/hour", wait=wait, manager=face.manager(on_error=OnError.ALLOW))(1) == 1
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await face.limited("2/hour", wait=wait, manager=face.manager(on_error=OnError.DENY))(2)
+    assert refusal.value.retry_after == 1
+    assert face.calls == [((1,), {})]
+
+
+async def test_methods_are_limited_with_their_object_as_the_first_argument() -> None:
+    class Client:
+        def __init__(self, account: str) -> None:
+            self.account = account
+
+        @limited("1/hour", key=lambda self, *_: self.account, manager=(manager := ProxyManager(MemoryStore())))
+        def send(self, text: str) -> str:
+            return f"{self.account}: {text}"
+
+        @classmethod
+        @limited("1/hour", manager=manager)
+        def make(cls, account: str) -> Client:
+            return cls(account)
+
+        @staticmethod
+        @limited("1/hour", manager=AsyncProxyManager(AsyncMemoryStore()))
+        async def ping() -> str:
+            return "pong"
+
+    ann = Client.make("ann")
+    assert [ann.send("1"), Client("bob").send("2"), await Client.ping()] == ["ann: 1", "bob: 2", "pong"]
+    for call in (lambda: ann.send("3"), lambda: Client.make("bob")):
+        with pytest.raises(RateLimitExceeded):
+            call()
+    with pytest.raises(RateLimitExceeded):
+        await ann.ping()
+
+
+def test_a_function_keeps_its_name_its_signature_and_its_types() -> None:
+    @limited("5/second")
+    def send(text: str, *, times: int = 1) -> bool:
+        """Send it."""
+        return bool(text * times)
+
+    @limited("5/second", wait=True)
+    async def asend(text: str) -> bool:
+        return bool(text)
+
+    assert (send.__name__, send.__doc__) == ("send", "Send it.")
+    assert str(inspect.signature(send)) == "(text: 'str', *, times: 'int' = 1) -> 'bool'"
+    assert inspect.iscoroutinefunction(asend)
+    assert not inspect.iscoroutinefunction(send)
+
+    async def check_types() -> None:
+        assert_type(send("a", times=2), bool)
+        assert_type(await asend("a"), bool)
+        send(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # as the function itself
+
+    assert callable(check_types)
+
+
+def test_nothing_is_opened_at_decoration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RATELIMIT_URL", "nonsense://")
+
+    @limited("1/hour")
+    def send() -> str:
+        return "sent"
+
+    with pytest.raises(InvalidConfigurationError, match="nonsense"):
+        send()
+    monkeypatch.setenv("RATELIMIT_URL", "memory://")
+    assert send() == "sent"
+    with pytest.raises(RateLimitExceeded):
+        send()
+
+
+def of_generators() -> list[Any]:
+    def numbers() -> Iterator[int]:
+        yield 1
+
+    async def anumbers() -> AsyncIterator[int]:
+        yield 1
+
+    return [numbers, anumbers]
+
+
+@pytest.mark.parametrize("generator", of_generators())
+def test_generators_are_refused_at_decoration(generator: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="is a generator: a call of it only begins"):
+        limited("1/hour")(generator)
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        (classmethod(print), "limited goes below classmethod"),
+        (staticmethod(print), "limited goes below staticmethod"),
+        (dict, "takes a function, not <class 'dict'>"),
+        (None, "takes a function, not None"),
+        (functools.partial(print, 1), "has no name of its own: give it one, name="),
+    ],
+)
+def test_what_is_no_function_is_refused_at_decoration(what: Any, complaint: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=complaint):
+        limited("1/hour")(what)
+
+
+def test_what_has_no_name_of_its_own_can_be_given_one() -> None:
+    power = limited("1/hour", name="power", manager=ProxyManager(MemoryStore()))(functools.partial(pow, 2))
+    assert power(3) == 8
+    with pytest.raises(RateLimitExceeded):
+        power(3)
+
+
+async def test_objects_that_are_called_are_limited_by_the_kind_of_their_call() -> None:
+    class Sender:
+        async def __call__(self) -> str:
+            return "sent"
+
+    send = limited("1/hour", name="send", manager=AsyncProxyManager(AsyncMemoryStore()))(Sender())
+    assert await send() == "sent"
+    with pytest.raises(RateLimitExceeded):
+        await send()
+
+
+def test_a_manager_of_the_other_kind_is_refused_at_decoration(face: Face) -> None:
+    other = Face(not face.asynchronous).manager()
+    with pytest.raises(
+        InvalidArgumentError, match=f"needs a manager that is a.*ProxyManager, not <.*{type(other).__name__}"
+    ):
+        limited("1/hour", manager=other)(face.function())
+
+
+async def later(*_: object) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"key": 42}, "key must be a str, bytes, or a callable, not 42"),
+        ({"key": later}, "key must not be async where the function is not"),
+        ({"cost": 0}, "cost must be an int from 1"),
+        ({"cost": later}, "cost must not be async where the function is not"),
+        ({"limits": later}, "limits must not be async where the function is not"),
+        ({"wait": 0}, "wait must be above 0, not 0"),
+        ({"wait": "5"}, "wait must be a timedelta or a number of seconds, not '5'"),
+        ({"name": b"send"}, "name must be a str, not b'send'"),
+        ({"manager": 42}, "a sync function needs a manager that is a ProxyManager, not 42"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_at_decoration(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=complaint):
+        limited(**dict[str, Any](limits="1/hour") | arguments)(print)
+
+
+def test_limits_that_cannot_be_are_refused_at_decoration() -> None:
+    with pytest.raises(InvalidConfigurationError):
+        limited("often")
+
+
+@pytest.mark.redis
+async def test_sync_and_async_functions_of_one_name_share_a_bucket_in_redis(redis_url: str) -> None:
+    @limited("3/hour", name="send", key="all", manager=redis_url)
+    def send() -> None: ...
+
+    async with AsyncProxyManager.from_url(redis_url) as manager:
+
+        @limited("3/hour", name="send", key="all", manager=manager)
+        async def asend() -> None: ...
+
+        send()
+        await asend()
+        send()
+        with pytest.raises(RateLimitExceeded):
+            await asend()
+    with pytest.raises(RateLimitExceeded):
+        send()
