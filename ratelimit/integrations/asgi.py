@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from typing import Any, Final, TypeAlias
 
 from ratelimit.integrations.http.answers import Answers, Headers, HttpAnswer
-from ratelimit.integrations.http.limiter import AsyncLimiter, decision_about
+from ratelimit.integrations.http.limiter import AsyncLimiter, fields_for
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import AsyncProxyManager
@@ -22,9 +22,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-TELLING: Final = "ratelimit.telling"
-"""Is in a scope whose answer gets its fields from a middleware."""
 
 _STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 _DENIAL: Final = "websocket.http.response"
@@ -69,13 +66,12 @@ class RateLimitMiddleware:
         if not decision:
             await refuse(scope, send, self._limiter.answers.refusal(decision))
             return
-        scope[TELLING] = True
         await self.app(scope, receive, self._telling(request, send))
 
     def _telling(self, request: HttpRequest, send: Send) -> Send:
         async def tell(message: Message) -> None:
             if message["type"] in _STARTS:
-                fields = self._limiter.answers.headers(decision_about(request))
+                fields = fields_for(request, self._limiter.answers)
                 if fields:
                     message = {**message, "headers": _with_fields(message.get("headers") or (), fields)}
             await send(message)

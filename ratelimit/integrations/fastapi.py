@@ -2,21 +2,23 @@
 
 ::
 
-    app = FastAPI()
-    add_rate_limits(app)
-
     @app.get("/search", dependencies=[Depends(RateLimit("10/minute"))])
     async def search() -> list[str]: ...
+
+A dependency reaches neither the answers that an endpoint has made itself, or that an error becomes, nor the OpenAPI
+document. Therefore this module extends two methods of ``FastAPI``, for all applications with routes that depend on a
+:class:`RateLimit`: ``build_middleware_stack``, so that all their answers have the header fields, and ``openapi``, so
+that the document tells of the 429.
 """
 
 # No "from __future__ import annotations": FastAPI reads those of RateLimit.__call__, and as texts it could not resolve
 # them, because it looks in the globals of a function, which an object that is called does not have.
 
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any, Final, Unpack
 
 from ratelimit.integrations.asgi import (
-    TELLING,
     App,
     RateLimitMiddleware,
     Receive,
@@ -30,12 +32,12 @@ from ratelimit.integrations.http.answers import Answers, HttpAnswer
 from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.limiter import AsyncLimiter
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings, checked_rules
+from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings
 from ratelimit.manager import AsyncProxyManager
 from ratelimit.on_error import ErrorPolicy
 
 with needing("fastapi"):
-    from fastapi import FastAPI, HTTPException, Response, routing
+    from fastapi import FastAPI, HTTPException, routing
     from fastapi.exception_handlers import http_exception_handler
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import HTTPConnection
@@ -66,8 +68,7 @@ class RateLimit:
     :class:`RequestRefused`. Where a request meets one of these twice, or two of the same name and key, it pays
     once.
 
-    The header fields are on refusals, and on answers made from what an endpoint returns. To have them on all others,
-    see :func:`add_rate_limits`.
+    All answers to such a request have the header fields, once, and its operation a 429 in the OpenAPI document.
 
     :param limits: a ``Rule``, or limits of which one is made with the settings of the rule: ``key=``, ``name=``,
         ``cost=`` and so on, see :class:`ratelimit.integrations.http.Rule`.
@@ -86,50 +87,41 @@ class RateLimit:
         **settings: Unpack[RuleSettings],
     ) -> None:
         self.rule = Rule.of(limits, **settings)
-        self.answers = Answers() if answers is None else answers
-        self._limiter = AsyncLimiter(self.rule, manager=manager, answers=self.answers, on_error=on_error)
+        self._limiter = AsyncLimiter(self.rule, manager=manager, answers=answers, on_error=on_error)
+        self.answers = self._limiter.answers
 
     def __repr__(self) -> str:
         return f"RateLimit({self.rule!r})"
 
-    async def __call__(self, connection: HTTPConnection, response: Response) -> HttpDecision:
+    async def __call__(self, connection: HTTPConnection) -> HttpDecision:
         """Take the tokens of a request."""
         decision = await self._limiter.decide(http_request(connection.scope, connection))
         if not decision:
-            _answer_refusals(connection.scope)
             raise RequestRefused(decision, self.answers.refusal(decision))
-        if TELLING not in connection.scope:
-            for name, value in self.answers.headers(decision):
-                response.headers[name] = value
         return decision
 
 
-def add_rate_limits(
-    app: FastAPI,
-    *rules: Rule | RuleLimits,
-    manager: AsyncProxyManager | str | None = None,
-    answers: Answers | None = None,
-    on_error: ErrorPolicy | None = None,
-) -> None:
-    """Let an application tell of its limits: in the header fields of all its answers, and in its OpenAPI document.
+def _extend(application: type[FastAPI]) -> None:
+    """See the module."""
+    build, generate = application.build_middleware_stack, application.openapi
 
-    The first is done by a :class:`ratelimit.integrations.asgi.RateLimitMiddleware`, which has these rules and settings.
-    The document gets a 429 for each operation that depends on a :class:`RateLimit` or is one of the rules', except
-    where it has one already; an ``app.openapi`` of your own is to be set before.
+    @wraps(build)
+    def build_middleware_stack(self: FastAPI) -> Any:
+        if not any(_limits_of(route.dependant) for route in _routes(self)):
+            return build(self)
+        handlers = self.exception_handlers
+        if handlers.get(StarletteHTTPException) is http_exception_handler and HTTPException not in handlers:
+            handlers.setdefault(RequestRefused, _answered)  # type: ignore[arg-type]  # what a handler gives is awaited
+        return RateLimitMiddleware(build(self))
 
-    :raises InvalidConfigurationError: where two rules of one name differ in their limits.
-    :raises RuntimeError: for an application that has begun to serve.
-    """
-    checked = checked_rules(rules)
-    app.add_middleware(RateLimitMiddleware, *checked, manager=manager, answers=answers, on_error=on_error)
-    own, generate = Answers() if answers is None else answers, app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        _document(app, [(rule, own) for rule in checked], document)
+    @wraps(generate)
+    def openapi(self: FastAPI) -> dict[str, Any]:
+        document = generate(self)
+        _document(self, document)
         return document
 
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+    application.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
+    application.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _answered(_: HTTPConnection, error: RequestRefused) -> App:
@@ -137,17 +129,6 @@ async def _answered(_: HTTPConnection, error: RequestRefused) -> App:
         await refuse(scope, send, error.answer)
 
     return answer
-
-
-def _answer_refusals(scope: Scope) -> None:
-    """Let the application answer refusals as we do, where it has no handler of its own.
-
-    Dependencies run below the place that has looked the handlers up, so that what they are for this request alone can
-    no longer be said. They are those of the application's running middleware, and only our own exception's is added.
-    """
-    handlers: dict[Any, Any] = scope.get("starlette.exception_handlers", ({}, {}))[0]
-    if handlers.get(StarletteHTTPException) is http_exception_handler and HTTPException not in handlers:
-        handlers.setdefault(RequestRefused, _answered)
 
 
 _PROBLEM: Final = "RateLimitProblem"
@@ -161,11 +142,12 @@ _FIELDS: Final = {
 }
 
 
-def _document(app: FastAPI, rules: list[tuple[Rule, Answers]], document: dict[str, Any]) -> None:
+def _document(app: FastAPI, document: dict[str, Any]) -> None:
     """Add a 429 to the operations that are limited; done twice, it is the same."""
+    outer = list(_limits_of_middleware(app))
     for route in _routes(app):
-        limits = [*rules, *((limit.rule, limit.answers) for limit in _limits_of(route.dependant))]
-        for method in route.methods:
+        limits = [*outer, *((limit.rule, limit.answers) for limit in _limits_of(route.dependant))]
+        for method in getattr(route, "methods", None) or ():  # WebSockets have none
             operation = document.get("paths", {}).get(route.path_format, {}).get(method.lower())
             request = HttpRequest(method, route.path_format, None, header=lambda _: None)
             answers = next((answers for rule, answers in limits if rule.is_about(request)), None)
@@ -175,19 +157,29 @@ def _document(app: FastAPI, rules: list[tuple[Rule, Answers]], document: dict[st
                 schemas.setdefault(_PROBLEM, _problem_schema())
 
 
+def _limits_of_middleware(app: FastAPI) -> Iterator[tuple[Rule, Answers]]:
+    added: list[Any] = app.user_middleware
+    for middleware in added:
+        if middleware.cls is RateLimitMiddleware:
+            for rule in middleware.args:
+                yield Rule.of(rule), middleware.kwargs.get("answers") or Answers()
+
+
 def _routes(app: FastAPI) -> Iterator[Any]:
-    """The routes for HTTP, each with all that it depends on, also where a router was included."""
-    each = getattr(routing, "iter_route_contexts", iter)  # routes of older versions have that themselves
+    """The routes, each with all that it depends on, also where a router was included."""
+    each = getattr(routing, "iter_route_contexts", iter)  # before FastAPI 0.130 or so, routes had that themselves
     for route in each(app.routes):
-        if isinstance(getattr(route, "original_route", route), routing.APIRoute):
+        if isinstance(getattr(route, "original_route", route), routing.APIRoute | routing.APIWebSocketRoute):
             yield route
 
 
-def _limits_of(dependant: Any) -> Iterator[RateLimit]:
+def _limits_of(dependant: Any) -> list[RateLimit]:
+    limits: list[RateLimit] = []
     for inner in dependant.dependencies:
         if isinstance(inner.call, RateLimit):
-            yield inner.call
-        yield from _limits_of(inner)
+            limits.append(inner.call)
+        limits += _limits_of(inner)
+    return limits
 
 
 def _documented(answers: Answers) -> dict[str, Any]:
@@ -215,3 +207,6 @@ def _problem_schema() -> dict[str, Any]:
             "violated-policies": {"title": "Violated Policies", "type": "array", "items": {"type": "string"}},
         },
     }
+
+
+_extend(FastAPI)

@@ -25,7 +25,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.integrations.asgi import RateLimitMiddleware
-from ratelimit.integrations.fastapi import RateLimit, RequestRefused, add_rate_limits
+from ratelimit.integrations.fastapi import RateLimit, RequestRefused
 from ratelimit.integrations.http import Answers, HttpDecision, Missing, Rule, api_key, header, route, user
 from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
@@ -130,7 +130,7 @@ def on_router_and_twin_on_route(app: FastAPI, limit: Callable[[], RateLimit]) ->
 
 def as_middleware_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
     on_route(app, limit)
-    add_rate_limits(app, limit().rule, manager=limit()._limiter._manager)
+    app.add_middleware(RateLimitMiddleware, limit().rule, manager=limit()._limiter._manager)
 
 
 def as_sub_dependency_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
@@ -154,15 +154,12 @@ EVERYWHERE = [
 ]
 
 
-@pytest.mark.parametrize("telling", [False, True], ids=["alone", "telling"])
 @pytest.mark.parametrize("put", EVERYWHERE, ids=lambda put: put.__name__)
 def test_wherever_a_limit_is_it_is_paid_and_told_once(
-    limit: Callable[..., RateLimit], stored: Stored, put: Callable[..., None], telling: bool
+    limit: Callable[..., RateLimit], stored: Stored, put: Callable[..., None]
 ) -> None:
     app = FastAPI()
     put(app, lambda: limit("2/hour"))
-    if telling:
-        add_rate_limits(app)
     client = client_of(app)
     answers = [client.get("/v1/x") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
@@ -173,8 +170,7 @@ def test_wherever_a_limit_is_it_is_paid_and_told_once(
     ]
     assert all(len(answer.headers.get_list("RateLimit-Policy")) == 1 for answer in answers)
     assert stored.consumed(f"2/hour:{PEER}") == 2
-    if telling:
-        assert "429" in app.openapi()["paths"]["/v1/x"]["get"]["responses"]
+    assert "429" in app.openapi()["paths"]["/v1/x"]["get"]["responses"]
 
 
 class TestFields:
@@ -214,27 +210,29 @@ class TestFields:
         return app
 
     @pytest.mark.parametrize("path", ["/value", "/sync", "/response", "/stream", "/error", "/invalid"])
-    def test_all_answers_once_the_application_is_told(self, app: FastAPI, path: str) -> None:
-        add_rate_limits(app)
+    def test_all_answers_have_them(self, app: FastAPI, path: str) -> None:
         answer = client_of(app).get(path)
         assert fields_of(answer) == TOLD
         assert parsed(answer, "RateLimit") == [("10/hour", {"r": 9, "t": 360})]
 
-    @pytest.mark.parametrize(
-        ("path", "expected"), [("/value", TOLD), ("/sync", TOLD), ("/response", []), ("/stream", []), ("/error", [])]
-    )
-    def test_only_those_made_of_values_otherwise(self, app: FastAPI, path: str, expected: list[str]) -> None:
-        assert fields_of(client_of(app).get(path)) == expected
+    def test_an_application_without_limits_is_as_ever(self) -> None:
+        app = FastAPI()
+        app.get("/")(endpoint)
+        assert fields_of(client_of(app).get("/")) == []
+        assert RequestRefused not in app.exception_handlers
+        assert "429" not in app.openapi()["paths"]["/"]["get"]["responses"]
 
     def test_answers_of_unlimited_routes_have_none(self, stored: Stored) -> None:
         app = FastAPI()
-        add_rate_limits(app, Rule("1/hour", routes=["/limited"]), manager=stored.amanager)
+        app.add_middleware(RateLimitMiddleware, Rule("1/hour", routes=["/limited"]), manager=stored.amanager)
+        app.get("/limited", dependencies=[Depends(RateLimit("1/day", manager=stored.amanager))])(endpoint)
         assert fields_of(client_of(app).get("/docs")) == []
 
-    def test_with_the_answers_of_the_one_who_tells(self, limit: Callable[..., RateLimit]) -> None:
-        app = FastAPI()
-        app.get("/", dependencies=[Depends(limit("9/hour"))])(endpoint)
-        add_rate_limits(app, answers=Answers(standard=False, x_ratelimit="delta"))
+    @pytest.mark.parametrize("further_in", [False, True])
+    def test_with_the_answers_that_a_limit_has(self, limit: Callable[..., RateLimit], further_in: bool) -> None:
+        app, older = FastAPI(), Answers(standard=False, x_ratelimit="delta")
+        app.get("/", dependencies=[Depends(limit("9/hour", answers=older if further_in else None))])(endpoint)
+        app.add_middleware(RateLimitMiddleware, answers=Answers(x_ratelimit="epoch") if further_in else older)
         answer = client_of(app).get("/")
         assert fields_of(answer) == ["x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"]
 
@@ -289,11 +287,9 @@ class TestRefusals:
         assert client_of(app).get("/").json() == ["dear"]
 
     def test_other_errors_are_answered_as_ever(self, app: FastAPI) -> None:
-        before = dict(app.exception_handlers)
         client = client_of(app)
         assert client.get("/").headers["Content-Type"] == "application/problem+json"
         assert client.get("/none").json() == {"detail": "Not Found"}
-        assert app.exception_handlers == before
 
     def test_a_mounted_application_answers_its_own(self, limit: Callable[..., RateLimit]) -> None:
         app, inner = FastAPI(), FastAPI()
@@ -355,15 +351,12 @@ class TestWebSocket:
 
         return app
 
-    @pytest.mark.parametrize("telling", [False, True])
-    def test_a_handshake_is_admitted_or_refused(self, app: FastAPI, stored: Stored, telling: bool) -> None:
-        if telling:
-            add_rate_limits(app)
+    def test_a_handshake_is_admitted_or_refused(self, app: FastAPI, stored: Stored) -> None:
         client = client_of(app)
         with client.websocket_connect("/a") as websocket:
             assert websocket.receive_text() == "hello"
             headers: Any = websocket.extra_headers
-        assert [name.decode() for name, _ in headers] == (TOLD if telling else [])
+        assert [name.decode() for name, _ in headers] == TOLD
         with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/b"):
             pytest.fail("it was admitted")
         assert refused.value.status_code == 429
@@ -402,7 +395,6 @@ class TestOpenApi:
         return {(method, path) for path, item in paths.items() for method in item if "429" in item[method]["responses"]}
 
     def test_every_operation_that_is_limited_has_a_429(self, app: FastAPI) -> None:
-        add_rate_limits(app)
         assert self.documented(app) == {("get", "/own"), ("post", "/posted"), ("get", "/api/v1/items/{number}")}
         document = client_of(app).get("/openapi.json").json()
         told = document["paths"]["/api/v1/items/{number}"]["get"]["responses"]["429"]
@@ -413,30 +405,24 @@ class TestOpenApi:
         assert document["paths"]["/own"]["get"]["responses"]["429"] == {"description": "mine"}
 
     def test_also_those_that_rules_are_about(self, app: FastAPI) -> None:
-        add_rate_limits(
-            app, Rule("5/hour", routes=["/api/v1/items/{id}", "/free"]), answers=Answers(x_ratelimit="epoch")
-        )
+        rule = Rule("5/hour", routes=["/api/v1/items/{id}", "/free"])
+        app.add_middleware(RateLimitMiddleware, rule, answers=Answers(x_ratelimit="epoch"))
         assert ("get", "/free") in self.documented(app)
         told = app.openapi()["paths"]["/free"]["get"]["responses"]["429"]["headers"]
         assert list(told)[-3:] == ["X-RateLimit-Limit", "X-RateLimit-Remaining", "X-RateLimit-Reset"]
 
     def test_the_document_is_that_of_the_routes_there_are(self, app: FastAPI, limit: Callable[..., RateLimit]) -> None:
-        add_rate_limits(app)
         first = app.openapi()
         assert app.openapi() == first
         app.get("/late", dependencies=[Depends(limit("9/hour"))])(endpoint)
         app.openapi_schema = None
         assert ("get", "/late") in self.documented(app)
 
-    def test_a_generator_of_the_application_goes_first(self, app: FastAPI) -> None:
+    def test_a_generator_of_the_application_may_build_on_it(self, app: FastAPI) -> None:
         generate = app.openapi
         app.openapi = lambda: generate() | {"x-own": True}  # type: ignore[method-assign]  # as FastAPI has it
-        add_rate_limits(app)
         assert app.openapi()["x-own"]
         assert ("get", "/own") in self.documented(app)
-
-    def test_without_being_told_the_document_has_none(self, app: FastAPI) -> None:
-        assert self.documented(app) == {("get", "/own")}
 
 
 class TestDependency:
@@ -497,7 +483,7 @@ class TestDependency:
             parent.mount("/t/{tenant}", app)
         else:
             parent = app
-        add_rate_limits(parent, Rule("99/hour", when=seen), manager=stored.amanager)
+        parent.add_middleware(RateLimitMiddleware, Rule("99/hour", when=seen), manager=stored.amanager)
         assert client_of(parent).get("/t/acme/v1/items/7" if mounted else "/v1/items/7").status_code == 200
         expected = "/v{version}/items/{number}"
         assert templates == [f"/t/{{tenant}}{expected}" if mounted else expected] * 2
@@ -517,8 +503,6 @@ class TestDependency:
             RateLimit(Rule("1/hour"), cost=2)
         with ProxyManager.from_url("memory://") as manager, pytest.raises(InvalidArgumentError, match="Async"):
             RateLimit("1/hour", manager=manager)  # type: ignore[arg-type]  # that is it
-        with pytest.raises(InvalidConfigurationError, match="other limits"):
-            add_rate_limits(FastAPI(), Rule("1/hour", name="a"), Rule("2/hour", name="a"))
 
     def test_it_prints_as_its_rule(self) -> None:
         assert repr(RateLimit("1/hour", manager="memory://")) == (
@@ -538,10 +522,11 @@ SERVED = """
 from fastapi import Depends, FastAPI
 from fastapi.responses import PlainTextResponse
 
-from ratelimit.integrations.fastapi import RateLimit, add_rate_limits
+from ratelimit.integrations.asgi import RateLimitMiddleware
+from ratelimit.integrations.fastapi import RateLimit
 
 app = FastAPI(dependencies=[Depends(RateLimit("40/hour"))])
-add_rate_limits(app, "20/hour")
+app.add_middleware(RateLimitMiddleware, "20/hour")
 
 
 @app.get("/")

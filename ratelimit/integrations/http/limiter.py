@@ -10,7 +10,7 @@ from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, brief
-from ratelimit.integrations.http.answers import Answers
+from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.decision import HttpDecision, Outcome, service_limits
 from ratelimit.integrations.http.keys import Missing
@@ -23,6 +23,8 @@ from ratelimit.on_error import ErrorPolicy, OnError
 
 NOTE: Final = "ratelimit"
 """The name under which the decision about a request is kept with it."""
+
+_ANSWERS: Final = "ratelimit.answers"  # the same for those that make the fields of its answer
 
 _logger = logging.getLogger("ratelimit")
 
@@ -41,6 +43,7 @@ class _Limiter:
     ) -> None:
         self.rules = checked_rules(rules)
         self.answers = Answers() if answers is None else answers
+        self._has_own_answers = answers is not None
         if on_error is None and not isinstance(manager, ProxyManager | AsyncProxyManager):
             on_error = OnError.DENY  # which is a 503; an error would be a 500, and a traceback for each request
         self._on_error = on_error
@@ -65,6 +68,8 @@ class _Limiter:
             if not decision:
                 yield from self._give_back(decision)
         request.notes[NOTE] = decision
+        if self._has_own_answers:
+            request.notes[_ANSWERS] = self.answers
         return decision
 
     def _decided_by(self, rule: Rule, key: Key, request: HttpRequest, decision: HttpDecision) -> Steps[HttpDecision]:
@@ -172,6 +177,15 @@ def decision_about(request: HttpRequest) -> HttpDecision:
     """What has been decided about a request so far."""
     decision = request.notes.get(NOTE)
     return decision if isinstance(decision, HttpDecision) else HttpDecision()
+
+
+def fields_for(request: HttpRequest, answers: Answers) -> Headers:
+    """The fields of an answer to a request, from all that has been decided about it.
+
+    :param answers: makes them, unless a limiter further in has answers of its own.
+    """
+    own = request.notes.get(_ANSWERS, answers)
+    return own.headers(decision_about(request))  # type: ignore[no-any-return]  # those that a limiter has put there
 
 
 def _applies(rule: Rule, request: HttpRequest) -> Steps[bool]:
