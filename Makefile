@@ -4,9 +4,10 @@ BENCH = $(VENV)-bench
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
+EXAMPLES = fastapi plans flask django outbound
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test servers interop soak lint format bench bench-quick bench-failover clean
+.PHONY: help demo examples test test-core servers interop soak lint format bench bench-quick bench-failover clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -16,8 +17,18 @@ help: ## list the targets
 demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own
 	$(VENV)/bin/ratelimit demo $(ARGS)
 
+examples: $(VENV)/installed-examples ## run the examples, a minute; each alone: make example-fastapi (or -plans, -flask, -django, -outbound)
+	@for name in $(EXAMPLES); do $(MAKE) --no-print-directory example-$$name || exit 1; done
+
+.PHONY: $(EXAMPLES:%=example-%)
+$(EXAMPLES:%=example-%): example-%: $(VENV)/installed-examples
+	$(PY) examples/run.py $* $(ARGS)
+
 test: $(VENV)/installed-test ## run the tests
 	$(VENV)/bin/pytest $(ARGS)
+
+test-core: $(VENV)-core/installed-test-core ## run the tests that need no server where no integration is installed
+	RATELIMIT_TEST_WITHOUT_EXTRAS=1 $(VENV)-core/bin/pytest -m 'not redis' $(ARGS)
 
 servers: $(VENV)/installed-test ## run the tests that need a server on each Redis and Valkey that can be had, or on SERVERS
 	.ci/servers $(SERVERS)
@@ -45,13 +56,19 @@ bench: $(BENCH)/installed ## measure against other limiters, a quarter of an hou
 bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
 	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
 
+bench-integrations: $(BENCH)/installed ## measure what a limit adds to a request in each framework, and write benchmarks/INTEGRATIONS.md
+	$(BENCH)/bin/python -m benchmarks.integrations $(ARGS)
+
 bench-failover: $(VENV)/installed-test ## measure what is lost when another server takes over, a few minutes
 	$(PY) -m benchmarks.failover $(ARGS)
 
 clean: ## remove the environments and all that was generated
-	rm -rf $(VENV) $(BENCH) benchmarks/out tests/interop/target tests/soak/out build dist
+	rm -rf $(VENV) $(VENV)-core $(BENCH) benchmarks/out tests/interop/target tests/soak/out build dist
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)-core/installed-test-core: pyproject.toml
+	$(MAKE) --no-print-directory VENV=$(VENV)-core $@
 
 # The project with one of its extras; again only when pyproject.toml has changed.
 $(VENV)/installed-%: pyproject.toml | $(PY)
