@@ -1,18 +1,41 @@
-"""What the benchmark makes of its measurements: medians, ratios, verdicts, tables and charts. Nothing is timed here."""
+"""What benchmarks make of its measurements: medians, ratios, verdicts, tables and charts. No time is judged here."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import redis
 
-from benchmarks import charts, report
+from benchmarks import charts, integrations, report
+from benchmarks.applications import ALONE, BARE, FRAMEWORKS, REDIS_PY, addresses
 from benchmarks.contenders import ENTRANTS, SKIP_SYNC, SOCKET
 from benchmarks.goals import GOALS, Goal, Measured
 from benchmarks.measure import WrongAnswerError, check, interleaved, shares
-from benchmarks.model import METRICS, OURS, Contender, Entrant, Kind, Results, Sample, Table, of_latencies, spread
+from benchmarks.model import (
+    METRICS,
+    OURS,
+    Contender,
+    Entrant,
+    Hit,
+    Kind,
+    Limit,
+    Results,
+    Sample,
+    Setup,
+    Table,
+    of_latencies,
+    spread,
+)
+from benchmarks.overhead import Load, Opened, measure, sample
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.server import running
+from tests.servers import ServerBinary
 
 PEER, SCRIPT = "limits fixed window", "textbook token bucket"
 BUCKET = "throttled-py token bucket"
@@ -214,3 +237,147 @@ def test_each_worker_visits_all_keys_in_an_order_of_its_own() -> None:
 def test_every_metric_has_a_form() -> None:
     for metric in METRICS.values():
         assert metric.form.format(1.5)
+
+
+# What a limit adds to a request of an application.
+
+LIMITED = f"{OURS}, middleware"
+
+
+def overheads(framework: str, scenario: str, values: dict[str, float]) -> Table:
+    rows: dict[str, list[Sample]] = {
+        name: [{"overhead_us": value, "request_us": value + 50}] for name, value in values.items()
+    }
+    title = f"{framework}, {scenario}"
+    return Table(f"{framework}-{scenario}", framework, title, "overhead_us", rows)
+
+
+def limited(framework: str) -> list[str]:
+    """This library's parts of a framework."""
+    contenders = next(each for each in FRAMEWORKS if each.id == framework).contenders
+    return [each.name for each in contenders if each.entrant.kind is Kind.OURS and each.name not in ALONE]
+
+
+def answers(framework: str) -> dict[str, list[bool]]:
+    """What applications say to two requests of one client and one of another, with a limit of one, in memory."""
+    found = next(each for each in FRAMEWORKS if each.id == framework)
+    load = Load(
+        Setup("memory://", (Limit(1, 86_400),)),
+        (),
+        asynchronous=found.asynchronous,
+        tasks=1,
+        rounds=1,
+        seconds=0,
+        granted=True,
+    )
+    said: dict[str, list[bool]] = {}
+    with Opened(load) as opened:
+        for contender in found.contenders:
+            if contender.name in (BARE, *limited(framework)):
+                batch = opened.open(contender)
+                said[contender.name] = [batch([key])[0] == 1 for key in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
+    return said
+
+
+def expected(framework: str) -> dict[str, list[bool]]:
+    return {BARE: [True, True, True]} | {name: [True, False, True] for name in limited(framework)}
+
+
+@pytest.mark.parametrize("framework", ["starlette", "fastapi", "flask"])
+def test_applications_admit_and_refuse(framework: str) -> None:
+    pytest.importorskip(framework)
+    assert answers(framework) == expected(framework)
+
+
+def test_applications_of_django_admit_and_refuse() -> None:
+    pytest.importorskip("rest_framework")
+    # In a process of their own, because a process can have one set of settings.
+    code = "from tests.test_benchmarks import answers; print([answers(each) for each in %r])"
+    named = ["django", "django-asgi", "rest-framework"]
+    done = subprocess.run([sys.executable, "-c", code % named], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str([expected(each) for each in named])
+
+
+def test_what_is_added_is_taken_from_within_a_turn() -> None:
+    took = {BARE: [10.0, 100.0, 10.0], LIMITED: [15.0, 106.0, 14.0], REDIS_PY: [4.0, 40.0, 4.0]}
+    assert sample(LIMITED, took) == {"overhead_us": 5.0, "request_us": 15.0}
+    assert sample(BARE, took) == {"overhead_us": 0.0, "request_us": 10.0}
+    assert sample(REDIS_PY, took) == {"overhead_us": 4.0, "request_us": 4.0}  # asked without an application around it
+
+
+@pytest.mark.redis
+def test_an_application_that_fails_is_left_out_and_round_trips_are_counted(server_binary: ServerBinary) -> None:
+    @contextmanager
+    def bare(_: Setup) -> Generator[Hit]:
+        yield lambda _: True
+
+    @contextmanager
+    def asking_twice(setup: Setup) -> Generator[Hit]:
+        with redis.Redis.from_url(setup.url) as client:
+            yield lambda key: bool(client.incr(key) and client.incr(key))
+
+    @contextmanager
+    def refusing(_: Setup) -> Generator[Hit]:
+        yield lambda _: False
+
+    def missing(_: Setup) -> AbstractContextManager[Hit]:
+        raise ImportError("no such package")
+
+    contenders = [
+        Contender(Entrant(BARE, Kind.FLOOR), bare),
+        Contender(Entrant("missing", Kind.PEER), missing),
+        Contender(Entrant("refusing", Kind.PEER), refusing),
+        Contender(Entrant("asking twice", Kind.PEER), asking_twice),
+    ]
+    table = Table("t", "flask", "title", "overhead_us")
+    with running(str(server_binary.path)) as server:
+        load = Load(Setup(server.url), addresses(5), asynchronous=False, tasks=1, rounds=2, seconds=0.0, granted=True)
+        measure(table, contenders, load, server, lambda _: None)
+    assert list(table.rows) == [BARE, "asking twice"]
+    assert table.values("asking twice", "trips") == [2.0, 2.0]
+    assert table.failures == {
+        "missing": ["ImportError: no such package"],
+        "refusing": ["WrongAnswerError: 0 of 5 granted, although all should be"],
+    }
+
+
+def test_the_page_of_integrations_compares_with_peers_of_the_same_framework(tmp_path: Path) -> None:
+    flask = overheads("flask", "admitted", {BARE: 0, f"{OURS}, extension": 90, "flask-limiter": 120, REDIS_PY: 60})
+    django = overheads("django", "admitted", {BARE: 0, LIMITED: 80, "django-ratelimit": 400})
+    django.failures = {f"{OURS}, decorator": ["ValueError: no"]}
+    results = Results(integrations.entrants(), {table.id: table for table in (flask, django)})
+    page = tmp_path / "INTEGRATIONS.md"
+    integrations.write(results, page, 2.5)
+    text = page.read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines() if line.startswith("| ")]
+    assert ["Flask: extension", "50", "90", "0.75x (flask-limiter)"] in rows
+    assert ["Django, WSGI: middleware", "50", "80", "0.20x (django-ratelimit)"] in rows
+    assert [f"**{OURS}, extension**", "90", "0%", "1.50x"] in rows
+    assert "Left out: ratelimit-redis, decorator (ValueError: no)." in text
+    charts_drawn = [file.name for file in (tmp_path / "charts" / "integrations").iterdir()]
+    assert charts_drawn == ["admitted.svg"]
+    assert "(charts/integrations/admitted.svg)" in text
+
+
+def test_a_run_of_the_other_benchmarks_leaves_the_charts_of_integrations(results: Results, tmp_path: Path) -> None:
+    kept = tmp_path / "charts" / "integrations" / "admitted.svg"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    report.write(results, tmp_path / "RESULTS.md", command="make bench", rounds=3, seconds=0.4)
+    assert kept.exists()
+    assert "(INTEGRATIONS.md)" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_peer_that_adds_nothing_is_not_divided_by() -> None:
+    table = overheads("flask", "memory", {BARE: 0, LIMITED: 9, "flask-limiter": -1})
+    results = Results(integrations.entrants(), {table.id: table})
+    assert "to best peer" not in report.table_of(results, table)
+
+
+def test_applications_have_names_of_their_own() -> None:
+    for framework in FRAMEWORKS:
+        names = [each.name for each in framework.contenders]
+        assert len({*names}) == len(names)
+        assert names[0] == BARE
+        assert all((each.asyncio if framework.asynchronous else each.sync) for each in framework.contenders)

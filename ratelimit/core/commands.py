@@ -367,8 +367,14 @@ class Verbose(Command[VerboseResult[T]]):
 
     def decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
         after, value = self.command.decide(state, now)
-        shown = state if after is None else after
-        return after, VerboseResult(
+        return after, self._shown(value, state if after is None else after, now)
+
+    def refill_and_decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
+        after, value = self.command.refill_and_decide(state, now)
+        return after, self._shown(value, state.refilled(now) if after is None else after, now)
+
+    def _shown(self, value: T, shown: BucketState, now: int) -> VerboseResult[T]:
+        return VerboseResult(
             value=value,
             operation_time_nanos=now,
             available_tokens=shown.available_tokens,

@@ -14,7 +14,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.decision import HttpDecision
-from ratelimit.integrations.http.limiter import Limiter, decision_about
+from ratelimit.integrations.http.limiter import Limiter, decision_about, decision_in
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import ProxyManager
@@ -93,7 +93,7 @@ def http_request(environ: WSGIEnvironment) -> HttpRequest:
 
 def decision_of(environ: WSGIEnvironment) -> HttpDecision:
     """What has been decided about a request so far; true, and without outcomes, where nothing has."""
-    return decision_about(http_request(environ))
+    return decision_in(environ.get(NOTES, {}))
 
 
 def _with_fields(headers: Headers, answers: Answers, decision: HttpDecision) -> Headers:

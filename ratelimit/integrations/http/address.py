@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from itertools import islice
 from typing import Final, TypeAlias
@@ -46,8 +47,11 @@ def parse(text: str) -> Address | None:
 
     The zone is left out: it names an interface of whoever wrote it. An IPv4-mapped address is the IPv4 address.
     """
-    if len(text) > _LONGEST:
-        return None
+    return _parsed(text) if len(text) <= _LONGEST else None
+
+
+@lru_cache(maxsize=4096)  # the same clients come again and again
+def _parsed(text: str) -> Address | None:
     node = _NODE.fullmatch(text)
     try:
         if node is None:
@@ -170,6 +174,7 @@ def unwrapped(address: Address) -> Address:
     return address.sixtofour or address
 
 
+@lru_cache(maxsize=4096)
 def cut(address: Address, ipv4_prefix: int, ipv6_prefix: int) -> str:
     """The network of this length that an address is in; the address alone where it has the full length."""
     if isinstance(address, IPv4Address):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.core.bandwidth import BucketConfiguration
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, brief
 from ratelimit.integrations.http.answers import Answers, Headers
@@ -25,6 +27,10 @@ NOTE: Final = "ratelimit"
 """The name under which the decision about a request is kept with it."""
 
 _ANSWERS: Final = "ratelimit.answers"  # the same for those that make the fields of its answer
+
+_NOTHING_DECIDED: Final = HttpDecision()
+_KEPT_BUCKETS: Final = 10_000  # handles, which take a while to make
+_LONGEST_KEPT_KEY: Final = 1_024
 
 _logger = logging.getLogger("ratelimit")
 
@@ -47,6 +53,7 @@ class _Limiter:
         if on_error is None and not isinstance(manager, ProxyManager | AsyncProxyManager):
             on_error = OnError.DENY  # which is a 503; an error would be a 500, and a traceback for each request
         self._on_error = on_error
+        self._kept_bucket = lru_cache(_KEPT_BUCKETS)(self._bucket)
 
     @property
     def _buckets(self) -> ProxyManager | AsyncProxyManager:
@@ -87,18 +94,30 @@ class _Limiter:
         configuration, version = yield from _limits(rule, request, key)
         if configuration is None:
             return decision
-        inheritance = rule.limits.inheritance if isinstance(rule.limits, Plans) else None
-        bucket = self._buckets.bucket(
+        if configuration is rule.limits and len(stored_key) <= _LONGEST_KEPT_KEY:
+            bucket = self._kept_bucket(stored_key, configuration)
+        else:
+            inheritance = rule.limits.inheritance if isinstance(rule.limits, Plans) else None
+            bucket = self._bucket(stored_key, configuration, version, inheritance)
+        result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
+        limits = service_limits(rule, tokens, result)
+        outcome = Outcome(rule, key, bucket, tokens, result.value, limits, result.configuration)
+        return HttpDecision((*decision.outcomes, outcome))
+
+    def _bucket(
+        self,
+        stored_key: Key,
+        configuration: BucketConfiguration,
+        version: int | None = None,
+        inheritance: TokensInheritance | None = None,
+    ) -> Bucket | AsyncBucket:
+        return self._buckets.bucket(
             stored_key,
             configuration,
             configuration_version=version,
             inheritance=inheritance,
             on_error=self._on_error,
         )
-        result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
-        limits = service_limits(rule, tokens, result)
-        outcome = Outcome(rule, key, bucket, tokens, result.value, limits, result.configuration)
-        return HttpDecision((*decision.outcomes, outcome))
 
     def _give_back(self, decision: HttpDecision) -> Steps[None]:
         """Undo what a request has paid that is refused in the end."""
@@ -175,8 +194,13 @@ class AsyncLimiter(_Limiter):
 
 def decision_about(request: HttpRequest) -> HttpDecision:
     """What has been decided about a request so far."""
-    decision = request.notes.get(NOTE)
-    return decision if isinstance(decision, HttpDecision) else HttpDecision()
+    return decision_in(request.notes)
+
+
+def decision_in(notes: Mapping[Any, Any]) -> HttpDecision:
+    """The same, from what is kept with the request."""
+    decision = notes.get(NOTE)
+    return decision if isinstance(decision, HttpDecision) else _NOTHING_DECIDED
 
 
 def fields_for(request: HttpRequest, answers: Answers) -> Headers:
