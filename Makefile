@@ -11,7 +11,7 @@ CODE = ratelimit tests $(wildcard examples benchmarks)
 .NOTPARALLEL:
 
 help: ## list the targets
-	@awk -F ' ?## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-16s%s\n", $$1, $$2 }' Makefile
+	@awk -F ' ?## ' '/^[a-z-]+:.*##/ { sub(/:.*/, "", $$1); printf "make %-20s%s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: ARGS (make test ARGS="-k demo"), SERVERS (programs), PYTHON (the interpreter), VENV (the environment)'
 
 demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime as dt
-import os
-import platform
-import resource
 import signal
-import sys
 import time
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from benchmarks import report
+from benchmarks.command import Progress, allow_many_files, environment, terminated
 from benchmarks.contenders import ENTRANTS
 from benchmarks.model import Results
 from benchmarks.scenarios import SCENARIOS, Run, run_all
@@ -38,14 +30,14 @@ def main() -> None:
     whole = not (quick or only or arguments.rounds or arguments.seconds)
     page = HERE / "RESULTS.md" if whole else HERE / "out" / "RESULTS.md"
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, _terminated)
-    _allow_many_files()
-    results = Results(dict(ENTRANTS), environment=_environment())
+    signal.signal(signal.SIGTERM, terminated)
+    allow_many_files()
+    results = Results(dict(ENTRANTS), environment=environment(PACKAGES))
     try:
         with ExitStack() as stack:
             servers = [stack.enter_context(running(binary)) for binary in binaries()]
             results.environment["servers"] = ", ".join(server.version for server in servers)
-            run_all(Run(results, servers, rounds, seconds, quick, _Progress(begin)), only)
+            run_all(Run(results, servers, rounds, seconds, quick, Progress(begin)), only)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     took = time.monotonic() - begin
@@ -63,56 +55,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds over all contenders")
     parser.add_argument("--seconds", type=float, help="length of a slice")
     return parser.parse_args()
-
-
-class _Progress:
-    """A line that changes on a terminal; elsewhere a line for each round."""
-
-    def __init__(self, begin: float) -> None:
-        self._begin = begin
-        self._last = ""
-
-    def __call__(self, text: str) -> None:
-        shown = f"[{time.monotonic() - self._begin:4.0f} s] {text}"
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
-        elif (head := text.rpartition(",")[0]) != self._last or text.endswith("\n"):
-            self._last = head
-            print(shown.rstrip(), file=sys.stderr, flush=True)
-
-
-def _terminated(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-def _allow_many_files() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _environment() -> dict[str, str]:
-    packages: list[str] = []
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            packages.append(f"{name} {version(name)}")
-    return {
-        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
-        "system": f"{platform.system()} {platform.machine()}",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": ", ".join(packages),
-        "load before": f"{os.getloadavg()[0]:.2f}",
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def check(count: int, decisions: int, *, granted: bool) -> None:
 
 
 @contextmanager
-def _not_stuck() -> Generator[None]:
+def not_stuck() -> Generator[None]:
     def ring(_number: int, _frame: FrameType | None) -> None:
         raise StuckError(f"no end after {STUCK_SECONDS} s")
 
@@ -196,7 +196,7 @@ def interleaved(
                 continue
             tell(f"{table.title}: round {round + 1} of {rounds}, {contender.name}")
             try:
-                with _not_stuck():
+                with not_stuck():
                     sample = slice(contender)
             except Exception as error:  # noqa: BLE001  # of a library, whatever it is
                 reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -108,6 +108,8 @@ class Metric:
 
 
 METRICS: Final = {
+    "overhead_us": Metric("overhead µs/request", "{:,.0f}"),
+    "request_us": Metric("µs/request", "{:,.0f}"),
     "rate": Metric("decisions/s", "{:,.0f}", more_is_better=True),
     "p50_us": Metric("p50 µs", "{:,.1f}"),
     "p99_us": Metric("p99 µs", "{:,.0f}"),

@@ -104,7 +104,8 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
   published libraries and textbook scripts. The goals are about published libraries, and tell the ratio to the better of
   the textbook scripts besides; for 32 processes they are about both. For times and sizes less is better, also as a
   ratio.
-- `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart.
+- `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart here. What they and
+  the integrations of this library add to a request is in [INTEGRATIONS.md](INTEGRATIONS.md).
 """
 
 
@@ -139,12 +140,13 @@ def render(results: Results, drawn: Sequence[str], *, command: str, rounds: int,
         parts += [f"## {family.title}", family.note]
         parts += [f"![{family.title}](charts/{name})" for name in drawn if name.split("-", 1)[0] == id]
         for table in tables:
-            parts += [f"### {_sentence(table.title)}", table_of(results, table)]
-            parts += [_failed(table, name) for name in table.failures]
+            parts += [f"### {sentence(table.title)}", table_of(results, table)]
+            parts += [failed(table, name) for name in table.failures]
     return "\n\n".join(parts) + "\n"
 
 
-def _failed(table: Table, name: str) -> str:
+def failed(table: Table, name: str) -> str:
+    """What is said of a contender that has lost rounds."""
     reasons = table.failures[name]
     if not table.rows.get(name):
         return f"Left out: {name} ({reasons[0]})."
@@ -173,7 +175,7 @@ def table_of(results: Results, table: Table) -> str:
     metric = METRICS[table.primary]
     others = [name for name in table.metrics() if name != table.primary]
     floor = table.median(best) if (best := results.best(table, wanted=lambda each: each.kind is Kind.FLOOR)) else None
-    peer = table.median(best) if (best := results.best(table)) else None
+    peer = max(0.0, table.median(best) or 0.0) if (best := results.best(table)) else None
     header = ["", metric.header, "±", *(["to floor"] if floor else []), *(["to best peer"] if peer else [])]
     rows: list[list[str]] = []
     names = sorted(table.rows, key=lambda name: table.median(name) or 0.0, reverse=metric.more_is_better)
@@ -218,12 +220,13 @@ def draw(results: Results) -> dict[str, str]:
             if family.over_keys:
                 drawn[f"{id}-{metric}.svg"] = charts.lines(title, header, _over_keys(tables, metric), "keys")
             else:
-                groups = {table.title: _bars(results, table, metric) for table in tables}
+                groups = {table.title: bars_of(results, table, metric) for table in tables}
                 drawn[f"{id}-{metric}.svg"] = charts.bars(title, header, groups, METRICS[metric].form)
     return drawn
 
 
-def _bars(results: Results, table: Table, metric: str) -> list[charts.Bar]:
+def bars_of(results: Results, table: Table, metric: str) -> list[charts.Bar]:
+    """The contenders of a scenario, the best first."""
     made: list[charts.Bar] = []
     for name in table.rows:
         values = table.values(name, metric)
@@ -243,5 +246,5 @@ def _over_keys(tables: Sequence[Table], metric: str) -> dict[str, list[tuple[flo
     return series
 
 
-def _sentence(title: str) -> str:
+def sentence(title: str) -> str:
     return title[:1].upper() + title[1:]

@@ -14,7 +14,7 @@ from benchmarks.contenders import REDIS_PY, SKIP_SYNC, SOCKET
 from benchmarks.delay_proxy import delayed
 from benchmarks.measure import async_slice, check, interleaved, keys, sync_slice
 from benchmarks.model import OURS, ROOMY, TIGHT, Contender, Limit, Results, Sample, Setup, Table, of_latencies
-from benchmarks.server import Counts, Server, short_name, url_of
+from benchmarks.server import Counts, Server, reads, short_name, url_of
 from benchmarks.workers import Job, Workers
 
 SLIM = (SOCKET, REDIS_PY, OURS, "textbook token bucket", "limits fixed window", "throttled-py token bucket")
@@ -151,16 +151,12 @@ def _in_processes(run: Run, workers: Workers, contender: Contender, number: int,
     sample = {
         "rate": decisions / seconds,
         **of_latencies(latencies),
-        "trips": _reads(before, after) / decisions,
+        "trips": reads(before, after) / decisions,
         "share": min(done) / max(done),
     }
     if trips := [trip for report in traced for trip in report.trips]:
         sample["most_trips"] = max(trips)
     return sample
-
-
-def _reads(before: Counts, after: Counts) -> int:
-    return after.reads - before.reads - 1  # the second question was read, too
 
 
 def latency(run: Run) -> None:
@@ -246,7 +242,7 @@ def _server_time(contender: Contender, server: Server, seconds: float) -> Sample
                 hit(key)
 
         sent, inner = server.watched(some)
-    trips = _reads(before, after) / len(where)
+    trips = reads(before, after) / len(where)
     before, after, decisions = asyncio.run(_at_work(contender, server, where, max(1, int(seconds * 20))))
     micros = after.micros - before.micros
     # A script's time contains that of its commands, which are counted under their own names as well.
@@ -353,7 +349,7 @@ def _with_keys(run: Run, contender: Contender, number: int) -> list[Sample]:
                     {
                         "rate": decisions / run.seconds,
                         **of_latencies(report.latencies),
-                        "trips": _reads(counts, server.counts()) / decisions,
+                        "trips": reads(counts, server.counts()) / decisions,
                         "server_mib": (filled - before) / 2**20,
                         "client_mib": report.grown / 2**20,
                     }

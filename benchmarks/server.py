@@ -55,6 +55,11 @@ class Counts(NamedTuple):
     micros: Counter[str]
 
 
+def reads(before: Counts, after: Counts) -> int:
+    """Those between two questions for the counters."""
+    return after.reads - before.reads - 1  # the second question was read, too
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that runs."""

@@ -1,0 +1,105 @@
+"""What the applications of all frameworks share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final
+
+from benchmarks import floor
+from benchmarks.model import OURS, AsyncHit, Contender, Entrant, Hit, Kind, Setup
+from benchmarks.ours import PATIENCE
+from ratelimit import AsyncProxyManager, ProxyManager
+from ratelimit.manager import Settings
+
+BARE: Final = "bare application"
+BUCKET: Final = f"{OURS}, bucket alone"
+REDIS_PY: Final = "redis-py evalsha alone"
+ALONE: Final = (BUCKET, REDIS_PY)
+"""Asked without an application around them."""
+
+BODY: Final = b"ok"
+PERIODS: Final = {1: "second", 60: "minute", 86_400: "day"}
+
+Opened = AbstractContextManager[Hit]
+AsyncOpened = AbstractAsyncContextManager[AsyncHit]
+
+
+@dataclass(frozen=True)
+class Framework:
+    """A framework, and all that is opened for it; the bare application first."""
+
+    id: str
+    title: str
+    contenders: Sequence[Contender]
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.contenders[0].asyncio is not None
+
+
+def addresses(number: int) -> list[str]:
+    return [f"10.0.{i // 250}.{i % 250 + 1}" for i in range(number)]
+
+
+def limit_of(setup: Setup) -> str:
+    """As all of them read it."""
+    (limit,) = setup.limits
+    return f"{limit.tokens}/{PERIODS[limit.seconds]}"
+
+
+def in_memory(setup: Setup) -> bool:
+    return setup.url == "memory://"
+
+
+_numbers = count()
+
+
+def _settings() -> Settings:
+    """With a prefix of its own, so that the applications of one table do not share their buckets."""
+    return Settings(timeout=PATIENCE, prefix=f"{next(_numbers)}:")
+
+
+def manager_for(setup: Setup) -> ProxyManager:
+    return ProxyManager.from_url(setup.url, **_settings())
+
+
+def async_manager_for(setup: Setup) -> AsyncProxyManager:
+    return AsyncProxyManager.from_url(setup.url, **_settings())
+
+
+@contextmanager
+def bucket(setup: Setup) -> Generator[Hit]:
+    with ProxyManager.from_url(setup.url, limit_of(setup), **_settings()) as manager:
+        yield lambda key: manager.try_consume_and_return_remaining(key).consumed
+
+
+@asynccontextmanager
+async def async_bucket(setup: Setup) -> AsyncGenerator[AsyncHit]:
+    async with AsyncProxyManager.from_url(setup.url, limit_of(setup), **_settings()) as manager:
+
+        async def hit(key: str) -> bool:
+            return (await manager.try_consume_and_return_remaining(key)).consumed
+
+        yield hit
+
+
+def ours(name: str) -> Entrant:
+    return Entrant(f"{OURS}, {name}", Kind.OURS, token_bucket=True)
+
+
+def peer(name: str) -> Entrant:
+    return Entrant(name, Kind.PEER)
+
+
+def bare(*, sync: Callable[[Setup], Opened] | None = None, asyncio: Any = None) -> Contender:
+    return Contender(Entrant(BARE, Kind.FLOOR), sync, asyncio)
+
+
+WITHOUT: Final = [
+    Contender(Entrant(REDIS_PY, Kind.FLOOR), floor.redis_py, floor.redis_py_asyncio),
+    Contender(Entrant(BUCKET, Kind.OURS, token_bucket=True), bucket, async_bucket),
+]
+"""Those without an application, beside those of every framework."""
