@@ -454,6 +454,13 @@ class TestDependency:
         statuses = [client.get("/", headers={"x-user": name}).status_code for name in ("a", "b", "a")]
         assert statuses == [200, 200, 429]
 
+    def test_keys_see_the_request_as_fastapi_has_it(self, limit: Callable[..., RateLimit], stored: Stored) -> None:
+        app = FastAPI()
+        key = limit("9/hour", name="own", key=lambda request: f"{request.client.host} {request.headers['X-Tenant']}")
+        app.get("/", dependencies=[Depends(key)])(endpoint)
+        assert client_of(app).get("/", headers={"x-tenant": "acme"}).status_code == 200
+        assert stored.consumed(f"own:{PEER} acme") == 1
+
     def test_the_body_and_the_parameters_are_as_without_it(self, limit: Callable[..., RateLimit]) -> None:
         app = FastAPI()
 

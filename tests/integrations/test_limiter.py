@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,14 @@ class TestLimiter:
         assert limited.consumed("5/minute:192.0.2.1") == 0
         assert not await limited.decide(request), "what was refused stays refused"
         assert limited.consumed("5/minute:192.0.2.1") == 0
+
+
+def test_a_request_has_the_attributes_of_the_one_of_the_framework() -> None:
+    request = request_of()
+    request.native = SimpleNamespace(client=SimpleNamespace(host="192.0.2.9"), method="of the framework")
+    assert (request.client.host, request.method) == ("192.0.2.9", "GET")
+    with pytest.raises(AttributeError, match="neither HttpRequest nor SimpleNamespace has 'headers'"):
+        request.headers  # noqa: B018
 
 
 async def async_answer(_: Any) -> Any:

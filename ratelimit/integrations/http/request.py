@@ -15,6 +15,9 @@ def _nobody() -> None:
 class HttpRequest:
     """What rules and keys may look at. Adapters make one for each request; nothing is computed before it is asked for.
 
+    All other attributes are those of the framework's own request: ``lambda request: request.headers["x-tenant"]`` is a
+    key for who knows FastAPI, Flask or Django.
+
     :param method: in capitals; that of a WebSocket handshake is GET.
     :param path: as the application sees it, decoded, without the query.
     :param peer: the address of who is connected, as text; None where there is none, as with a Unix socket.
@@ -34,3 +37,10 @@ class HttpRequest:
     find_route: Callable[[], str | None] = _nobody
     find_user: Callable[[], object] = _nobody
     notes: MutableMapping[Any, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self.native, name)
+        except AttributeError:
+            native = type(self.native).__name__
+            raise AttributeError(f"neither HttpRequest nor {native} has {name!r}", name=name, obj=self) from None
