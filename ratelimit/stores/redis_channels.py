@@ -66,8 +66,8 @@ class _KeptConnections:
 
     To take a connection from redis-py's pool and to give it back costs as much as the request. The pool does what a
     connection needs, though (connect, renew credentials, find the master again), so that a connection is kept for a
-    second at most, and goes back at once where somebody waits for the pool or would find it empty. The order of the
-    list makes threads reuse what was used last.
+    second at most, and goes back at once where somebody waits for the pool and it is empty. The order of the list makes
+    threads reuse what was used last.
     """
 
     def __init__(self, pool: Any, most: float) -> None:
@@ -93,6 +93,7 @@ class _KeptConnections:
             self._release(kept)
             raise
         self._release(kept)
+        self._release_old(time.monotonic())
         return self._from_pool(deadline)
 
     def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
@@ -102,7 +103,7 @@ class _KeptConnections:
             return
         kept.used_at = time.monotonic()
         self._kept.append(kept)
-        if self._waiting:  # looked at last, as those who wait look here last
+        if self._waiting and _is_exhausted(self.pool):  # looked at last, as those who wait look here last
             self.clear()
 
     def clear(self) -> None:
@@ -111,8 +112,15 @@ class _KeptConnections:
             while True:
                 self._release(self._kept.pop())
 
+    def _release_old(self, now: float) -> None:
+        """Give those back that were kept for long enough, and that a smaller crowd does not come to."""
+        for kept in [kept for kept in self._kept if kept.is_old(now)]:
+            with contextlib.suppress(ValueError):  # another thread has just taken it
+                self._kept.remove(kept)
+                self._release(kept)
+
     def close(self) -> None:
-        """The same, at the end; connections that are being made for somebody are closed when they are there."""
+        """As clear, at the end; connections that are being made for somebody are closed when they are there."""
         self._closed += 1
         self.clear()
 
@@ -130,7 +138,8 @@ class _KeptConnections:
         with self._lock:
             self._waiting += 1
         try:
-            self.clear()  # before it is asked for: the pool may be full of what is kept here
+            if _is_exhausted(self.pool):  # perhaps of what is kept here
+                self.clear()
             with self._lock:
                 if self._connecting >= _MOST_CONNECTING:
                     raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
@@ -161,6 +170,18 @@ class _KeptConnections:
     def _release(self, kept: _Kept) -> None:
         kept.restore()
         self.pool.release(kept.connection)
+
+
+def _is_exhausted(pool: Any) -> bool:
+    """Whether a pool has nothing left to give, as far as can be told.
+
+    Where it has, nothing that is kept must go back for somebody who asks it: others would have to ask it as well then,
+    and so on, until nobody kept anything any more.
+    """
+    if isinstance(pool, redis.BlockingConnectionPool):
+        return bool(pool.pool.empty())
+    made, most = getattr(pool, "_created_connections", math.inf), getattr(pool, "max_connections", 0)
+    return not getattr(pool, "_available_connections", ()) and bool(made >= most)
 
 
 class _Kept:
@@ -197,12 +218,16 @@ class _Kept:
 
     def is_usable(self, now: float) -> bool:
         """Whether it may serve another request; else its pool has to look at it, and does what it needs."""
-        if now - self.taken_at >= _LONGEST_KEPT:
+        if self.is_old(now):
             return False
         rested = now - self.used_at >= _LONGEST_PAUSE
         if self._socket is None or not self._is_plain:
             return self._is_connected() and not rested
         return self._is_connected() and not (rested and _has_something_to_read(self._socket))
+
+    def is_old(self, now: float) -> bool:
+        """Whether it was kept for as long as may be."""
+        return now - self.taken_at >= _LONGEST_KEPT
 
     def _is_connected(self) -> bool:
         """Whether nobody has disconnected it meanwhile."""

@@ -179,6 +179,32 @@ def test_after_a_second_all_that_was_kept_goes_back(server: RedisServer, clock: 
         assert in_use(client) == 1
 
 
+@pytest.mark.usefixtures("clock")
+def test_who_comes_for_the_first_time_leaves_what_others_keep(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or they would have to come again, and others on their account, and so on for ever."""
+    threads, taken = 16, []
+    with server.client() as client, ThreadPoolExecutor(threads) as pool:
+        get_connection = client.connection_pool.get_connection
+
+        def counted(*arguments: Any) -> Any:
+            taken.append(threading.get_ident())
+            return get_connection(*arguments)
+
+        monkeypatch.setattr(client.connection_pool, "get_connection", counted)
+        store = RedisStore(client)
+        together = threading.Barrier(threads)
+
+        def ask(_: int) -> None:
+            together.wait(30)
+            for _ in range(50):
+                store.get(b"key")
+
+        list(pool.map(ask, range(threads)))
+    assert len(taken) <= threads
+
+
 POOLS: dict[str, Callable[[str], redis.ConnectionPool]] = {
     "blocking": lambda url: redis.BlockingConnectionPool.from_url(url, max_connections=1, timeout=0.5),
     "plain": lambda url: redis.ConnectionPool.from_url(url, max_connections=1),
