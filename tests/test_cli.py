@@ -405,6 +405,18 @@ class TestEnding:
         assert (began, interruption.value.number) == ([True], signal.SIGTERM)
         assert capsys.readouterr().err == ""
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+    def test_nothing_comes_of_it_after_a_command_that_has_ended_by_then(self) -> None:
+        class Ending:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        handler = signal.getsignal(signal.SIGALRM)
+        with interruptible():
+            Ending()
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert signal.getsignal(signal.SIGALRM) == handler
+
     def test_runs_inside_a_program_as_well(self, capsys: pytest.CaptureFixture[str]) -> None:
         handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         statuses: list[int] = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _AGAIN_SECONDS = 0.01
@@ -45,28 +46,46 @@ def interruptible() -> Generator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
+    def arm() -> None:
+        for number in before:
+            signal.signal(number, interrupt)
+
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    try:
+        arm()
+        with _raised_again(interrupt, arm):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _raised_again(interrupt: Callable[[int, FrameType | None], None], arm: Callable[[], None]) -> Generator[None]:
+    """Interrupt again, a moment later, where a finalizer that happened to run has swallowed it, as it does any error.
+
+    Without timers for that, the next signal will do.
+    """
+    alarms: list[Any] = []  # the handlers that were there before
+    report_before = sys.unraisablehook
+
     def report(unraisable: sys.UnraisableHookArgs) -> None:
-        """A finalizer that happened to run has swallowed it, as it would any error: it is raised again in a moment."""
         interruption = unraisable.exc_value
         if not isinstance(interruption, Interrupted):
             report_before(unraisable)
         elif hasattr(signal, "setitimer"):
             number = interruption.number
-            signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame))
+            alarms.append(signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame)))
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
-        else:  # the next signal will do
-            for number in before:
-                signal.signal(number, interrupt)
+        else:
+            arm()
 
-    before = {number: signal.getsignal(number) for number in _ENDING}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    report_before = sys.unraisablehook
     try:
-        for number in before:
-            signal.signal(number, interrupt)
         sys.unraisablehook = report
         yield
     finally:
         sys.unraisablehook = report_before
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for handler in alarms[:1]:  # the command has ended by itself, perhaps before the moment has come
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import logging
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
@@ -41,7 +40,7 @@ from ratelimit.errors import (
 from ratelimit.handle import AsyncLimitsOfKey
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http import address
-from ratelimit.integrations.http.keys import Missing
+from ratelimit.integrations.http.keys import Missing, checked_secret, keyed_hash
 from ratelimit.integrations.managers import async_manager_of, bucket_key, manager_of
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.on_error import RETRY_NANOS
@@ -59,7 +58,6 @@ _PUSHBACK: Final = "grpc-retry-pushback-ms"
 _LONGEST_PUSHBACK: Final = 2**31 - 1  # milliseconds: gRFC A6 has a signed int of 32 bits
 
 _LONGEST: Final = 128  # of a client's text that is kept as it is
-_FEWEST_SECRET_BYTES: Final = 16
 
 _logger = logging.getLogger("ratelimit")
 
@@ -119,10 +117,7 @@ def metadata_value(name: str, *, secret: str | bytes | None = None) -> RpcKey:
         bits), as that of an API key should be. None: as it is, or as a hash where it is longer than 128.
     :raises InvalidConfigurationError: for a secret that is too short.
     """
-    raw = secret.encode() if isinstance(secret, str) else secret
-    if raw is not None and (not isinstance(raw, bytes) or len(raw) < _FEWEST_SECRET_BYTES):
-        raise InvalidConfigurationError(f"secret must be of at least {_FEWEST_SECRET_BYTES} bytes", "secret")
-    return _MetadataValue(name.lower(), raw)
+    return _MetadataValue(name.lower(), None if secret is None else checked_secret(secret))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +134,7 @@ class _MetadataValue:
         value = values[0]
         raw = value.encode() if isinstance(value, str) else value
         if self.secret is not None:
-            return hmac.digest(self.secret, raw, "sha256")[:16].hex()
+            return keyed_hash(self.secret, raw)
         return value if len(value) <= _LONGEST else f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 

@@ -171,7 +171,7 @@ class ApiKey:
 
     def hashed(self, value: str) -> str:
         """What stands for an API key in the bucket's key, and in what a plan is looked up by: 32 hexadecimal digits."""
-        return hmac.digest(self.secret, value.encode("utf-8", "surrogatepass"), "sha256")[:_HASH_BYTES].hex()
+        return keyed_hash(self.secret, value.encode("utf-8", "surrogatepass"))
 
     def __repr__(self) -> str:
         scheme = "" if self.scheme is None else f", scheme={self.scheme!r}"
@@ -196,12 +196,25 @@ def api_key(header: str | None = None, *, secret: str | bytes, scheme: str | Non
     _check_token("header", header)
     if scheme is not None:
         _check_token("scheme", scheme)
+    return ApiKey(header.lower(), None if scheme is None else scheme.lower(), checked_secret(secret))
+
+
+def checked_secret(secret: str | bytes) -> bytes:
+    """Check the secret of a keyed hash.
+
+    :raises InvalidConfigurationError: for one that is too short, without showing it.
+    """
     raw = secret.encode("utf-8", "surrogatepass") if isinstance(secret, str) else secret
     if not isinstance(raw, bytes) or len(raw) < _FEWEST_SECRET_BYTES:
         raise InvalidConfigurationError(
-            f"secret must be a str or bytes, of at least {_FEWEST_SECRET_BYTES} bytes", "secret"
+            f"secret must be of at least {_FEWEST_SECRET_BYTES} bytes, as a str or bytes", "secret"
         )
-    return ApiKey(header.lower(), None if scheme is None else scheme.lower(), raw)
+    return raw
+
+
+def keyed_hash(secret: bytes, value: bytes) -> str:
+    """What stands for a value that is not to be stored: 32 hexadecimal digits of its HMAC-SHA-256."""
+    return hmac.digest(secret, value, "sha256")[:_HASH_BYTES].hex()
 
 
 @dataclass(frozen=True, slots=True, repr=False)
