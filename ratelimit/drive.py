@@ -31,14 +31,15 @@ async def adrive(steps: Steps[T]) -> T:
     failure: BaseException | None = None
     try:
         while True:
-            value = steps.send(value) if failure is None else steps.throw(failure)
-            failure = None
-            if hasattr(value, "__await__"):  # inspect.isawaitable takes several times as long
+            value = steps.send(value)
+            while hasattr(value, "__await__"):  # inspect.isawaitable takes several times as long
                 try:
                     value = await value
+                    break
                 except GeneratorExit:  # this coroutine is being closed: nothing can be awaited any more
                     raise
                 except BaseException as error:  # noqa: BLE001  # it is the steps' to handle or to let pass
                     failure = error
+                value, failure = steps.throw(failure), None
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]

@@ -61,7 +61,6 @@ _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
 
 
-@dataclass(slots=True, eq=False)
 class Call:
     """One call of a verb: until when it is to be answered, and what happened to it on its way.
 
@@ -75,13 +74,16 @@ class Call:
     :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
     """
 
-    deadline: float | None = None
-    holds: bool = False
+    # Of the class until they are set, as mostly they are not: every decision makes a call.
     interruption: BaseException | None = None
     round_trips: int = 0
     carried: bool = False
     degraded: bool = False
     charged: bool = True
+
+    def __init__(self, deadline: float | None = None, holds: bool = False) -> None:  # noqa: FBT001, FBT002  # ditto
+        self.deadline = deadline
+        self.holds = holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,17 +192,18 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 now = _NOT_ASKED
                 continue
             new = codec.encode(after)
-            swap = (key, before, new, target.expiration.ttl_millis(after, now))
+            ttl = target.expiration.ttl_millis(after, now)
             call.round_trips += 1
             try:
                 if call.holds:
-                    loss = yield from _seen_through(asked(backend, store.swap, call, *swap), call)
+                    loss = yield from _seen_through(asked(backend, store.swap, call, key, before, new, ttl), call)
                 elif deciding is not None:
-                    loss = yield from deciding.swapping(*swap, call.deadline)
+                    loss = yield from deciding.swapping(key, before, new, ttl, call.deadline)
                 else:
-                    loss = yield store.swap(*swap)
+                    loss = yield store.swap(key, before, new, ttl)
             except BaseException as error:  # noqa: BLE001  # raised again, unless it can be told what became of the swap
                 traces = _Traces(_holds_reading(state, after, now), by_others)
+                swap = key, before, new, ttl
                 loss = yield from _repeated(backend, target, swap, traces, error, call)
             if loss is None:
                 remembered.put(key, _new(Seen, (new, after, by_others, lost if attempts else 0, 0)))

@@ -39,13 +39,13 @@ from ratelimit.errors import (
 )
 from ratelimit.exchange import Backend, Call, Exchange, Target, asked, exchange_in_process, executed
 from ratelimit.guard import Guard, LocalBuckets
+from ratelimit.merging import TaskMerger
 from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
 
 T = TypeVar("T")
 
 LimitsOfKey = Callable[[Any], Limits | None]
-Join = Callable[[Target, Plan, Command[Any], Call], Awaitable[Any] | None]
 AsyncLimitsOfKey = Callable[[Any], Limits | Awaitable[Limits | None] | None]
 
 _LONGEST_TIMEOUT = 10.0**8  # seconds; more than that does not fit into what systems wait for
@@ -58,10 +58,10 @@ class Handle:
     """A bucket: where it is, and what it is made from.
 
     :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
-    :param timeout: how long a call may take, in seconds, but for waiting for tokens; None: as the backend says.
+    :param timeout: how long a call may take, in seconds, but for waiting for tokens.
     :param optimizer: knows what its manager has handed out without telling the store.
     :param guard: is around each exchange; None: nobody is told, and errors are raised.
-    :param join: queues a command behind an exchange that is in flight in this event loop, if there is one.
+    :param merger: whose exchange it is, if that is all there is to a call and it is asyncio's.
     """
 
     backend: Backend
@@ -70,11 +70,11 @@ class Handle:
     limits: BucketConfiguration | AsyncLimitsOfKey
     version: int | None
     inheritance: TokensInheritance
-    timeout: float | None
+    timeout: float
     optimizer: Optimizer
     on_error: ErrorPolicy
     guard: Guard | None
-    join: Join | None
+    merger: TaskMerger | None
     plan: Plan | None = field(init=False)  # None: it depends on what the callable answers
 
     def __post_init__(self) -> None:
@@ -106,22 +106,28 @@ class Handle:
 
     def call(self, timeout: Duration | None = None, *, holds: bool = False) -> Call:
         """A call that begins now, with its own timeout or that of the bucket."""
-        return self.backend.call(self.timeout if timeout is None else seconds(timeout), holds=holds)
+        return Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)), holds)
 
     def answer(self, command: Command[T], timeout: Duration | None = None) -> T:
         """The same for sync code: driven, or without a step where there is nothing to wait for."""
-        if self.exchange is exchange_in_process and self.plan is not None and self.guard is None:
-            return executed(self.backend, self.target, self.plan, command)
-        return drive(self.run(command, self.call(timeout)))
+        plan = self.plan
+        if plan is None or self.guard is not None:
+            return drive(self.run(command, self.call(timeout)))
+        if self.exchange is exchange_in_process:
+            return executed(self.backend, self.target, plan, command)
+        call = Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)))
+        return drive(self.exchange(self.backend, self.target, plan, command, call))
 
     def awaited(self, command: Command[T], timeout: Duration | None = None) -> Awaitable[T]:
         """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""
-        call = self.call(timeout)
-        if self.join is not None and self.plan is not None:
-            answer = self.join(self.target, self.plan, command, call)
-            if answer is not None:
-                return answer
-        return adrive(self.run(command, call))
+        call = Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)))
+        plan, merger = self.plan, self.merger
+        if merger is None or plan is None:
+            return adrive(self.run(command, call))
+        answer = merger.join(self.target, plan, command, call)
+        if answer is not None:
+            return answer
+        return adrive(merger.lead(self.backend, self.target, plan, command, call))
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""

@@ -131,7 +131,7 @@ class _Manager(Generic[StoreT, BucketT]):
         self._optimizer = Optimizer(asking if executing is None else exchange_in_process, memory_limit_bytes)
         self._exchange = self._optimizer.optimized(_checked_optimization(optimization))
         asks_at_once = executing is None and optimization is None
-        self._join = merger.join if asks_at_once and isinstance(merger, TaskMerger) else None
+        self._task_merger = merger if asks_at_once and isinstance(merger, TaskMerger) else None
         self._on_error = _checked_policy(on_error)
         self._local = LocalBuckets(None if clock is None else _by_clock(clock), memory_limit_bytes)
         self._guard = Guard(_checked_listener(listener), self._local, spawn, asynchronous=iscoroutinefunction(pause))
@@ -181,9 +181,9 @@ class _Manager(Generic[StoreT, BucketT]):
             target.expiration = _checked_expiration(expiration)
         if recovery is not None:
             target.must_exist_once_made = _checked_recovery(recovery) is Recovery.RAISE
-        asking, join = self._exchange, self._join
+        asking, merger = self._exchange, self._task_merger
         if optimization is not None:
-            asking, join = self._optimizer.optimized(_checked_optimization(optimization)), None
+            asking, merger = self._optimizer.optimized(_checked_optimization(optimization)), None
         policy = self._on_error if on_error is None else _checked_policy(on_error)
         guard = None if policy == OnError.RAISE and self._guard.listener is None else self._guard
         return self._make(
@@ -194,11 +194,11 @@ class _Manager(Generic[StoreT, BucketT]):
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
-                None if timeout is None else seconds(timeout),
+                self._backend.timeout if timeout is None else seconds(timeout),
                 self._optimizer,
                 policy,
                 guard,
-                join if guard is None else None,
+                merger if guard is None else None,
             )
         )
 

@@ -123,34 +123,45 @@ class TaskMerger:
     """The queues of a manager for asyncio; tasks of different event loops do not wait for each other."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[AbstractEventLoop, bytes], _Place] = {}
+        self._places: dict[tuple[AbstractEventLoop, bytes], _Place | None] = {}  # None: nobody has come yet
         self._carriers: set[asyncio.Task[None]] = set()  # the loop itself does not keep them alive
 
     def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, or in the one that carries what has come meanwhile."""
-        if command.only_reads:
-            return (yield from exchange(backend, target, plan, command, call))
         answer = self.join(target, plan, command, call)
-        if answer is not None:
-            return (yield from self._wait(target, answer, call))
-        loop = asyncio.get_running_loop()
-        place = self._places[loop, target.stored_key] = _Place(target.stored_key, loop)
-        try:
-            return (yield from exchange(backend, target, plan, command, call))
-        finally:
-            self._hand_over(place, backend)
+        if answer is None:
+            return self.lead(backend, target, plan, command, call)
+        return self._wait(target, answer, call)
 
     def join(self, target: Target, plan: Plan, command: Command[T], call: Call) -> asyncio.Future[T] | None:
         """Queue behind the exchange in flight: the answer to be. None where there is none in flight, and for reads."""
         loop = asyncio.get_running_loop()
-        place = self._places.get((loop, target.stored_key))
-        if place is None or command.only_reads:
+        where = loop, target.stored_key
+        if where not in self._places or command.only_reads:
             return None
+        place = self._places[where]
+        if place is None:
+            place = self._places[where] = _Place(target.stored_key, loop)
         answer: asyncio.Future[T] = loop.create_future()
         place.queue.append(_new(_Queued, (target, plan, command, call, answer)))
         if call.deadline is not None and call.deadline < place.due:
             place.watch(call.deadline)
         return answer
+
+    def lead(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
+        """Run an exchange that others may queue behind, where :meth:`join` has just found none in flight."""
+        if command.only_reads:
+            return (yield from exchange(backend, target, plan, command, call))
+        where = asyncio.get_running_loop(), target.stored_key
+        self._places[where] = None
+        try:
+            return (yield from exchange(backend, target, plan, command, call))
+        finally:
+            place = self._places[where]
+            if place is None:
+                del self._places[where]
+            else:
+                self._hand_over(place, backend)
 
     def _wait(self, target: Target, answer: asyncio.Future[T], call: Call) -> Steps[T]:
         """Until there is the answer; once the command is on its way no cancellation ends that, if the call holds it."""
@@ -319,13 +330,21 @@ class ThreadMerger:
                 return (yield from exchange(backend, target, plan, command, call))
         finally:
             if leads:
-                self._hand_over(place)
+                self._leave(place)
         self._wait(place, entry)
         if entry.led is not None:
             yield from self._lead(place, backend, entry)
         if entry.error is not None:
             raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
+
+    def _leave(self, place: Hashable) -> None:
+        """Let the next one lead, if anybody has come."""
+        with self._lock:
+            if self._queues.get(place) is _NOBODY:
+                del self._queues[place]
+                return
+        self._hand_over(place)
 
     def _enqueued(self, place: Hashable, entry: _Entry[T]) -> _Entry[T]:
         queue = self._queues[place]

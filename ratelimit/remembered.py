@@ -49,14 +49,7 @@ class Remembered:
 
     def get(self, key: bytes) -> Seen:
         """What was last seen."""
-        seen = self._seen.get(key)
-        if seen is None:
-            return _NOTHING
-        try:  # noqa: SIM105  # which takes a fraction of the time of what stands for it
-            self._seen.move_to_end(key)
-        except KeyError:  # it has just been forgotten
-            pass
-        return seen
+        return self._seen.get(key, _NOTHING)
 
     def forget(self, key: bytes) -> None:
         """Expect nothing there."""
@@ -64,25 +57,25 @@ class Remembered:
 
     def put(self, key: bytes, seen: Seen) -> None:
         """Remember what was seen; where that is nothing the key is forgotten."""
+        state = seen.state
         with self._lock:
             old = self._seen.get(key)
-            if old is not None and seen.state is not None and _alike(old, seen):
-                self._seen[key] = seen
-                return
             if old is not None:
-                self._size -= _weight(key, old)
-            if seen.state is None:
-                self._seen.pop(key, None)
+                if (
+                    state is not None
+                    and len(state) == len(old.state or b"")
+                    and (seen.bucket is None) is (old.bucket is None)
+                ):  # both weigh the same, as they usually do
+                    self._seen[key] = seen
+                    self._seen.move_to_end(key)
+                    return
+                self._size -= _weight(key, self._seen.pop(key))
+            if state is None:
                 return
             self._seen[key] = seen
             self._size += _weight(key, seen)
             while self._size > self._limit:
                 self._size -= _weight(*self._seen.popitem(last=False))
-
-
-def _alike(old: Seen, new: Seen) -> bool:
-    """Whether both weigh the same, as they usually do."""
-    return len(old.state or b"") == len(new.state or b"") and (old.bucket is None) is (new.bucket is None)
 
 
 def _weight(key: bytes, seen: Seen) -> int:

@@ -222,6 +222,8 @@ class BucketConfiguration:
     _hash: int = field(init=False, repr=False, compare=False)
     starts_full: bool = field(init=False, repr=False, compare=False)
     """Whether a new bucket holds what it can hold, in each bandwidth."""
+    only_greedy: tuple[int, int, int] | None = field(init=False, repr=False, compare=False)
+    """Capacity, refill tokens, and their period in nanoseconds, where there is one bandwidth and it is greedy."""
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
         if not bandwidths:
@@ -239,6 +241,7 @@ class BucketConfiguration:
         object.__setattr__(self, "_hash", hash(bandwidths))
         starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
         object.__setattr__(self, "starts_full", starts_full)
+        object.__setattr__(self, "only_greedy", _greedy(bandwidths[0]) if len(bandwidths) == 1 else None)
 
     def __hash__(self) -> int:
         return self._hash
@@ -291,6 +294,13 @@ class BucketConfiguration:
         except InvalidConfigurationError:
             pass
         return f"BucketConfiguration({', '.join(map(repr, self.bandwidths))})"
+
+
+def _greedy(bandwidth: Bandwidth) -> tuple[int, int, int] | None:
+    tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if bandwidth.refill_intervally or tokens < 1 or period < 1:  # stored bytes may say anything
+        return None
+    return bandwidth.capacity, tokens, period
 
 
 @lru_cache(maxsize=256)

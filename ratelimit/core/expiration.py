@@ -83,29 +83,19 @@ class Expiration:
             return NO_EXPIRY
         if kind == "fixed":
             return self.duration_millis
-        full = _nanos_until_full(state, now)
+        try:
+            full = state.nanos_until_full(now)
+        except ArithmeticError:  # a stored period or rate of zero, at which it never is
+            full = NEVER
         if kind == "automatic":
-            keep = _MARGIN_MILLIS if _same_when_new(state) else _IDLE_MILLIS
+            configuration = state.configuration
+            # One that is still to be filled is not overfull; that is left to be asked of several, and of a full one.
+            is_below = full > 0 and configuration.only_greedy is not None
+            same_when_new = configuration.starts_full and (is_below or not state.is_overfull)
+            keep = _MARGIN_MILLIS if same_when_new else _IDLE_MILLIS
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
         # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
         return max(1, wrap(self.duration_millis + quotient(full, NANOS_PER_MILLISECOND)))
-
-
-def _nanos_until_full(state: BucketState, now: int) -> int:
-    try:
-        return state.nanos_until_full(now)
-    except ArithmeticError:  # a stored period or rate of zero, at which it never is
-        return NEVER
-
-
-def _same_when_new(state: BucketState) -> bool:
-    configuration, _, _, states = state
-    if not configuration.starts_full:
-        return False
-    for bandwidth, (_, size, _) in zip(configuration.bandwidths, states, strict=True):
-        if size > bandwidth.capacity:
-            return False
-    return True
 
 
 def _whole_millis(duration: Duration) -> int:

@@ -48,8 +48,21 @@ class BucketState(NamedTuple):
     def refilled_and_consumed(self, tokens: int, now: int) -> BucketState | None:
         """``refilled`` and then ``consumed``, in one; None where the tokens are not all there."""
         configuration, version, consumed, states = self
-        if len(states) == 1:
-            last, size, error = _refilled(configuration.bandwidths[0], states[0], now)
+        greedy = configuration.only_greedy
+        if greedy is not None:  # the same, without a step for each part
+            capacity, gained, period = greedy
+            ((last, size, error),) = states
+            if now > last:
+                if size < capacity:
+                    total = (now - last) * gained + error
+                    if total >= MAX or not 0 <= error < period:
+                        _, size, error = _refilled_near_overflow(configuration.bandwidths[0], states[0], now)
+                    else:
+                        size += total // period
+                        error = total % period
+                        if size >= capacity:
+                            size, error = capacity, 0
+                last = now
             if tokens > size:
                 return None
             consumed += tokens
@@ -69,6 +82,15 @@ class BucketState(NamedTuple):
         if len(self.bandwidth_states) == 1:
             return self.bandwidth_states[0].current_size
         return min([state.current_size for state in self.bandwidth_states])
+
+    @property
+    def is_overfull(self) -> bool:
+        """Whether a bandwidth holds more than its capacity."""
+        configuration, _, _, states = self
+        bandwidths = configuration.bandwidths
+        if len(states) == 1:
+            return states[0].current_size > bandwidths[0].capacity
+        return any(one.current_size > bandwidth.capacity for one, bandwidth in zip(states, bandwidths, strict=True))
 
     def consumed(self, tokens: int) -> BucketState:
         """The state less these tokens, whether they are there or not."""
@@ -137,10 +159,18 @@ class BucketState(NamedTuple):
 
     def nanos_until_full(self, now: int) -> int:
         """How long until every bandwidth is full, in nanoseconds."""
-        bandwidths, states = self.configuration.bandwidths, self.bandwidth_states
-        if len(states) == 1:
-            return nanos_until_full(bandwidths[0], states[0], now)
-        return max([nanos_until_full(*pair, now) for pair in zip(bandwidths, states, strict=True)])
+        configuration, _, _, states = self
+        greedy = configuration.only_greedy
+        if greedy is not None:
+            capacity, gained, period = greedy
+            ((_, size, error),) = states
+            missing = capacity - size
+            if missing <= 0:
+                return 0
+            needed = period * missing
+            if 0 <= error <= needed < MAX:  # what follows, where nothing overflows
+                return (needed - error) // gained
+        return max([nanos_until_full(*pair, now) for pair in zip(configuration.bandwidths, states, strict=True)])
 
 
 def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:

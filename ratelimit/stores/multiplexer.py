@@ -25,7 +25,7 @@ from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.stores.circuit import Circuit
-from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
+from ratelimit.stores.redis_channels import Command, PushNotification, Replies, is_outdated, pack, too_late
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
@@ -58,7 +58,9 @@ class Multiplexer:
         :param key: what errors are about.
         :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
         """
-        check_time_left(key, deadline)
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            raise too_late(key)
         if self.circuit.is_open:
             self.circuit.admit(key, deadline)
         loop = asyncio.get_running_loop()
@@ -68,7 +70,7 @@ class Multiplexer:
             for known in list(self._links):
                 if known.is_closed():
                     self._links.pop(known, None)
-        return link.send(key, commands, deadline)
+        return link.send(key, commands, math.inf if deadline is None else deadline, now)
 
     def _made(self, key: bytes) -> Any:
         try:
@@ -146,17 +148,17 @@ class _Link:
         self._connecting: asyncio.Task[None] | None = None
         self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
 
-    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None) -> Future[Replies]:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float, now: float) -> Future[Replies]:
         loop = self._loop
         packed = pack(commands)
         if not self._unsent and self._transport is not None:
             loop.call_soon(self._flush)
         self._unsent.append(packed)
         future: Future[Replies] = loop.create_future()
-        now = time.monotonic()
-        waiter = _new(_Waiter, (future, key, len(commands), now, math.inf if deadline is None else deadline))
-        self._waiters.append(waiter)
-        due = min(waiter.deadline, now + self._patience)
+        self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
+        due = now + self._patience
+        if deadline < due:
+            due = deadline
         if due < self._due:
             self._watch(due, now)
         return future
@@ -230,35 +232,42 @@ class _Link:
         except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
             self.end(error)
 
-    def take(self, reply: Any) -> None:  # noqa: C901  # for each reply: no call more than it needs
+    def take(self, reply: Any) -> None:
         """Give a reply to whom it belongs; raises where it belongs to nobody."""
-        if len(self._waiters) <= len(self._unsent):
+        waiters = self._waiters
+        if len(waiters) <= len(self._unsent):
             raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
-        waiter = self._waiters[0]
         if isinstance(reply, Exception):
-            if is_outdated(reply):
-                self.usable = False
-            if not isinstance(reply, exceptions.ResponseError):
-                self._refusal = reply
-        if waiter.replies == 1:
+            self._look_at(reply)
+        future, key, count, _, _ = waiters[0]
+        if count == 1:
             replies = [reply]
         else:
             replies = self._replies
             replies.append(reply)
-            if len(replies) < waiter.replies:
+            if len(replies) < count:
                 return
             self._replies = []
-        self._waiters.popleft()
-        if not (waiter.future.done() and self._waiters):  # else the replies may be one behind, for ever
+        waiters.popleft()
+        if future.done():
+            if not waiters:  # else the replies may be one behind, for ever
+                self._fails_since = math.inf
+        else:
             self._fails_since = math.inf
-        refusal, self._refusal = self._refusal, None
-        if not waiter.future.done():
-            if refusal is None:
-                waiter.future.set_result(replies)
+            if self._refusal is None:
+                future.set_result(replies)
             else:
-                _fail(waiter.future, refusal, waiter.key, in_doubt=False)
-        if not (self.usable or self._waiters):
+                _fail(future, self._refusal, key, in_doubt=False)
+        self._refusal = None
+        if not (self.usable or waiters):
             self.end(exceptions.ConnectionError(_CLOSED))
+
+    def _look_at(self, error: Exception) -> None:
+        """Take note of what an error among the replies tells of the connection."""
+        if is_outdated(error):
+            self.usable = False
+        if not isinstance(error, exceptions.ResponseError):
+            self._refusal = error
 
     @property
     def awaits_replies(self) -> bool:

@@ -64,39 +64,48 @@ class _RedisSteps:
         self._channel = channel
         self._monotonic = monotonic
         self._nodes: dict[str, _Node] = {}
+        self._only = None if channel.spans_nodes else _Node()
 
     def _read(self, key: bytes, deadline: float | None) -> Steps[bytes | None]:
         node = self._node_of(key)
-        questions = (_TIME,) * node.time.is_stale(self._monotonic())  # a probe would be a write
+        questions = (_TIME,) * (self._monotonic() >= node.time.stale_at)  # a probe would be a write
         return _state((yield from self._accompanied(questions, node, key, ("GET", key), deadline)), key)
 
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
     ) -> Steps[Lost | None]:
         """The steps of ``swap``, for who takes steps anyway."""
-        node = self._node_of(key)
-        ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
+        node = self._only or self._node_of(key)
+        ttl = ttl_millis if ttl_millis < _LONGEST_TTL_MILLIS else _LONGEST_TTL_MILLIS
         if node.swaps_natively:
             condition = ("NX",) if before is None else ("IFEQ", before)
             expiry = ("PX", ttl) if ttl > 0 else ()
             command = ("SET", key, after, *condition, "GET", *expiry)
-            questions = self._questions(node, key)
-            if questions:
-                state = yield from self._accompanied(questions, node, key, command, deadline)
+            if self._monotonic() < node.time.stale_at:
+                (reply,) = yield self._channel.send(key, (command,), deadline)
             else:
-                (state,) = yield self._channel.send(key, (command,), deadline)
-            if not _is_refused_as_unknown(state):
-                return None if _state(state, key) == before else Lost(state)
+                reply = yield from self._accompanied((_TIME,), node, key, command, deadline)
+            if reply == before:  # or else an error, perhaps
+                return None
+            if not _is_refused_as_unknown(reply):
+                return Lost(_state(reply, key))
             node.swaps_natively = False  # another server has taken its place
-        arguments: tuple[Any, ...]
         if before is None:
-            script, arguments = (_SET_NX_PX, (after, ttl)) if ttl > 0 else (_SET_NX, (after,))
+            script, arguments = (_SET_NX_PX, (key, after, ttl)) if ttl > 0 else (_SET_NX, (key, after))
         elif ttl > 0:
-            script, arguments = _COMPARE_AND_SWAP_PX, (before, after, ttl)
+            script, arguments = _COMPARE_AND_SWAP_PX, (key, before, after, ttl)
         else:
-            script, arguments = _COMPARE_AND_SWAP, (before, after)
-        state = yield from self._run(node, script, key, arguments, deadline)
-        return None if state == 1 else Lost(_state(state, key))
+            script, arguments = _COMPARE_AND_SWAP, (key, before, after)
+        asks_nothing_else = node.swaps_natively is False and self._monotonic() < node.time.stale_at
+        if asks_nothing_else and script.sha in node.scripts:  # as _run does it then, at less cost
+            (reply,) = yield self._channel.send(key, (script.call + arguments,), deadline)
+            if reply == 1:
+                return None
+            if not isinstance(reply, NoScriptError):
+                return Lost(_state(reply, key))
+            node.scripts.discard(script.sha)
+        reply = yield from self._run(node, script, key, arguments[1:], deadline)
+        return None if reply == 1 else Lost(_state(reply, key))
 
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
         """The steps of ``decide``."""
@@ -110,7 +119,7 @@ class _RedisSteps:
     ) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
-            command = ("EVALSHA", script.sha, 1, key, *arguments)
+            command = (*script.call, key, *arguments)
             questions = self._questions(node, key)
             if questions:
                 reply = yield from self._accompanied(questions, node, key, command, deadline)
@@ -127,7 +136,7 @@ class _RedisSteps:
 
     def _questions(self, node: _Node, key: bytes) -> tuple[Command, ...]:
         """What else has to be asked, and can go along: mostly nothing."""
-        stale = node.time.is_stale(self._monotonic())
+        stale = self._monotonic() >= node.time.stale_at
         if not stale and node.swaps_natively is not None:
             return ()
         return (_TIME,) * stale + (("SET", key, *_PROBE),) * (node.swaps_natively is None)
@@ -151,7 +160,8 @@ class _RedisSteps:
 
     def known_now(self, key: bytes) -> int | None:
         """The server's time by the estimate; None where it is too old for a decision."""
-        return self._node_of(key).time.estimate(self._monotonic())
+        node = self._only or self._node_of(key)
+        return node.time.estimate(self._monotonic())
 
     def _asked_time(self, key: bytes, deadline: float | None) -> Steps[int]:
         sent = self._monotonic()
@@ -181,6 +191,8 @@ class _RedisSteps:
         return _checked(reply, key)
 
     def _node_of(self, key: bytes) -> _Node:
+        if self._only is not None:
+            return self._only
         name = self._channel.node(key)
         node = self._nodes.get(name)
         return self._nodes.setdefault(name, _Node()) if node is None else node

@@ -48,6 +48,7 @@ class AsyncPoolChannel:
         breaker: CircuitBreaker | None = None,
         owned: bool = False,
     ) -> None:
+        self.spans_nodes = False
         self._clients = (client, *sentinels)
         self._owned = owned
         self._multiplexer = Multiplexer(self._make_connection, Circuit(breaker))
@@ -100,6 +101,7 @@ class AsyncClusterChannel:
     def __init__(
         self, client: redis.asyncio.RedisCluster, *, breaker: CircuitBreaker | None = None, owned: bool = False
     ) -> None:
+        self.spans_nodes = True
         self._client = client
         self._owned = owned
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))

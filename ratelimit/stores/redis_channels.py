@@ -39,7 +39,12 @@ Replies = list[Any]
 
 
 class Channel(Protocol):
-    """The connections of a client."""
+    """The connections of a client.
+
+    :ivar spans_nodes: whether different keys may be on different servers.
+    """
+
+    spans_nodes: bool
 
     def node(self, key: bytes) -> str:
         """The name of the server that holds this key; two servers have two clocks."""
@@ -80,20 +85,20 @@ class _KeptConnections:
         self._lock = threading.Lock()
         _all_kept.add(self)
 
-    def take(self, deadline: float | None) -> _Kept:
+    def take(self, now: float, deadline: float | None) -> _Kept:
         """A connection that is ready for a request."""
         try:
             kept = self._kept.pop()
         except IndexError:
             return self._from_pool(deadline)
         try:
-            if kept.is_usable(time.monotonic()):
+            if kept.is_usable(now):
                 return kept
         except BaseException:  # of a signal; or the pool would miss it for ever
             self._release(kept)
             raise
         self._release(kept)
-        self._release_old(time.monotonic())
+        self._release_old(now)
         return self._from_pool(deadline)
 
     def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
@@ -194,7 +199,7 @@ class _Kept:
     """
 
     __slots__ = (
-        *("_buffer", "_has_received", "_is_plain", "_patience", "_reader", "_socket"),
+        *("_buffer", "_is_plain", "_longest", "_patience", "_reader", "_socket"),
         *("connection", "outdated", "taken_at", "used_at"),
     )
 
@@ -204,9 +209,9 @@ class _Kept:
         self.outdated = False  # whether to connect again would be to connect to another server, or as another user
         self._socket: socket.socket | None = None
         self._is_plain = False
-        self._has_received = False  # anything, since the last request
         self._reader: Any = None
-        self._patience: float = connection.socket_timeout or _FOR_EVER
+        self._longest: float = connection.socket_timeout or _FOR_EVER
+        self._patience = self._longest
         self._buffer = bytearray(_READ_SIZE)
         parser = getattr(connection, "_parser", None)
         if type(parser) is _HiredisParser and not connection.health_check_interval:
@@ -218,30 +223,33 @@ class _Kept:
 
     def is_usable(self, now: float) -> bool:
         """Whether it may serve another request; else its pool has to look at it, and does what it needs."""
-        if self.is_old(now):
+        own = self._socket
+        if now - self.taken_at >= _LONGEST_KEPT or (own is not None and self.connection._sock is not own):  # noqa: SLF001
             return False
-        rested = now - self.used_at >= _LONGEST_PAUSE
-        if self._socket is None or not self._is_plain:
-            return self._is_connected() and not rested
-        return self._is_connected() and not (rested and _has_something_to_read(self._socket))
+        if now - self.used_at < _LONGEST_PAUSE:
+            return True
+        return own is not None and self._is_plain and not _has_something_to_read(own)
 
     def is_old(self, now: float) -> bool:
         """Whether it was kept for as long as may be."""
         return now - self.taken_at >= _LONGEST_KEPT
 
-    def _is_connected(self) -> bool:
-        """Whether nobody has disconnected it meanwhile."""
-        return self._socket is None or self.connection._sock is self._socket  # noqa: SLF001
+    def request(self, packed: bytes, replies: int, deadline: float | None, now: float) -> Replies:
+        """Send commands, and read as many replies.
 
-    def request(self, packed: bytes, replies: int, deadline: float | None) -> Replies:
-        """Send commands, and read as many replies."""
+        :param now: what time it was a moment ago, on the clock of the deadline.
+        """
         if self._socket is None:
             return self._request_by_client(packed, replies, deadline)
-        self._be_patient_until(math.inf if deadline is None else deadline)
-        self._has_received = False
+        left = self._left(deadline, now)
+        if not 0.9 < left / self._patience < 1.1:  # a tenth does not matter
+            self._be_patient(left)
         try:
             self._socket.sendall(packed)
-            received = [self._reply(deadline) for _ in range(replies)]
+            self._receive()
+            received = [self._reply(deadline)]
+            while len(received) < replies:
+                received.append(self._reply(deadline))
             if self._reader.has_data() and self._has_reply():
                 self.outdated = True  # nobody has asked for it, and the next one would take it for his own
         except (BlockingIOError, TimeoutError) as error:
@@ -259,47 +267,51 @@ class _Kept:
         self.connection.send_packed_command([packed], check_health=False)
         received = []
         for _ in range(replies):
-            own.settimeout(self._left(deadline))
+            own.settimeout(self._left(deadline, time.monotonic()))
             received.append(_read(self.connection))
         own.settimeout(self.connection.socket_timeout)
         return received
 
-    def _left(self, deadline: float) -> float:
-        left: float = min(self.connection.socket_timeout or _FOR_EVER, max(deadline - time.monotonic(), _SHORTEST))
-        return left
+    def _left(self, deadline: float | None, now: float) -> float:
+        """How long to wait at most."""
+        if deadline is None or deadline - now >= self._longest:
+            return self._longest
+        left = deadline - now
+        return left if left > _SHORTEST else _SHORTEST
 
-    def _be_patient_until(self, deadline: float) -> None:
-        """Let the system wait no longer than that, give or take a tenth: to tell it is a call of its own."""
-        left = self._left(deadline)
-        if 0.9 < left / self._patience < 1.1:
-            return
+    def _be_patient(self, left: float) -> None:
+        """Let the system wait no longer than that, which is a call of its own."""
         if self._is_plain:
             _let_system_time_out(self._socket, left)  # type: ignore[arg-type]  # there is one
         else:
             self._socket.settimeout(left)  # type: ignore[union-attr]
         self._patience = left
 
+    def _receive(self) -> None:
+        received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
+        if not received:
+            raise exceptions.ConnectionError("Connection closed by server.")
+        self._reader.feed(self._buffer, 0, received)
+
     def _reply(self, deadline: float | None) -> Any:
-        reader = self._reader
         while True:
-            reply = reader.gets(False)
+            reply = self._reader.gets(False)
             if reply is NOT_ENOUGH_DATA:
-                if self._has_received and deadline is not None:
-                    if time.monotonic() >= deadline:
+                if deadline is not None:
+                    now = time.monotonic()
+                    if now >= deadline:
                         raise exceptions.TimeoutError("Timeout reading from socket")
-                    self._be_patient_until(deadline)
-                self._has_received = True
-                received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]  # there is one
-                if not received:
-                    raise exceptions.ConnectionError("Connection closed by server.")
-                reader.feed(self._buffer, 0, received)
-            elif type(reply) is PushNotification:
-                self.connection._parser.handle_push_response(reply)  # noqa: SLF001
-            elif isinstance(reply, Exception) and not isinstance(reply, exceptions.ResponseError):
-                raise reply
-            else:
-                self.outdated |= isinstance(reply, exceptions.ResponseError) and is_outdated(reply)
+                    self._be_patient(self._left(deadline, now))
+                self._receive()
+            elif isinstance(reply, Exception):
+                if not isinstance(reply, exceptions.ResponseError):
+                    raise reply
+                self.outdated |= is_outdated(reply)
                 return reply
+            elif type(reply) is not PushNotification:
+                return reply
+            else:
+                self.connection._parser.handle_push_response(reply)  # noqa: SLF001
 
     def _has_reply(self) -> bool:
         """Whether there is another one; what the server tells unasked is none."""
@@ -311,7 +323,7 @@ class _Kept:
 
     def restore(self) -> None:
         """Leave the connection as the pool knows it."""
-        if self._socket is not None and self._is_connected():
+        if self._socket is not None and self.connection._sock is self._socket:  # noqa: SLF001  # still
             self._socket.settimeout(self.connection.socket_timeout)
 
 
@@ -374,21 +386,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def _send_over(
-    connections: _KeptConnections, key: bytes, commands: Sequence[Command], deadline: float | None
+    connections: _KeptConnections, key: bytes, commands: Sequence[Command], deadline: float | None, now: float
 ) -> Replies:
     """Send commands in one write, and read their replies."""
     try:
-        kept = connections.take(deadline)
+        kept = connections.take(now, deadline)
     except FOREIGN as error:
         raise translated(error, key, in_doubt=False) from error
-    try:
-        check_time_left(key, deadline)
-    except StoreTimeoutError:
-        connections.give_back(kept)
-        raise
+    if kept.taken_at >= now:  # just now, which may have taken its time
+        try:
+            check_time_left(key, deadline)
+        except StoreTimeoutError:
+            connections.give_back(kept)
+            raise
     broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
     try:
-        replies = kept.request(pack(commands), len(commands), deadline)
+        replies = kept.request(pack(commands), len(commands), deadline, now)
         broken = kept.outdated
     except FOREIGN as error:
         raise translated(error, key, in_doubt=True) from error
@@ -401,18 +414,19 @@ def _send_over(
 
 def _watched(
     circuit: Circuit,
-    send: Callable[[bytes, Sequence[Command], float | None], Replies],
+    send: Callable[[bytes, Sequence[Command], float | None, float], Replies],
     key: bytes,
     commands: Sequence[Command],
     deadline: float | None,
 ) -> Replies:
     """Send, if the circuit is not open, and let it know what that says of the server."""
-    check_time_left(key, deadline)
+    begun = time.monotonic()
+    if deadline is not None and begun >= deadline:
+        raise too_late(key)
     if circuit.is_open:
         circuit.admit(key, deadline)
-    begun = time.monotonic()
     try:
-        replies = send(key, commands, deadline)
+        replies = send(key, commands, deadline, begun)
     except (StoreUnavailableError, StoreTimeoutError) as error:
         if tells_of_server(error) and not circuit.excuses(error, begun):
             circuit.failed(error)
@@ -432,7 +446,12 @@ def check_time_left(key: bytes, deadline: float | None) -> None:
     :raises StoreTimeoutError: where it does.
     """
     if deadline is not None and time.monotonic() >= deadline:
-        raise StoreTimeoutError(key, "there was no time left to ask Redis")
+        raise too_late(key)
+
+
+def too_late(key: bytes) -> StoreTimeoutError:
+    """The error of what is not sent any more."""
+    return StoreTimeoutError(key, "there was no time left to ask Redis")
 
 
 def pack(commands: Sequence[Command]) -> bytes:
@@ -475,10 +494,12 @@ class PoolChannel:
         breaker: CircuitBreaker | None = None,
         owned: bool = False,
     ) -> None:
+        self.spans_nodes = False
         self._clients = (client, *sentinels)
         self._owned = owned
         self._circuit = Circuit(breaker)
         self._connections = _KeptConnections(client.connection_pool, _most_kept(client.connection_pool, owned=owned))
+        self._send = partial(_send_over, self._connections)
 
     def node(self, key: bytes) -> str:
         """There is one server at a time."""
@@ -486,7 +507,7 @@ class PoolChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         """Send commands over one connection, in one write."""
-        return _watched(self._circuit, partial(_send_over, self._connections), key, commands, deadline)
+        return _watched(self._circuit, self._send, key, commands, deadline)
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """There is one."""
@@ -533,6 +554,7 @@ class ClusterChannel:
     def __init__(
         self, connect: Callable[[], redis.RedisCluster], *, breaker: CircuitBreaker | None = None, owned: bool = False
     ) -> None:
+        self.spans_nodes = True
         self._connect = connect
         self._owned = owned
         self._connected: redis.RedisCluster | None = None
@@ -576,7 +598,7 @@ class ClusterChannel:
         """Send commands to the node of the key, in one write unless it has to be found first."""
         return _watched(self._circuits[self.node(key)], self._send, key, commands, deadline)
 
-    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
+    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None, now: float) -> Replies:
         try:
             client = self._client(deadline)
             node = client.get_node_from_key(key)
@@ -586,7 +608,7 @@ class ClusterChannel:
         if node is None or connections is None:
             return [self._find_and_send(client, node, key, command, deadline) for command in commands]
         try:
-            replies = _send_over(connections, key, commands, deadline)
+            replies = _send_over(connections, key, commands, deadline, now)
         except StoreError:
             self._failed.add(node.name)
             raise

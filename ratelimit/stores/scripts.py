@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 
 class Script(NamedTuple):
-    """A script and the SHA-1 by which a server knows it."""
+    """A script of one key, the SHA-1 by which a server knows it, and how a command begins that calls it by that."""
 
     text: bytes
     sha: str
+    call: tuple[str, str, int]
 
 
 def load(name: str) -> Script:
@@ -21,5 +22,6 @@ def load(name: str) -> Script:
         path = directory / f"{name}.lua"
         if path.is_file():
             text = path.read_bytes()
-            return Script(text, hashlib.sha1(text, usedforsecurity=False).hexdigest())
+            sha = hashlib.sha1(text, usedforsecurity=False).hexdigest()
+            return Script(text, sha, ("EVALSHA", sha, 1))
     raise FileNotFoundError(f"the script {name}.lua is missing from this installation of ratelimit-redis")

@@ -22,6 +22,7 @@ FIRST_REPLIES = 4
 UNUSABLE_NANOS = 60_000_000_000
 """An estimate this old is renewed before a decision; the drift assumed has put it back by 30 ms."""
 
+_LONG_AGO = -(2**63)
 _RESOLUTION_NANOS = 1_000  # the server tells whole microseconds, rounded down
 
 
@@ -32,9 +33,15 @@ class _Interval(NamedTuple):
 
 
 class ServerTime:
-    """What is known of one server's clock; all times in nanoseconds, local ones monotonic."""
+    """What is known of one server's clock; all times in nanoseconds, local ones monotonic.
+
+    :ivar stale_at: from this local time on, the time should be asked for along with something else.
+    """
+
+    __slots__ = ("_interval", "_replies", "stale_at")
 
     def __init__(self) -> None:
+        self.stale_at = _LONG_AGO
         self._replies = 0
         self._interval: _Interval | None = None  # replaced as a whole, so that threads need no lock
 
@@ -52,6 +59,7 @@ class ServerTime:
                 self._replies = 0
         self._replies += 1
         self._interval = _Interval(low, high, received)
+        self.stale_at = received + STALE_NANOS if self._replies >= FIRST_REPLIES else _LONG_AGO
 
     def estimate(self, local: int) -> int | None:
         """The server's time at this local time, at the earliest.
@@ -63,12 +71,7 @@ class ServerTime:
             return None
         low, _, at = known
         age = local - at
-        return None if age >= UNUSABLE_NANOS else local + low - _drift(age)
-
-    def is_stale(self, local: int) -> bool:
-        """Whether the time should be asked for along with something else: replies are few, or the last is old."""
-        known = self._interval
-        return known is None or self._replies < FIRST_REPLIES or local - known.at >= STALE_NANOS
+        return None if age >= UNUSABLE_NANOS else local + low + (-age * _DRIFT_PER_MILLION // 1_000_000)
 
     def error_bound(self, local: int) -> int | None:
         """How far the estimate may be behind; None before the first reply."""

@@ -27,6 +27,7 @@ class MadeUp:
     """A channel to a server that is made up, which has swapped whatever it was asked to swap."""
 
     def __init__(self, *, native: bool) -> None:
+        self.spans_nodes = True
         self.native = native
         self.refusal: Exception | None = None
         self.lost = False
