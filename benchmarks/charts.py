@@ -20,12 +20,19 @@ _BEGIN: Final = (
 )
 _HEAD: Final = 44
 
-COLOURS: Final = {Kind.OURS: "#c2334d", Kind.PEER: "#2f7fb5", Kind.TEXTBOOK: "#d99a2b", Kind.FLOOR: "#8a94a6"}
+COLOURS: Final = {
+    Kind.OURS: "#c2334d",
+    Kind.PEER: "#2f7fb5",
+    Kind.TEXTBOOK: "#d99a2b",
+    Kind.FLOOR: "#8a94a6",
+    Kind.PART: "#d98ba0",
+}
 LEGEND: Final = {
     Kind.OURS: "this library",
     Kind.PEER: "published library",
     Kind.TEXTBOOK: "textbook script",
     Kind.FLOOR: "floor",
+    Kind.PART: "some of this library",
 }
 _LINES: Final = ("#c2334d", "#2f7fb5", "#d99a2b", "#3a8f5c", "#7d5ba6", "#8a94a6")
 

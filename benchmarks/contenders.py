@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from benchmarks import floor, ours, peers, textbook
+from benchmarks import floor, ours, parts, peers, textbook
 from benchmarks.model import OURS, Contender, Entrant, Kind
 
 SOCKET: Final = "bare hiredis socket"
 REDIS_PY: Final = "redis-py evalsha"
+CORE: Final = "core over a bare socket"
+CONNECTION: Final = "shared connection alone"
+CORE_OVER_CONNECTION: Final = "core over the shared connection"
 SKIP_SYNC: Final = f"{OURS}, skip-sync-on-zero"
 
 
@@ -65,6 +68,13 @@ WAITING: Final = Contender(
 )
 """Sleeps at every call, also where there are tokens: in the scenarios of asyncio on one key only."""
 
+PARTS: Final = [
+    Contender(Entrant(CORE, Kind.PART), parts.core, quick=False),
+    Contender(Entrant(CONNECTION, Kind.PART), asyncio=parts.connection, quick=False),
+    Contender(Entrant(CORE_OVER_CONNECTION, Kind.PART), asyncio=parts.core_over_connection, quick=False),
+]
+"""In the scenarios whose goals they help to explain."""
+
 MEMORY: Final = [
     Contender(Entrant(OURS, Kind.OURS, token_bucket=True), ours.sync()),
     Contender(_peer("limits fixed window"), peers.limits("FixedWindowRateLimiter")),
@@ -76,5 +86,5 @@ MEMORY: Final = [
     Contender(_peer("pyrate-limiter log"), peers.pyrate(log=True)),
 ]
 
-ENTRANTS: Final = {contender.name: contender.entrant for contender in (*MEMORY, *REDIS, WAITING)}
-BY_NAME: Final = {contender.name: contender for contender in (*REDIS, WAITING)}
+ENTRANTS: Final = {contender.name: contender.entrant for contender in (*MEMORY, *REDIS, *PARTS, WAITING)}
+BY_NAME: Final = {contender.name: contender for contender in (*REDIS, *PARTS, WAITING)}

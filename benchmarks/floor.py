@@ -30,8 +30,9 @@ TTL = 11_000
 _pack: Callable[[tuple[Any, ...]], bytes] = cast("Any", hiredis.pack_command)  # typed as if it took one argument
 
 
-def _end(setup: Setup) -> str:
-    return f":{os.getpid()}:{threading.get_ident()}" if setup.own_keys else ""
+def name_of(key: str, setup: Setup) -> str:
+    """What a client of the floor calls a key."""
+    return f"{key}:{os.getpid()}:{threading.get_ident()}" if setup.own_keys else key
 
 
 class Bare:
@@ -42,25 +43,14 @@ class Bare:
         self._socket = socket.create_connection((where.hostname, where.port), timeout=10)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reader = hiredis.Reader()
-        self._sha = self._ask(b"SCRIPT", b"LOAD", SCRIPT.encode())
-        self._turns: dict[str, int] = {}
-        self._end = _end(setup)
+        self.sha = self.ask("SCRIPT", "LOAD", SCRIPT)
 
-    def _ask(self, *command: Any) -> Any:
+    def ask(self, *command: Any) -> Any:
+        """Send a command, and wait for its reply."""
         self._socket.sendall(_pack(command))
         while (reply := self._reader.gets()) is False:
             self._reader.feed(self._socket.recv(65_536))
         return reply
-
-    def hit(self, key: str) -> bool:
-        turn = self._turns.get(key)
-        name = (key + self._end).encode()
-        if turn is None:
-            turn = 0
-            self._ask(b"SET", name, STATES[0])
-        reply = self._ask(b"EVALSHA", self._sha, 1, name, STATES[turn], STATES[1 - turn], TTL)
-        self._turns[key] = 1 - turn if reply == 1 else STATES.index(reply)
-        return True
 
     def close(self) -> None:
         self._socket.close()
@@ -71,23 +61,42 @@ class _Local(threading.local):
 
 
 @contextmanager
-def bare_socket(setup: Setup) -> Generator[Hit]:
-    """One socket for each thread."""
+def threads_own(setup: Setup, hit: Callable[[Bare, str], bool]) -> Generator[Hit]:
+    """A socket for each thread."""
     local = _Local()
     opened: list[Bare] = []
 
-    def hit(key: str) -> bool:
+    def each(key: str) -> bool:
         bare = local.bare
         if bare is None:
             bare = local.bare = Bare(setup)
             opened.append(bare)
-        return bare.hit(key)
+        return hit(bare, key)
 
     try:
-        yield hit
+        yield each
     finally:
         for bare in opened:
             bare.close()
+
+
+@contextmanager
+def bare_socket(setup: Setup) -> Generator[Hit]:
+    """The swap over a bare socket."""
+    turns: dict[str, int] = {}
+
+    def hit(bare: Bare, key: str) -> bool:
+        name = name_of(key, setup)
+        turn = turns.get(name)
+        if turn is None:
+            turn = 0
+            bare.ask("SET", name, STATES[0])
+        reply = bare.ask("EVALSHA", bare.sha, 1, name, STATES[turn], STATES[1 - turn], TTL)
+        turns[name] = 1 - turn if reply == 1 else STATES.index(reply)
+        return True
+
+    with threads_own(setup, hit) as each:
+        yield each
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def redis_py(setup: Setup) -> Generator[Hit]:
         turns: dict[str, int] = {}
 
         def hit(key: str) -> bool:
-            name = key + _end(setup) if setup.own_keys else key
+            name = name_of(key, setup)
             turn = turns.get(name)
             if turn is None:
                 turn = 0

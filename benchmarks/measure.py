@@ -144,11 +144,12 @@ async def async_slice(
                 await hit(key)
 
         await asyncio.gather(*map(warm_up, range(tasks)))
+        orders = shares(keys, tasks)
         gc.collect()
         latencies = array("q")
         begin = time.perf_counter_ns()
         end = begin + int(seconds * 1e9)
-        counts = await asyncio.gather(*(aloop(hit, order, end, latencies) for order in shares(keys, tasks)))
+        counts = await asyncio.gather(*(aloop(hit, order, end, latencies) for order in orders))
         return _sample(latencies, sum(counts), time.perf_counter_ns() - begin, granted=granted)
 
 

@@ -22,6 +22,8 @@ class Kind(Enum):
     """A script of a few lines, written here, over redis-py; counts as a peer."""
     FLOOR = "floor"
     """The commands alone, without a limiter around them."""
+    PART = "part"
+    """Some of this library without the rest."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimiz
 PATIENCE = 30.0  # seconds, as for the peers: a crowd on a busy machine takes its time
 
 
-def _configuration(setup: Setup) -> BucketConfiguration:
+def configuration_of(setup: Setup) -> BucketConfiguration:
+    """The limits, as this library has them."""
     return BucketConfiguration(
         *(Bandwidth.greedy(limit.tokens, timedelta(seconds=limit.seconds)) for limit in setup.limits)
     )
@@ -30,7 +31,7 @@ def sync(*, skip_sync: bool = False) -> Callable[[Setup], AbstractContextManager
     def opened(setup: Setup) -> Generator[Hit]:
         optimization = _optimization(skip_sync=skip_sync)
         with ProxyManager.from_url(
-            setup.url, _configuration(setup), timeout=PATIENCE, optimization=optimization
+            setup.url, configuration_of(setup), timeout=PATIENCE, optimization=optimization
         ) as manager:
             yield manager.try_consume
 
@@ -44,7 +45,7 @@ def asyncio(*, skip_sync: bool = False) -> Callable[[Setup], Any]:
     async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:
         optimization = _optimization(skip_sync=skip_sync)
         async with AsyncProxyManager.from_url(
-            setup.url, _configuration(setup), timeout=PATIENCE, optimization=optimization
+            setup.url, configuration_of(setup), timeout=PATIENCE, optimization=optimization
         ) as manager:
             yield manager.try_consume
 

@@ -41,7 +41,8 @@ FAMILIES: Final = {
         "Processes on one key",
         "Each process asks in a closed loop, with one thread and one connection. Round trips are the server's reads "
         "per decision; `most round trips` is of single decisions of this library, counted by the kernel in a slice of "
-        "its own. A share is what one process got of all decisions. The floors' processes use a key each.",
+        "its own. A share is what one process got of all decisions. The processes of the floors, and of the core over "
+        "a bare socket, use a key each.",
         ("rate", "p99_us", "share"),
     ),
     "rejections": Family(
@@ -104,6 +105,8 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
   published libraries and textbook scripts. The goals are about published libraries, and tell the ratio to the better of
   the textbook scripts besides; for 32 processes they are about both. For times and sizes less is better, also as a
   ratio.
+- `core ...` and `shared connection alone` are parts of this library without the rest, which tell what its time goes
+  for; they stand for no limiter that anybody could use.
 - `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart here. What they and
   the integrations of this library add to a request is in [INTEGRATIONS.md](INTEGRATIONS.md).
 """
@@ -167,7 +170,7 @@ def goals_table(results: Results, goals: Sequence[Goal] = GOALS) -> str:
 def obstacles(results: Results, goals: Sequence[Goal] = GOALS) -> list[str]:
     """What is known of the goals that are not reached."""
     missed = [goal for goal in goals if goal.verdict(goal.find(results)) == "NOT reached"]
-    return [found for goal in missed if (found := goal.obstacle(results)) is not None]
+    return list(dict.fromkeys(found for goal in missed if (found := goal.obstacle(results)) is not None))
 
 
 def table_of(results: Results, table: Table) -> str:

@@ -101,7 +101,8 @@ def sync(run: Run) -> None:
         for number in (1_000, 1):
             title = f"{threads} thread{'s' * (threads > 1)}, {_on(number)}"
             table = run.table(f"sync-{threads}-{number}", "sync", title)
-            run.interleave(table, _syncs(run), _sync_round(run, run.server.url, keys(number), threads))
+            which = _syncs(run) + (run.chosen([each for each in contenders.PARTS if each.sync]) if number > 1 else [])
+            run.interleave(table, which, _sync_round(run, run.server.url, keys(number), threads))
 
 
 def asyncio_tasks(run: Run) -> None:
@@ -112,6 +113,8 @@ def asyncio_tasks(run: Run) -> None:
             which = _asyncios(run)
             if number == 1 and tasks < 1_000:
                 which += run.chosen([contenders.WAITING])
+            if number > 1:
+                which += run.chosen([each for each in contenders.PARTS if each.asyncio])
             rounds = run.rounds if tasks in (1, 100) else min(run.rounds, 3)
             run.interleave(table, which, _async_round(run, run.server.url, keys(number), tasks), rounds)
 
@@ -129,7 +132,8 @@ def processes(run: Run) -> None:
             def slice(contender: Contender, number: int = number) -> Sample:
                 return _in_processes(run, workers, contender, number, seconds)
 
-            run.interleave(table, _syncs(run, only), slice, min(run.rounds, 3))
+            which = _syncs(run, only) + run.chosen([each for each in contenders.PARTS if each.sync])
+            run.interleave(table, which, slice, min(run.rounds, 3))
     finally:
         workers.close()
 

@@ -14,7 +14,7 @@ import redis
 
 from benchmarks import charts, integrations, report
 from benchmarks.applications import ALONE, BARE, FRAMEWORKS, REDIS_PY, addresses
-from benchmarks.contenders import ENTRANTS, SKIP_SYNC, SOCKET
+from benchmarks.contenders import CONNECTION, CORE, CORE_OVER_CONNECTION, ENTRANTS, SKIP_SYNC, SOCKET
 from benchmarks.goals import GOALS, Goal, Measured
 from benchmarks.measure import WrongAnswerError, check, interleaved, shares
 from benchmarks.model import (
@@ -116,14 +116,41 @@ def test_goals_are_judged_against_libraries_and_tell_of_the_textbook_besides(res
 
 
 def test_what_stands_in_the_way_is_told_of_a_goal_that_is_missed() -> None:
-    rows = {SOCKET: [10_000.0], "redis-py evalsha": [8_000.0], OURS: [5_000.0], PEER: [1.0]}
+    rows = {SOCKET: [10_000.0], CORE: [8_000.0], "redis-py evalsha": [8_000.0], OURS: [5_000.0], PEER: [1.0]}
     missed = results_with(table_with("sync-1-1000", "sync", "rate", rows))
     (told,) = report.obstacles(missed)
     assert "takes 100 us over a bare socket" in told
-    assert "takes 25 us more" in told
-    assert "a decision here 100 us more" in told
+    assert "the time to live) 125 us, which is 1.25x" in told
+    assert "takes 75 us. redis-py's" in told
     rows[OURS] = [9_900.0]
     assert report.obstacles(results_with(table_with("sync-1-1000", "sync", "rate", rows))) == []
+
+
+def test_what_stands_in_the_way_is_told_with_what_its_parts_reach() -> None:
+    sync = {SOCKET: [40_000.0], CORE: [20_000.0], OURS: [10_000.0], PEER: [8_000.0]}
+    tasks = {CONNECTION: [50_000.0], CORE_OVER_CONNECTION: [40_000.0], OURS: [25_000.0], PEER: [10_000.0]}
+    threads, asyncio = report.obstacles(
+        results_with(
+            table_with("sync-16-1000", "sync", "rate", sync), table_with("asyncio-100-1000", "asyncio", "rate", tasks)
+        )
+    )
+    assert "takes 25 us (5.00x the best peer) of it" in threads
+    assert "than the decision 50 us (2.50x the best peer); here 100 us (1.25x the best peer)." in threads
+    assert "takes 20 us (5.00x the best peer) of it" in asyncio
+    assert "than the decision 25 us (4.00x the best peer); here 40 us (2.50x the best peer)." in asyncio
+
+
+def test_what_stands_in_the_way_of_processes_is_told_once() -> None:
+    rows: dict[str, list[Sample]] = {
+        SOCKET: [{"rate": 20_000.0, "share": 0.5, "p99_us": 1.0}],
+        CORE: [{"rate": 10_000.0, "share": 0.6, "p99_us": 1.0}, {"rate": 10_000.0, "share": 0.4, "p99_us": 1.0}],
+        OURS: [{"rate": 5_000.0, "share": 0.3, "p99_us": 9.0}],
+        SCRIPT: [{"rate": 8_000.0, "share": 0.9, "p99_us": 1.0}],
+    }
+    made = results_with(Table("processes-32", "processes", "32 processes, one key", "rate", rows))
+    crowd, shares = report.obstacles(made)
+    assert "takes 50 us (2.50x the best peer); with nothing more than the decision 100 us (1.25x" in crowd
+    assert "least share is 0.50 of the largest over bare sockets, and 0.40 with nothing more" in shares
 
 
 def test_goals_for_processes_take_the_worst_round_where_they_say_so() -> None:

@@ -1,0 +1,118 @@
+"""Some of this library without the rest, to tell what its time goes for.
+
+The core over a bare socket: a decision is computed, written and swapped, and nothing else is done: no connection is
+looked after, no deadline kept, nothing merged. Over the connection that all tasks of a loop share, the same; and that
+connection alone, with the command of the floor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
+
+import redis.asyncio
+
+from benchmarks.floor import SCRIPT, STATES, TTL, Bare, name_of, threads_own
+from benchmarks.model import AsyncHit, Hit, Setup
+from benchmarks.ours import configuration_of
+from ratelimit.core import codec
+from ratelimit.core.commands import Plan, TryConsume, execute
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.state import BucketState
+from ratelimit.stores.redis_async_channels import AsyncPoolChannel
+
+_ONE = TryConsume(1)
+_TTL = Expiration.automatic()
+
+_Known = dict[str, tuple[bytes, BucketState]]
+"""What was last seen under each name."""
+
+
+def _made(plan: Plan) -> tuple[bytes, BucketState]:
+    state, _ = execute(_ONE, plan, None, time.time_ns())
+    assert state is not None
+    return codec.encode(state), state
+
+
+@contextmanager
+def core(setup: Setup) -> Generator[Hit]:
+    """The core over a bare socket for each thread."""
+    plan, known = Plan(configuration_of(setup)), _Known()
+
+    def hit(bare: Bare, key: str) -> bool:
+        name = name_of(key, setup)
+        if name not in known:
+            before, state = known[name] = _made(plan)
+            bare.ask("SET", name, before)
+        before, state = known[name]
+        while True:
+            now = time.time_ns()
+            after, granted = execute(_ONE, plan, state, now)
+            if after is None:
+                return granted
+            new = codec.encode(after)
+            reply = bare.ask("EVALSHA", bare.sha, 1, name, before, new, _TTL.ttl_millis(after, now))
+            if reply == 1:
+                known[name] = new, after
+                return granted
+            before, state = reply, codec.decode(reply)
+
+    with threads_own(setup, hit) as each:
+        yield each
+
+
+@asynccontextmanager
+async def connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
+    """The connection alone."""
+    async with _channel(setup) as (channel, sha):
+        turns: dict[str, int] = {}
+
+        async def hit(key: str) -> bool:
+            turn = turns.get(key)
+            if turn is None:
+                turn = 0
+                await channel.send(b"", (("SET", key, STATES[0]),))
+            turns[key] = 1 - turn
+            await channel.send(b"", (("EVALSHA", sha, 1, key, STATES[turn], STATES[1 - turn], TTL),))
+            return True
+
+        yield hit
+
+
+@asynccontextmanager
+async def core_over_connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
+    """The core over the connection."""
+    plan, known = Plan(configuration_of(setup)), _Known()
+    async with _channel(setup) as (channel, sha):
+
+        async def hit(key: str) -> bool:
+            if key not in known:
+                before, state = known[key] = _made(plan)
+                await channel.send(b"", (("SET", key, before),))
+            before, state = known[key]
+            while True:
+                now = time.time_ns()
+                after, granted = execute(_ONE, plan, state, now)
+                if after is None:
+                    return granted
+                new = codec.encode(after)
+                command = ("EVALSHA", sha, 1, key, before, new, _TTL.ttl_millis(after, now))
+                (reply,) = await channel.send(b"", (command,))
+                if reply == 1:
+                    known[key] = new, after
+                    return granted
+                before, state = reply, codec.decode(reply)
+
+        yield hit
+
+
+@asynccontextmanager
+async def _channel(setup: Setup) -> AsyncGenerator[tuple[AsyncPoolChannel, str]]:
+    client = redis.asyncio.Redis.from_url(setup.url)
+    channel = AsyncPoolChannel(client, owned=True)
+    try:
+        yield channel, cast("Any", await client.script_load(SCRIPT))
+    finally:
+        await channel.close()
