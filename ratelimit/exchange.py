@@ -81,7 +81,7 @@ class Call:
     degraded: bool = False
     charged: bool = True
 
-    def __init__(self, deadline: float | None = None, holds: bool = False) -> None:  # noqa: FBT001, FBT002  # ditto
+    def __init__(self, deadline: float | None = None, holds: bool = False) -> None:
         self.deadline = deadline
         self.holds = holds
 

@@ -116,7 +116,7 @@ class Handle:
         if self.exchange is exchange_in_process:
             return executed(self.backend, self.target, plan, command)
         call = Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)))
-        return drive(self.exchange(self.backend, self.target, plan, command, call))
+        return drive(self.exchange(self.backend, self.target, plan, command, call))  # type: ignore[no-any-return]
 
     def awaited(self, command: Command[T], timeout: Duration | None = None) -> Awaitable[T]:
         """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""

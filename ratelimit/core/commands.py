@@ -336,7 +336,7 @@ class Batch(Command[list[Any]]):
         stored: BucketState | None = None
         answers: list[Any] = []
         for command, equal in groupby(self.commands):
-            times = sum(1 for _ in equal)
+            times = len(list(equal))
             if times > 1 and type(command) is TryConsume and command.tokens > 0:
                 # As many as there are tokens for, in one step.
                 admitted = max(0, min(times, state.available_tokens // command.tokens))

@@ -157,8 +157,7 @@ class _Link:
         future: Future[Replies] = loop.create_future()
         self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
         due = now + self._patience
-        if deadline < due:
-            due = deadline
+        due = min(due, deadline)
         if due < self._due:
             self._watch(due, now)
         return future

@@ -76,7 +76,7 @@ class _RedisSteps:
     ) -> Steps[Lost | None]:
         """The steps of ``swap``, for who takes steps anyway."""
         node = self._only or self._node_of(key)
-        ttl = ttl_millis if ttl_millis < _LONGEST_TTL_MILLIS else _LONGEST_TTL_MILLIS
+        ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
         if node.swaps_natively:
             condition = ("NX",) if before is None else ("IFEQ", before)
             expiry = ("PX", ttl) if ttl > 0 else ()
@@ -90,6 +90,7 @@ class _RedisSteps:
             if not _is_refused_as_unknown(reply):
                 return Lost(_state(reply, key))
             node.swaps_natively = False  # another server has taken its place
+        arguments: tuple[Any, ...]
         if before is None:
             script, arguments = (_SET_NX_PX, (key, after, ttl)) if ttl > 0 else (_SET_NX, (key, after))
         elif ttl > 0:

@@ -193,11 +193,11 @@ class Process:
                 settings.limits,
                 version=None,
                 inheritance=TokensInheritance.RESET,
-                timeout=None,
+                timeout=self._backend.timeout,
                 optimizer=self._optimizer,
                 on_error=OnError.RAISE,
                 guard=None,
-                join=None,
+                merger=None,
             )
         return handle
 
