@@ -10,16 +10,14 @@ store may have it. A local bucket stays when the store is back, so that one that
 from __future__ import annotations
 
 import logging
-import os
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any, Final, NamedTuple, TypeVar
 
+from ratelimit import forks
 from ratelimit.core.commands import (
     Book,
     Command,
@@ -104,8 +102,8 @@ class LocalBuckets:
         self._limit = limit_bytes
         self._size = 0
         self._buckets: OrderedDict[bytes, _Local] = OrderedDict()
-        self._lock = Lock()
-        _all_local.add(self)
+        self._lock = forks.lock()
+        forks.call_in_child(self.forget_debts)
 
     def __bool__(self) -> bool:
         return bool(self._buckets)
@@ -160,7 +158,6 @@ class LocalBuckets:
 
     def forget_debts(self) -> None:
         """In a forked process: they are the parent's to charge."""
-        self._lock = Lock()
         for local in self._buckets.values():
             local.uncharged = 0
 
@@ -182,18 +179,6 @@ def _weight(key: bytes) -> int:
     return _ENTRY_BYTES + 2 * len(key)
 
 
-_all_local: weakref.WeakSet[LocalBuckets] = weakref.WeakSet()
-
-
-def _forget_all_debts() -> None:
-    for local in list(_all_local):
-        local.forget_debts()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all_debts)
-
-
 class Guard:
     """The policy of a manager, its listener, and its local buckets.
 
@@ -213,7 +198,7 @@ class Guard:
         self._local = local
         self._spawn = spawn
         self._asynchronous = asynchronous
-        self._lock = Lock()
+        self._lock = forks.lock()
         self._sweeping = False
         self._swept_at = float("-inf")
         self._in_debt = False  # whether there may be something to sweep

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import NamedTuple, Protocol
 
+from ratelimit import forks
 from ratelimit.errors import Key
 
 
@@ -78,7 +78,7 @@ class CountingListener:
         self.interrupted = 0
         self.degraded = 0
         self.failed = 0
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def on_decision(self, decision: Decision) -> None:
         """See :class:`Listener`."""

@@ -17,17 +17,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import os
 import threading
 import time
 from asyncio import AbstractEventLoop
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from ratelimit import forks
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
 from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
@@ -214,6 +214,7 @@ class TaskMerger:
                 place.carried = _next_of(place.queue)
                 if place.carried:
                     await _carry_together(backend, place.carried)
+                    place.carried = []
         finally:
             self._leave(place)
 
@@ -224,8 +225,11 @@ _new = tuple.__new__  # of a named tuple: without the function that would only n
 def _next_of(queue: list[_Queued[Any]]) -> list[_Queued[Any]]:
     """Take from a queue who goes together; who was cancelled does not go."""
     first = queue[0]
-    count = 1
-    while count < len(queue) and _go_together(queue[count], first):
+    target = first.target
+    count = 0
+    for queued in queue:
+        if queued.target is not target and not _go_together(queued, first):
+            break
         count += 1
     together = [queued for queued in queue[:count] if not queued.answer.done()]
     del queue[:count]
@@ -248,10 +252,11 @@ async def _carry_together(backend: Backend, together: list[_Queued[Any]]) -> Non
             if not queued.answer.done():
                 queued.answer.set_exception(_copied(error, queued.target.key))
     else:
-        for queued, answer in zip(together, answers, strict=True):
-            queued.call.round_trips = call.round_trips
-            if not queued.answer.done():
-                queued.answer.set_result(answer)
+        trips = call.round_trips
+        for (_, _, _, carried, future), answer in zip(together, answers, strict=True):
+            carried.round_trips = trips
+            if not future.done():
+                future.set_result(answer)
 
 
 class _Entry(Generic[T]):
@@ -292,31 +297,24 @@ def _deadline(entry: _Entry[Any]) -> float:
 _NOBODY: Final[deque[_Entry[Any]]] = deque()
 """The queue of a place where one leads and nobody has come yet; it stays empty."""
 
-_process = object()
-"""Stands for this process; another one after a fork, in which the thread that leads is missing."""
-
-
-def _become_another_process() -> None:
-    global _process  # noqa: PLW0603  # there is one process
-    _process = object()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_become_another_process)
-
 
 class ThreadMerger:
     """The queues of a manager for threads."""
 
     def __init__(self) -> None:
-        self._queues: dict[Hashable, deque[_Entry[Any]]] = {}
-        self._lock = threading.Lock()
+        self._queues: dict[bytes, deque[_Entry[Any]]] = {}
+        self._lock = forks.lock()
+        forks.call_in_child(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """In a forked process: the threads that lead are missing there."""
+        self._queues.clear()
 
     def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, which carries the commands of others as well."""
         if command.only_reads:
             return (yield from exchange(backend, target, plan, command, call))
-        place = (_process, target.stored_key)
+        place = target.stored_key
         entry: _Entry[T] | None = None
         leads = False
         try:  # already here, for an exception may come from a signal at any moment
@@ -338,7 +336,7 @@ class ThreadMerger:
             raise entry.error
         return entry.answer  # type: ignore[return-value]  # it has been settled
 
-    def _leave(self, place: Hashable) -> None:
+    def _leave(self, place: bytes) -> None:
         """Let the next one lead, if anybody has come."""
         with self._lock:
             if self._queues.get(place) is _NOBODY:
@@ -346,14 +344,14 @@ class ThreadMerger:
                 return
         self._hand_over(place)
 
-    def _enqueued(self, place: Hashable, entry: _Entry[T]) -> _Entry[T]:
+    def _enqueued(self, place: bytes, entry: _Entry[T]) -> _Entry[T]:
         queue = self._queues[place]
         if queue is _NOBODY:
             queue = self._queues[place] = deque()
         queue.append(entry)
         return entry
 
-    def _wait(self, place: Hashable, entry: _Entry[Any]) -> None:
+    def _wait(self, place: bytes, entry: _Entry[Any]) -> None:
         """Block until the entry is settled, or is to lead."""
         call = entry.call
         while True:
@@ -378,7 +376,7 @@ class ThreadMerger:
             self._give_up(place, entry)
             return
 
-    def _give_up(self, place: Hashable, entry: _Entry[Any]) -> None:
+    def _give_up(self, place: bytes, entry: _Entry[Any]) -> None:
         """Raise that the time is over, unless the entry has been settled, or is to lead, in the last moment."""
         with self._lock:
             if entry.settled or entry.led is not None:
@@ -391,7 +389,7 @@ class ThreadMerger:
             self._hand_over(place)
         raise _too_late(entry.target.key, in_doubt=not queued)
 
-    def _lead(self, place: Hashable, backend: Backend, leader: _Entry[Any]) -> Steps[None]:
+    def _lead(self, place: bytes, backend: Backend, leader: _Entry[Any]) -> Steps[None]:
         """Run one exchange for all that are led, and hand out the answers."""
         led = leader.led or []
         first, call = led[0], leader.call
@@ -422,7 +420,7 @@ class ThreadMerger:
         if asking is not call and asking.interruption is not None:
             raise asking.interruption
 
-    def _hand_over(self, place: Hashable, returned: Sequence[_Entry[Any]] = ()) -> None:
+    def _hand_over(self, place: bytes, returned: Sequence[_Entry[Any]] = ()) -> None:
         """Let the next one lead; those that are returned go first."""
         with self._lock:
             queue = self._queues.get(place)

@@ -20,9 +20,9 @@ import logging
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 from typing import Any, Final, NamedTuple, TypeVar
 
+from ratelimit import forks
 from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
@@ -153,7 +153,7 @@ class Optimizer:
         self._limit = limit_bytes
         self._size = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def optimized(self, optimization: Optimization | None) -> Exchange:
         """An exchange that asks the store only where the optimization wants that; None: always."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from threading import Lock
 from typing import NamedTuple
 
+from ratelimit import forks
 from ratelimit.core.state import BucketState
 
 _OVERHEAD_BYTES = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
@@ -45,7 +45,7 @@ class Remembered:
         self._limit = limit_bytes
         self._size = 0
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def get(self, key: bytes) -> Seen:
         """What was last seen."""

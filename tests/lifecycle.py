@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -77,6 +80,30 @@ def all_ended_well(children: list[int]) -> None:
     for child in children:
         _, status = os.waitpid(child, 0)
         assert status == 0
+
+
+def forked(work: Callable[[], Any]) -> Any:
+    """What a forked process has given; it is killed when it hangs."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(20)
+            os.write(writer, json.dumps(work()).encode())
+            status = 0
+        except BaseException:  # noqa: BLE001  # it must not go back into the tests
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as answers:
+        answer = answers.read()
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the child ended with {status}"
+    return json.loads(answer)
 
 
 def prefork_of_threads(url: str) -> None:

@@ -12,13 +12,16 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
 
-from ratelimit import AsyncProxyManager, Optimization, ProxyManager, StoreError
+from ratelimit import AsyncProxyManager, CountingListener, OnError, Optimization, ProxyManager, StoreError
 from tests import lifecycle
+from tests.lifecycle import forked
 from tests.servers import RedisServer, wait_until
 from tests.ways import Tap
 
@@ -48,6 +51,60 @@ def test_a_process_ends_well_and_complains_of_nothing(program: Callable[[str], N
     url = f"{redis_url}?socket_timeout={PATIENCE}"
     done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
     assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
+
+
+def locks_of(root: object) -> list[Any]:
+    """All locks that objects of this library hold, as far as they can be reached from one."""
+    found: dict[int, Any] = {}
+    seen: dict[int, object] = {}
+    left = [root]
+    while left:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, type | ModuleType | FunctionType):
+            continue
+        seen[id(one)] = one
+        is_ours = type(one).__module__.partition(".")[0] == "ratelimit"
+        for other in gc.get_referents(one):
+            if is_ours and isinstance(other, LOCK):
+                found[id(other)] = other
+            left.append(other)
+    return [*found.values()]
+
+
+LOCK = type(threading.Lock())
+
+MAKES: dict[str, Callable[[str], ProxyManager]] = {
+    "plain": lambda url: ProxyManager.from_url(url, "100/day"),
+    "memory": lambda _: ProxyManager.from_url("memory://", "100/day"),
+    "optimized": lambda url: ProxyManager.from_url(url, "100/day", optimization=Optimization.skip_sync_on_zero()),
+    "listener": lambda url: ProxyManager.from_url(url, "100/day", listener=CountingListener(), on_error=OnError.DENY),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.parametrize("name", MAKES)
+def test_a_fork_while_other_threads_hold_locks_leaves_none_of_them_locked(name: str, url: str) -> None:
+    with MAKES[name](url) as manager:
+        assert manager.try_consume("key")
+        locks = locks_of(manager)
+        assert len(locks) >= 2
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with ExitStack() as stack:
+                for lock in locks:
+                    stack.enter_context(lock)
+                held.set()
+                done.wait(PATIENCE)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            assert held.wait(PATIENCE)
+            assert forked(lambda: [manager.try_consume("key"), manager.try_consume("another")]) == [True, True]
+        finally:
+            done.set()
+            thread.join()
 
 
 # Managers within a process

@@ -410,7 +410,7 @@ def test_a_key_whose_leader_was_hit_badly_is_free_again_with_the_first_deadline(
     """As by an exception of a signal in the very moment in which the next one is to be woken."""
     store = GatedStore()
     manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=0.05)
-    queues(manager)[merging._process, b"key"] = merging._NOBODY
+    queues(manager)[b"key"] = merging._NOBODY
     with pytest.raises(StoreTimeoutError, match="no time left") as caught:
         manager.try_consume("key")
     assert not caught.value.in_doubt

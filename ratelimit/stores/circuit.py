@@ -8,13 +8,13 @@ caller tries the server; the others go on to fail until it has answered. Each tr
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from ratelimit import forks
 from ratelimit.errors import InvalidConfigurationError, StoreTimeoutError, StoreUnavailableError
 
 _SHORTEST_FAILURE = 0.1  # seconds
@@ -95,7 +95,7 @@ class Circuit:
         self._retry_at = 0.0
         self._trying = False
         self._last_error: str | None = None
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     def admit(self, key: bytes, deadline: float | None = None) -> None:
         """Let a request through, if it is the one that tries the server.

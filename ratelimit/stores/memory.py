@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import time
-from threading import Lock
 from typing import TypeVar
 
+from ratelimit import forks
 from ratelimit.clock import Clock
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
@@ -77,7 +77,7 @@ class MemoryStore:
         self._entries: dict[bytes, _Entry] = {}
         self._queue: list[tuple[int, bytes]] = []
         self._queued: set[bytes] = set()
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""

@@ -13,9 +13,7 @@ import math
 import os
 import socket
 import struct
-import threading
 import time
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +26,7 @@ from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.cluster import ClusterNode
 
+from ratelimit import forks
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.deadlines import within
@@ -82,8 +81,8 @@ class _KeptConnections:
         self._waiting = 0
         self._connecting = 0  # in threads, which some of those who waited have left
         self._closed = 0  # how often
-        self._lock = threading.Lock()
-        _all_kept.add(self)
+        self._lock = forks.lock()
+        forks.call_in_child(self.forget)
 
     def take(self, now: float, deadline: float | None) -> _Kept:
         """A connection that is ready for a request."""
@@ -137,7 +136,6 @@ class _KeptConnections:
         """In a forked process these are the parent's; the pool notices that by itself."""
         self._kept = []
         self._waiting = self._connecting = 0
-        self._lock = threading.Lock()
 
     def _from_pool(self, deadline: float | None) -> _Kept:
         with self._lock:
@@ -276,8 +274,7 @@ class _Kept:
         """How long to wait at most."""
         if deadline is None or deadline - now >= self._longest:
             return self._longest
-        left = deadline - now
-        return left if left > _SHORTEST else _SHORTEST
+        return max(deadline - now, _SHORTEST)
 
     def _be_patient(self, left: float) -> None:
         """Let the system wait no longer than that, which is a call of its own."""
@@ -372,17 +369,6 @@ _LONGEST_KEPT: Final = 1.0
 _MOST_CONNECTING: Final = 1_000
 _FOR_EVER: Final = 1e8  # seconds
 _SHORTEST: Final = 0.001  # seconds; 0 would mean for ever
-
-_all_kept: weakref.WeakSet[_KeptConnections] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for kept in list(_all_kept):
-        kept.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _send_over(
@@ -562,7 +548,7 @@ class ClusterChannel:
         self._failed: set[str] = set()
         self._closed = 0  # how often
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
 
     def _client(self, deadline: float | None) -> redis.RedisCluster:
         if self._connected is not None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,6 +17,7 @@ import redis
 from ratelimit import ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores import redis_channels
 from tests import servers
+from tests.lifecycle import forked
 from tests.servers import Cluster, RedisServer, ServerBinary, wait_until
 
 pytestmark = pytest.mark.redis
@@ -356,30 +353,6 @@ def test_a_store_that_is_closed_has_given_everything_back_and_goes_on(server: Re
 
 
 # Forks
-
-
-def forked(work: Callable[[], Any]) -> Any:
-    """What a forked process has given; it is killed when it hangs."""
-    reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(20)
-            os.write(writer, json.dumps(work()).encode())
-            status = 0
-        except BaseException:  # noqa: BLE001  # it must not go back into the tests
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answers:
-        answer = answers.read()
-    _, status = os.waitpid(child, 0)
-    assert status == 0, f"the child ended with {status}"
-    return json.loads(answer)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

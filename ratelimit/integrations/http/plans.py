@@ -7,9 +7,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from threading import Lock
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from ratelimit import forks
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos
 from ratelimit.core.inheritance import TokensInheritance
@@ -112,7 +112,7 @@ class Plans:
         self._size = size
         self._clock = clock
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def forget(self, key: Key) -> None:
         """Look a key up anew at its next use, in this process."""

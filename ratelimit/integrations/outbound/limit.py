@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from threading import Lock
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
+from ratelimit import forks
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
@@ -115,7 +115,7 @@ class OutboundLimit:
         self._clock = _MachineClock() if clock is None else clock
         self._jitter = jitter
         self._holds: dict[Key, _Hold] = {}
-        self._lock = Lock()
+        self._lock = forks.lock()
 
     def acquire(self, request: Any = None) -> Key | None:
         """Wait for the turn of a request; the key that it counts under, None where it is not limited.
