@@ -50,7 +50,7 @@ format: $(VENV)/installed-dev ## repair style
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-bench: $(BENCH)/installed ## measure against other limiters, a quarter of an hour, and write benchmarks/RESULTS.md
+bench: $(BENCH)/installed ## measure against other limiters, some twenty minutes, and write benchmarks/RESULTS.md
 	$(BENCH)/bin/python -m benchmarks $(ARGS)
 
 bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
