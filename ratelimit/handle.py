@@ -109,7 +109,10 @@ class Handle:
         return Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)), holds)
 
     def answer(self, command: Command[T], timeout: Duration | None = None) -> T:
-        """The same for sync code: driven, or without a step where there is nothing to wait for."""
+        """The same for sync code: driven, or without a step where there is nothing to wait for.
+
+        What every decision passes through is written out here, as in :meth:`awaited`: a call less each.
+        """
         plan = self.plan
         if plan is None or self.guard is not None:
             return drive(self.run(command, self.call(timeout)))
