@@ -312,7 +312,7 @@ async def test_a_server_that_falls_silent_leaves_doubt(face: Face, server: Redis
 async def test_a_server_that_loads_its_data_is_unavailable(face: Face, server_binary: ServerBinary) -> None:
     with (
         RedisServer.start(server_binary, "--rdbcompression", "no") as master,
-        RedisServer.start(server_binary, "--key-load-delay", "10000") as loading,  # microseconds for each key
+        RedisServer.start(server_binary, "--key-load-delay", "30000") as loading,  # microseconds for each key
         master.client() as writer,
         loading.client() as reader,
     ):
