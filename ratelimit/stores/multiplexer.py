@@ -156,8 +156,7 @@ class _Link:
         self._unsent.append(packed)
         future: Future[Replies] = loop.create_future()
         self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
-        due = now + self._patience
-        due = min(due, deadline)
+        due = min(now + self._patience, deadline)
         if due < self._due:
             self._watch(due, now)
         return future

@@ -385,6 +385,7 @@ def _send_over(
         except StoreTimeoutError:
             connections.give_back(kept)
             raise
+        now = time.monotonic()
     broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
     try:
         replies = kept.request(pack(commands), len(commands), deadline, now)

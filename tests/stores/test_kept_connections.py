@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -174,6 +175,26 @@ def test_after_a_second_all_that_was_kept_goes_back(server: RedisServer, clock: 
         clock.now += SECOND
         store.get(b"key")
         assert in_use(client) == 1
+
+
+def test_what_connecting_took_is_not_waited_for_once_more(
+    clock: Clock, store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, let = client.connection_pool.get_connection, redis_channels._let_system_time_out
+    waits: list[float] = []
+
+    def get_connection() -> Any:
+        clock.now += 0.6
+        return given()
+
+    def let_system_time_out(own: socket.socket, timeout: float) -> bool:
+        waits.append(timeout)
+        return let(own, timeout)
+
+    monkeypatch.setattr(client.connection_pool, "get_connection", get_connection)
+    monkeypatch.setattr(redis_channels, "_let_system_time_out", let_system_time_out)
+    store.get(b"key", deadline=clock.now + 1)
+    assert waits == [5, pytest.approx(0.4)]
 
 
 @pytest.mark.usefixtures("clock")
