@@ -155,6 +155,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
         if now is None or command.only_reads or (before is None and must_exist):
             call.round_trips += 1
             before, state, fresh = (yield asked(backend, store.get, call, key)), None, True
+            by_others |= before not in (None, seen.state)
         while True:
             if before is None and must_exist:
                 raise BucketNotFoundError(target.key)

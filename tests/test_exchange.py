@@ -286,6 +286,18 @@ async def test_after_a_lost_reply_bytes_that_may_be_of_another_are_no_success(
     assert stored(store).consumed_tokens == 4
 
 
+async def test_after_a_lost_reply_who_has_read_what_another_stored_is_not_alone(
+    kind: str, store: Recorder, clock: ManualClock
+) -> None:
+    one, other = (Face(kind, store, clock, "10/hour intervally") for _ in range(2))
+    await other.try_consume("key")
+    assert await one.available_tokens("key") == 9
+    store.lose_replies()  # carried out, but by whom?
+    with pytest.raises(StoreUnavailableError) as caught:
+        await one.try_consume("key")
+    assert caught.value.in_doubt
+
+
 async def test_bytes_of_another_that_equal_ones_own_are_no_success(kind: str, clock: ManualClock) -> None:
     """Two clients that decide alike at the same time compute the same bytes; both must be charged."""
     store = Recorder()
