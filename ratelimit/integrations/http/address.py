@@ -29,10 +29,11 @@ _NODE: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<four>[0-9.]+))(?::(?:[0
 
 # An element of Forwarded, spelled backwards. There a quotation mark within a string is followed by the backslash that
 # escapes it, and the one that opens a string by a "=".
-_ELEMENT_BACKWARDS: Final = re.compile(r'(?:[^",]++|"(?:[^"]++|"(?=\\))*+")*+')
+# Python 3.11.2 ends such a loop too soon if it is possessive itself.
+_ELEMENT_BACKWARDS: Final = re.compile(r'(?:[^",]|"(?>(?:[^"]|"(?=\\))*)")*')
 _PAIR: Final = re.compile(
     r"""[ \t]*+
-        (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]++) = (?P<value> "(?:[^"\\]|\\.)*+" | [^";,\s]*+ ) )?+
+        (?: (?P<name>[!#$%&'*+.^_`|~0-9A-Za-z-]++) = (?P<value> "(?:[^"\\]|\\.)*+" | [^";,\s]*+ ) )?
         [ \t]*+ (?: ; | \Z )""",
     re.VERBOSE | re.DOTALL,
 )
