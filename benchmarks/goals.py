@@ -146,10 +146,23 @@ def _micros(results: Results, table_id: str, name: str) -> float | None:
     return 1e6 / rate if rate else None
 
 
-def _to_best(results: Results, table_id: str, name: str, wanted: Callable[[Entrant], bool] = _is_peer) -> str:
+def _to_best(results: Results, table_id: str, name: str, wanted: Callable[[Entrant], bool]) -> str:
     """In words, how the throughput of one compares with the best peer's."""
     measured = _ratio(table_id, ours=name, wanted=wanted)(results)
     return "" if measured is None else f" ({measured.value:.2f}x the best peer)"
+
+
+def _costs(
+    results: Results, table_id: str, names: Iterable[str], wanted: Callable[[Entrant], bool] = _is_peer
+) -> list[str] | None:
+    """In words, what a decision takes with each of them; None where one was not measured."""
+    costs: list[str] = []
+    for name in names:
+        micros = _micros(results, table_id, name)
+        if micros is None:
+            return None
+        costs.append(f"{micros:.0f} us{_to_best(results, table_id, name, wanted)}")
+    return costs
 
 
 def _one_thread(results: Results) -> str | None:
@@ -165,11 +178,10 @@ def _one_thread(results: Results) -> str | None:
 
 
 def _threads(results: Results) -> str | None:
-    table_id = "sync-16-1000"
-    found = [(name, _micros(results, table_id, name)) for name in (SOCKET, CORE, OURS)]
-    if any(micros is None for _, micros in found):
+    costs = _costs(results, "sync-16-1000", (SOCKET, CORE, OURS))
+    if costs is None:
         return None
-    socket, core, ours = (f"{micros:.0f} us{_to_best(results, table_id, name)}" for name, micros in found)
+    socket, core, ours = costs
     return (
         f"16 threads take turns in one interpreter, and hand it over at each call of the system: a swap over bare"
         f" sockets takes {socket} of it; with nothing more than the decision {core}; here {ours}."
@@ -177,11 +189,10 @@ def _threads(results: Results) -> str | None:
 
 
 def _tasks(results: Results) -> str | None:
-    table_id = "asyncio-100-1000"
-    found = [(name, _micros(results, table_id, name)) for name in (CONNECTION, CORE_OVER_CONNECTION, OURS)]
-    if any(micros is None for _, micros in found):
+    costs = _costs(results, "asyncio-100-1000", (CONNECTION, CORE_OVER_CONNECTION, OURS))
+    if costs is None:
         return None
-    alone, core, ours = (f"{micros:.0f} us{_to_best(results, table_id, name)}" for name, micros in found)
+    alone, core, ours = costs
     return (
         f"100 tasks, 1,000 keys: they are one thread. A command over the shared connection takes {alone} of it, to"
         f" suspend and wake its task included; with nothing more than the decision {core}; here {ours}."
@@ -199,10 +210,10 @@ def _tasks_on_one_key(results: Results) -> str | None:
 
 
 def _crowd(results: Results) -> str | None:
-    found = [(name, _micros(results, _MANY, name)) for name in (SOCKET, CORE, OURS)]
-    if any(micros is None for _, micros in found):
+    costs = _costs(results, _MANY, (SOCKET, CORE, OURS), _single)
+    if costs is None:
         return None
-    socket, core, ours = (f"{micros:.0f} us{_to_best(results, _MANY, name, _single)}" for name, micros in found)
+    socket, core, ours = costs
     return (
         f"32 processes keep all cores busy, so that the time of a decision is processor time: a swap over bare sockets"
         f" takes {socket}; with nothing more than the decision {core}; here {ours}."

@@ -106,7 +106,7 @@ class Handle:
 
     def call(self, timeout: Duration | None = None, *, holds: bool = False) -> Call:
         """A call that begins now, with its own timeout or that of the bucket."""
-        return Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)), holds)
+        return self.backend.call(self.timeout if timeout is None else seconds(timeout), holds=holds)
 
     def answer(self, command: Command[T], timeout: Duration | None = None) -> T:
         """The same for sync code: driven, or without a step where there is nothing to wait for.

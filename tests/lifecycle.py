@@ -58,22 +58,24 @@ def taken(url: str) -> int:
         return sum(manager.snapshot(key).consumed_tokens for key in KEYS)
 
 
+def fork(work: Callable[[], object]) -> int:
+    """Fork a process that does the work; what to wait for."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:  # noqa: BLE001  # it must not go back into the program
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 def in_children(work: Callable[[], object], count: int = 3) -> list[int]:
-    """Fork processes that do the work; what to wait for."""
-    children: list[int] = []
-    for _ in range(count):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                work()
-                status = 0
-            except BaseException:  # noqa: BLE001  # it must not go back into the program
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    return children
+    """The same several times."""
+    return [fork(work) for _ in range(count)]
 
 
 def all_ended_well(children: list[int]) -> None:
@@ -85,19 +87,14 @@ def all_ended_well(children: list[int]) -> None:
 def forked(work: Callable[[], Any]) -> Any:
     """What a forked process has given; it is killed when it hangs."""
     reader, writer = os.pipe()
+
+    def tell() -> None:
+        signal.alarm(20)
+        os.write(writer, json.dumps(work()).encode())
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            signal.alarm(20)
-            os.write(writer, json.dumps(work()).encode())
-            status = 0
-        except BaseException:  # noqa: BLE001  # it must not go back into the tests
-            traceback.print_exc()
-        finally:
-            os._exit(status)
+        child = fork(tell)
     os.close(writer)
     with os.fdopen(reader, "rb") as answers:
         answer = answers.read()

@@ -86,11 +86,8 @@ class BucketState(NamedTuple):
     @property
     def is_overfull(self) -> bool:
         """Whether a bandwidth holds more than its capacity."""
-        configuration, _, _, states = self
-        bandwidths = configuration.bandwidths
-        if len(states) == 1:
-            return states[0].current_size > bandwidths[0].capacity
-        return any(one.current_size > bandwidth.capacity for one, bandwidth in zip(states, bandwidths, strict=True))
+        pairs = zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
+        return any(state.current_size > bandwidth.capacity for bandwidth, state in pairs)
 
     def consumed(self, tokens: int) -> BucketState:
         """The state less these tokens, whether they are there or not."""

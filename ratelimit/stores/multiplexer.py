@@ -25,7 +25,7 @@ from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.stores.circuit import Circuit
-from ratelimit.stores.redis_channels import Command, PushNotification, Replies, is_outdated, pack, too_late
+from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
@@ -58,9 +58,7 @@ class Multiplexer:
         :param key: what errors are about.
         :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
         """
-        now = time.monotonic()
-        if deadline is not None and now >= deadline:
-            raise too_late(key)
+        now = check_time_left(key, deadline)
         if self.circuit.is_open:
             self.circuit.admit(key, deadline)
         loop = asyncio.get_running_loop()

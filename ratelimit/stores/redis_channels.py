@@ -381,11 +381,10 @@ def _send_over(
         raise translated(error, key, in_doubt=False) from error
     if kept.taken_at >= now:  # just now, which may have taken its time
         try:
-            check_time_left(key, deadline)
+            now = check_time_left(key, deadline)
         except StoreTimeoutError:
             connections.give_back(kept)
             raise
-        now = time.monotonic()
     broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
     try:
         replies = kept.request(pack(commands), len(commands), deadline, now)
@@ -407,9 +406,7 @@ def _watched(
     deadline: float | None,
 ) -> Replies:
     """Send, if the circuit is not open, and let it know what that says of the server."""
-    begun = time.monotonic()
-    if deadline is not None and begun >= deadline:
-        raise too_late(key)
+    begun = check_time_left(key, deadline)
     if circuit.is_open:
         circuit.admit(key, deadline)
     try:
@@ -427,18 +424,15 @@ def _watched(
     return replies
 
 
-def check_time_left(key: bytes, deadline: float | None) -> None:
-    """Refuse what comes too late to be sent: that is not the server's failure, and no trial of it.
+def check_time_left(key: bytes, deadline: float | None) -> float:
+    """What time it is; refuses what comes too late to be sent: not the server's failure, and no trial of it.
 
     :raises StoreTimeoutError: where it does.
     """
-    if deadline is not None and time.monotonic() >= deadline:
-        raise too_late(key)
-
-
-def too_late(key: bytes) -> StoreTimeoutError:
-    """The error of what is not sent any more."""
-    return StoreTimeoutError(key, "there was no time left to ask Redis")
+    now = time.monotonic()
+    if deadline is not None and now >= deadline:
+        raise StoreTimeoutError(key, "there was no time left to ask Redis")
+    return now
 
 
 def pack(commands: Sequence[Command]) -> bytes:
