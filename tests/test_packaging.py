@@ -90,6 +90,22 @@ def test_the_scripts_of_the_wheel_are_used_in_a_fresh_environment(built: Path, f
     assert loaded == [f"{name} {scripts.load(name).sha}" for name in sorted(LUA)]
 
 
+@pytest.mark.parametrize("scripts_at", ["ratelimit/lua", "lua"], ids=["as installed", "as in a checkout"])
+def test_the_scripts_are_found_in_a_zip_file(tmp_path: Path, scripts_at: str) -> None:
+    archive = tmp_path / "dependencies.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for path in (ROOT / "ratelimit").rglob("*.py"):
+            zipped.write(path, path.relative_to(ROOT))
+        for name, text in LUA.items():
+            zipped.writestr(f"{scripts_at}/{name}.lua", text)
+    program = f"import sys\nsys.path.insert(0, {str(archive)!r})\n{USE.format(names=sorted(LUA))}"
+    done = run(Path(sys.executable), program)
+    assert done.returncode == 0, done.stderr
+    where, *loaded = done.stdout.splitlines()
+    assert Path(where).is_relative_to(archive)
+    assert loaded == [f"{name} {scripts.load(name).sha}" for name in sorted(LUA)]
+
+
 @pytest.mark.redis
 def test_the_wheel_decides_on_a_real_server_in_a_fresh_environment(built: Path, fresh: Path, redis_url: str) -> None:
     install(fresh, only(built, "*.whl"))

@@ -1,10 +1,10 @@
-"""The Lua scripts of ``lua/``: inside the package in a wheel, beside it in a checkout."""
+"""The Lua scripts of ``lua/``: inside the package in a wheel, beside it in a checkout; either may be in a zip file."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import NamedTuple
+from importlib.resources import files
+from typing import Any, NamedTuple
 
 
 class Script(NamedTuple):
@@ -16,12 +16,12 @@ class Script(NamedTuple):
 
 
 def load(name: str) -> Script:
-    """The script of this name, without ``.lua``."""
-    package = Path(__file__).parents[1]
+    """Read the script of this name, without ``.lua``."""
+    package: Any = files("ratelimit")  # a path, or a place in a zip file: both know their parent
     for directory in (package / "lua", package.parent / "lua"):
-        path = directory / f"{name}.lua"
-        if path.is_file():
-            text = path.read_bytes()
+        resource = directory / f"{name}.lua"
+        if resource.is_file():
+            text = resource.read_bytes()
             sha = hashlib.sha1(text, usedforsecurity=False).hexdigest()
             return Script(text, sha, ("EVALSHA", sha, 1))
     raise FileNotFoundError(f"the script {name}.lua is missing from this installation of ratelimit-redis")
