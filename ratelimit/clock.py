@@ -5,16 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
 
 _DAY_NANOS = 86_400 * NANOS_PER_SECOND
 
+MONOTONIC_IS_FINE: Final = time.get_clock_info("monotonic").resolution < 1e-6
+"""Whether two readings of this machine's monotonic clock differ, unless they are taken within less than a microsecond.
+
+On Windows they are alike for 15.6 ms, up to Python 3.12.
+"""
+
 
 @runtime_checkable
 class Clock(Protocol):
-    """The time of buckets, and sleeping by it; ``ratelimit.testing.ManualClock`` is one that tests move."""
+    """The time of buckets, and sleeping by it; ``ratelimit.testing.ManualClock`` is one that tests move.
+
+    A clock may have an attribute ``unique_readings``. True says that no two readings are alike, in whichever process
+    that shares the buckets: those of a clock of nanoseconds that each process has for itself, for example. Then a write
+    whose reply was lost can be recognised by the time that it holds. Without the attribute, or where it is False, such
+    a write is in doubt (``StoreError.in_doubt``).
+    """
 
     def now_nanos(self) -> int:
         """Nanoseconds since the Unix epoch."""
@@ -27,6 +39,11 @@ class Clock(Protocol):
     async def asleep(self, nanos: int) -> None:
         """Suspend the calling task for this long."""
         ...
+
+
+def has_unique_readings(clock: object) -> bool:
+    """Return whether a clock, or a store whose time counts, says that no two of its readings are alike."""
+    return bool(getattr(clock, "unique_readings", False))
 
 
 class MonotonicSleep:

@@ -9,9 +9,10 @@ The loop is about contention; the one failure that it repairs is a reply that wa
 1. What is remembered never decides alone. An admission is decided by the swap; a rejection is computed again from a
    fresh read, or from bytes that this very exchange was shown by a swap that lost.
 2. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded, provided
-   that nobody else can have written the same bytes; else nobody can tell any more what became of it, and the caller is
-   told just that. Bytes are one's own where they hold one's own reading of a fine clock, as all greedy bandwidths do;
-   tokens that come by whole periods leave no such trace, so that there nobody else must have been seen to write.
+   that no other writer can have written the same bytes: they must hold this exchange's own reading of a clock that no
+   other writer reads alike. Otherwise nobody can say whether the swap was carried out, and the error says that it is in
+   doubt. There is no such reading where tokens come by whole periods, where the clock is coarse, and where it is behind
+   the last refill, since then time leaves no trace in the bytes.
 3. A decision of the store whose reply was lost is not asked for again: nothing tells it from a second one. The error
    says that it is in doubt.
 4. Where a store cannot decide, a pause between attempts is followed by a fresh read. A client that swaps from bytes
@@ -25,11 +26,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import isawaitable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
-from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.requests import request
 from ratelimit.core.state import BucketState
@@ -99,6 +99,7 @@ class Backend:
     :param deciding: the store, if it can decide by itself.
     :param executing: the store's own way to execute commands, if it has one, and the time to do it at, unless that is
         the store's.
+    :param unique_readings: whether no two readings of ``now`` are alike, in whichever process.
     """
 
     store: Store | AsyncStore
@@ -111,6 +112,7 @@ class Backend:
     attempts: int
     deciding: DecidingStore | None
     executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
+    unique_readings: bool
 
     def call(self, timeout: float | None = None, *, holds: bool = False) -> Call:
         """A call that begins now."""
@@ -145,7 +147,7 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
     store, key, remembered = backend.store, target.stored_key, backend.remembered
     must_exist = target.must_exist_once_made and target.made
     seen = remembered.get(key)
-    before, state, by_others, lost, _ = seen
+    before, state, lost, _ = seen
     fresh = False  # whether ``before`` was shown to this very exchange
     attempts = 0
     deciding = backend.deciding
@@ -155,7 +157,6 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
         if now is None or command.only_reads or (before is None and must_exist):
             call.round_trips += 1
             before, state, fresh = (yield asked(backend, store.get, call, key)), None, True
-            by_others |= before not in (None, seen.state)
         while True:
             if before is None and must_exist:
                 raise BucketNotFoundError(target.key)
@@ -185,11 +186,10 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
             if after is None:
                 if fresh:
                     undisturbed = seen.undisturbed if before == seen.state else 0
-                    remembered.put(key, Seen(before, state, by_others, lost, undisturbed))
+                    remembered.put(key, Seen(before, state, lost, undisturbed))
                     return answer
                 call.round_trips += 1
-                known, before, state, fresh = before, (yield asked(backend, store.get, call, key)), None, True
-                by_others |= before != known
+                before, state, fresh = (yield asked(backend, store.get, call, key)), None, True
                 now = _NOT_ASKED
                 continue
             new = codec.encode(after)
@@ -203,23 +203,22 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 else:
                     loss = yield store.swap(key, before, new, ttl)
             except BaseException as error:  # noqa: BLE001  # raised again, unless it can be told what became of the swap
-                traces = _Traces(_holds_reading(state, after, now), by_others)
+                is_own = backend.unique_readings and _holds_reading(state, after, now)
                 swap = key, before, new, ttl
-                loss = yield from _repeated(backend, target, swap, traces, error, call)
+                loss = yield from _repeated(backend, target, swap, is_own, error, call)
             if loss is None:
-                remembered.put(key, _new(Seen, (new, after, by_others, lost if attempts else 0, 0)))
+                remembered.put(key, _new(Seen, (new, after, lost if attempts else 0, 0)))
                 if state is None or state.configuration_version != after.configuration_version:
                     target.made = True
                 return answer
             if call.interruption is not None:
                 raise call.interruption  # nothing was consumed
             before, state, fresh = loss.state, None, True
-            by_others |= before is not None
             lost += 1
             attempts += 1
             late = _is_over(backend, call)
             if attempts >= backend.attempts or late:
-                remembered.put(key, Seen(before, None, by_others, lost))
+                remembered.put(key, Seen(before, None, lost))
                 if late:
                     raise StoreTimeoutError(target.key, f"there was no time left after {attempts} swaps that were lost")
                 raise ContentionError(target.key, attempts)
@@ -286,30 +285,25 @@ def _explained(  # noqa: PLR0917  # all that an exchange is about
     after, answer = execute(command, plan, state, now)
     stored = before if after is None else codec.encode(after)
     undisturbed = seen.undisturbed + 1 if before == seen.state else 0
-    by_others = seen.by_others or (before is not None and before != seen.state)
     lost = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else _LOST_BEFORE_DELEGATION
-    backend.remembered.put(target.stored_key, Seen(stored, after or state, by_others, lost, undisturbed))
+    backend.remembered.put(target.stored_key, Seen(stored, after or state, lost, undisturbed))
     if state is None:
         target.made = True
     return answer
-
-
-class _Traces(NamedTuple):
-    """By what one's own bytes are known again: they hold one's own reading of the clock, or nobody else writes."""
-
-    hold_reading: bool
-    by_others: bool
 
 
 def _repeated(  # noqa: PLR0917  # the same
     backend: Backend,
     target: Target,
     swap: tuple[bytes, bytes | None, bytes, int],
-    traces: _Traces,
+    is_own: bool,
     failure: BaseException,
     call: Call,
 ) -> Steps[Lost | None]:
-    """After a swap whose reply was lost: swap once more."""
+    """Swap once more, after a swap whose reply was lost.
+
+    :param is_own: whether no other writer can have written the bytes that the swap stores.
+    """
     if isinstance(failure, StoreError):
         if not failure.in_doubt or _is_over(backend, call):
             raise failure
@@ -326,13 +320,13 @@ def _repeated(  # noqa: PLR0917  # the same
         raise
     if loss is None:
         return None
-    seen = backend.remembered.get(key)  # other threads here are others, too
-    if loss.state == after and (traces.hold_reading or not (traces.by_others or seen.by_others or seen.state == after)):
+    if is_own and loss.state == after:
         return None
-    backend.remembered.put(key, Seen(loss.state, None, by_others=True))
-    raise StoreUnavailableError(
-        target.key, "a reply of the store was lost while others were changing the bucket", in_doubt=True
-    ) from failure
+    backend.remembered.put(key, Seen(loss.state))
+    meanwhile = "while others were changing the bucket"
+    if loss.state == after:
+        meanwhile = "and the state that it was to store is there, which another writer may have stored"
+    raise StoreUnavailableError(target.key, f"a reply of the store was lost {meanwhile}", in_doubt=True) from failure
 
 
 def _is_over(backend: Backend, call: Call) -> bool:
@@ -354,9 +348,7 @@ def _seen_through(pending: Any, call: Call) -> Steps[Lost | None]:
 
 
 def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:
-    """Whether the new state shows when it was computed, by a clock that no two clients read alike."""
-    if now % NANOS_PER_MILLISECOND == 0:  # as clocks of milliseconds show it, and those that tests move
-        return False
+    """Return whether the new state shows at what time it was computed, which the old one does not."""
     known = set() if before is None else {state.last_refill_time_nanos for state in before.bandwidth_states}
     return now not in known and any(now == state.last_refill_time_nanos for state in after.bandwidth_states)
 

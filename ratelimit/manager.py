@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 from weakref import WeakMethod
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.clock import Clock, MonotonicSleep
+from ratelimit.clock import Clock, MonotonicSleep, has_unique_readings
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration
 from ratelimit.core.expiration import Expiration
@@ -126,6 +126,7 @@ class _Manager(Generic[StoreT, BucketT]):
             attempts=max_attempts,
             deciding=deciding,
             executing=None if executing is None else (executing.execute, None if clock is None else _by_clock(clock)),
+            unique_readings=has_unique_readings(store if clock is None else clock),
         )
         asking: Exchange = exchange if merger is None else merger.exchange
         self._optimizer = Optimizer(asking if executing is None else exchange_in_process, memory_limit_bytes)

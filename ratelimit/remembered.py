@@ -17,14 +17,12 @@ class Seen(NamedTuple):
 
     :param state: what was stored there, None if nothing.
     :param bucket: the same as numbers, if they are at hand.
-    :param by_others: whether others have been seen to write it.
     :param lost: swaps lost to others, since one was won at the first attempt.
     :param undisturbed: decisions of the store itself, since one that others had come before.
     """
 
     state: bytes | None
     bucket: BucketState | None = None
-    by_others: bool = False
     lost: int = 0
     undisturbed: int = 0
 

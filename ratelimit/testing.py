@@ -19,10 +19,13 @@ class ManualClock:
     :param nanos: the time it shows, in nanoseconds since the epoch.
     :param advance_on_sleep: whether a sleep moves it by its length; otherwise a sleep ends at once and moves nothing.
     :ivar slept: the sleeps asked for, in nanoseconds.
+    :ivar unique_readings: see :class:`ratelimit.Clock`; False, since a clock that stands still shows one time to all.
+        A test in which only one manager decides, and moves the clock in between, may set it.
     """
 
     def __init__(self, nanos: int, *, advance_on_sleep: bool = True) -> None:
         self.slept: list[int] = []
+        self.unique_readings = False
         self._nanos = nanos
         self._advance_on_sleep = advance_on_sleep
         self._lock = Lock()

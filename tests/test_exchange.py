@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,14 +14,17 @@ from ratelimit import (
     AsyncProxyManager,
     BucketConfiguration,
     BucketNotFoundError,
+    Clock,
     ContentionError,
     CorruptStateError,
     InvalidConfigurationError,
+    MemoryStore,
     ProxyManager,
     Recovery,
     StoreError,
     StoreTimeoutError,
     StoreUnavailableError,
+    SystemClock,
 )
 from ratelimit.core import codec
 from ratelimit.core.state import BucketState
@@ -46,6 +51,14 @@ class Recorder(ScriptedStore):
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         self.asked.append("create" if before is None else "swap")
         return super().swap(key, before, after, ttl_millis)
+
+
+class FineClock(ManualClock):
+    """A clock that no other process reads."""
+
+    def __init__(self, nanos: int) -> None:
+        super().__init__(nanos)
+        self.unique_readings = True
 
 
 class Face(Settled):
@@ -217,9 +230,12 @@ async def test_an_unexpected_error_of_the_store_passes_and_nothing_is_charged(fa
 
 
 @pytest.mark.parametrize("known", [False, True])
-async def test_a_lost_reply_is_recognised_by_ones_own_bytes(face: Face, store: Recorder, known: bool) -> None:
+async def test_a_lost_reply_is_recognised_by_ones_own_bytes(kind: str, store: Recorder, known: bool) -> None:
+    clock = FineClock(NOW)
+    face = Face(kind, store, clock)
     if known:
         await face.try_consume("key")
+        clock.advance(nanos=1)
     store.lose_replies()
     assert await face.try_consume("key")
     assert stored(store).consumed_tokens == 1 + known
@@ -262,40 +278,71 @@ async def test_after_a_lost_reply_and_another_writer_nothing_is_charged_twice(fa
     assert stored(store).consumed_tokens == 3
 
 
-@pytest.mark.parametrize("limits", ["10/hour", "10/hour intervally"])
-@pytest.mark.parametrize("fine_clock", [False, True])
-async def test_after_a_lost_reply_bytes_that_may_be_of_another_are_no_success(
-    kind: str, store: Recorder, limits: str, fine_clock: bool
+LOOK_ALIKE = [  # clocks and limits that leave no reading of one's own in the bytes
+    (FineClock, LIMITS, 0),  # at the time of the last refill
+    (FineClock, LIMITS, -3_000_000_017),  # before it
+    (FineClock, "10/hour intervally", 1),
+    (ManualClock, LIMITS, 1),
+    (ManualClock, LIMITS, 100_000),
+    (ManualClock, LIMITS, 15_625_000),
+]
+
+
+@pytest.mark.parametrize(("make_clock", "limits", "moved"), LOOK_ALIKE)
+@pytest.mark.parametrize("is_lost", ["the reply", "the request, and another stores the same"])
+async def test_bytes_that_may_be_of_another_are_in_doubt_after_a_lost_reply(  # noqa: PLR0917  # all parameters
+    kind: str, store: Recorder, make_clock: type[ManualClock], limits: str, moved: int, is_lost: str
 ) -> None:
-    """Others who decide alike at about the same time compute the same bytes, where those do not tell the time."""
-    clock = ManualClock(NOW)
+    """Others that decide alike at about the same time compute the same bytes, where those do not tell the time."""
+    clock = make_clock(NOW)
+    face = Face(kind, store, clock, limits)
+    assert await face.try_consume("key", 9)
+    clock.advance(nanos=moved)
+    if is_lost == "the reply":
+        store.lose_replies()
+    else:
+        store.lose_requests()
+        store.lose_swaps(state=codec.encode(stored(store).refilled(clock.now_nanos()).consumed(1)))
+    with pytest.raises(StoreUnavailableError, match="another writer may have stored") as caught:
+        await face.try_consume("key")
+    assert caught.value.in_doubt
+    assert stored(store).consumed_tokens == 10
+    assert not await face.try_consume("key")
+
+
+@pytest.mark.parametrize("limits", [LIMITS, "10/hour; 20/day intervally"])
+async def test_bytes_that_hold_a_reading_of_ones_own_are_a_success(kind: str, store: Recorder, limits: str) -> None:
+    clock = FineClock(NOW)
     one, other = Face(kind, store, clock, limits), Face(kind, store, clock, limits)
     await one.try_consume("key")
     await other.try_consume("key")
-    await one.try_consume("key")  # and so has seen that it is not alone
-
-    if fine_clock:
-        clock.advance(nanos=1_234_567)
-    store.lose_replies()  # carried out, but by whom?
-    if fine_clock and limits == "10/hour":  # the bytes hold a time that only this client has read
-        assert await one.try_consume("key")
-    else:
-        with pytest.raises(StoreUnavailableError) as caught:
-            await one.try_consume("key")
-        assert caught.value.in_doubt
+    await one.try_consume("key")
+    clock.advance(nanos=1)
+    store.lose_replies()
+    assert await one.try_consume("key")
     assert stored(store).consumed_tokens == 4
 
 
-async def test_after_a_lost_reply_who_has_read_what_another_stored_is_not_alone(
-    kind: str, store: Recorder, clock: ManualClock
-) -> None:
-    one, other = (Face(kind, store, clock, "10/hour intervally") for _ in range(2))
-    await other.try_consume("key")
-    assert await one.available_tokens("key") == 9
-    store.lose_replies()  # carried out, but by whom?
-    with pytest.raises(StoreUnavailableError) as caught:
-        await one.try_consume("key")
-    assert caught.value.in_doubt
+@pytest.mark.parametrize("resolution", [1e-9, 1e-7, 1e-6, 0.015625])
+def test_readings_of_a_coarse_monotonic_clock_are_not_unique(resolution: float) -> None:
+    program = (
+        "import time; from types import SimpleNamespace;"
+        f"time.get_clock_info = lambda name: SimpleNamespace(resolution={resolution});"
+        "import ratelimit, redis;"
+        "print(ratelimit.MemoryStore().unique_readings, ratelimit.RedisStore(redis.Redis()).unique_readings)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(resolution < 1e-6)] * 2
+
+
+def test_a_clock_of_the_callers_own_has_unique_readings_only_where_it_says_so() -> None:
+    clock = ManualClock(NOW)
+    for store in (MemoryStore(clock=clock), AsyncMemoryStore(clock=clock), AsyncMemoryStore(MemoryStore(clock=clock))):
+        assert not store.unique_readings
+    assert MemoryStore(clock=FineClock(NOW)).unique_readings
+    clocks: dict[Clock | None, bool] = {None: True, SystemClock(): False, clock: False, FineClock(NOW): True}
+    for given, unique in clocks.items():
+        assert ProxyManager(MemoryStore(), clock=given)._backend.unique_readings == unique
 
 
 async def test_bytes_of_another_that_equal_ones_own_are_no_success(kind: str, clock: ManualClock) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import TypeVar
 
 from ratelimit import forks
-from ratelimit.clock import Clock
+from ratelimit.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
@@ -74,6 +74,7 @@ class MemoryStore:
     def __init__(self, *, clock: Clock | None = None) -> None:
         begin = time.time_ns() - time.monotonic_ns()
         self._now = clock.now_nanos if clock is not None else lambda: begin + time.monotonic_ns()
+        self.unique_readings: bool = MONOTONIC_IS_FINE if clock is None else has_unique_readings(clock)
         self._entries: dict[bytes, _Entry] = {}
         self._queue: list[tuple[int, bytes]] = []
         self._queued: set[bytes] = set()
@@ -202,6 +203,7 @@ class AsyncMemoryStore:
 
     def __init__(self, store: MemoryStore | None = None, *, clock: Clock | None = None) -> None:
         self._store = store if store is not None else MemoryStore(clock=clock)
+        self.unique_readings = self._store.unique_readings
 
     async def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""

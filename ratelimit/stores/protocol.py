@@ -32,6 +32,7 @@ class Store(Protocol):
     """Bytes under keys, changed only by compare-and-swap.
 
     Errors are ``StoreError`` or one of its kinds, with ``in_doubt`` set where the request may have been carried out.
+    A store may have ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`.
     """
 
     def get(self, key: bytes) -> bytes | None:

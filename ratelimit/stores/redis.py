@@ -11,6 +11,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
+from ratelimit.clock import MONOTONIC_IS_FINE
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, StoreUnavailableError
@@ -58,7 +59,12 @@ class _RedisSteps:
     A swap is one command: ``SET`` with ``IFEQ`` and ``GET`` where a server has that, a script where it has not. The
     first swap brings along a probe that can change nothing, and that a server without ``IFEQ`` refuses. The server's
     time is asked for in the same round trip, when what is known of it is a second old.
+
+    :ivar unique_readings: whether no two readings of the server's time are alike: each is an estimate of this process,
+        as fine as the local clock.
     """
+
+    unique_readings = MONOTONIC_IS_FINE
 
     def __init__(self, channel: Channel, monotonic: Callable[[], int]) -> None:
         self._channel = channel

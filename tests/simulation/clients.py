@@ -30,7 +30,7 @@ from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
 from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.simulation.network import Network, Request, SimulatedStore
-from tests.simulation.world import APART, MILLISECOND, SECOND, ViolationError, World
+from tests.simulation.world import APART, SECOND, ViolationError, World
 
 _NEW_READING: Final = 0.2  # how often a reply changes what its client makes of the server's clock
 
@@ -46,7 +46,7 @@ class Settings(NamedTuple):
 
     :param optimization: what clients may decide without the store.
     :param skew: how far a client's clock may be behind the server's, in nanoseconds.
-    :param coarse: whether clients read whole milliseconds.
+    :param grain: what clients read is a multiple of it, in nanoseconds; 0: no two readings are alike.
     :param memory: bytes that a process may remember states in.
     :param attempts: swaps that a decision may lose.
     :param timeout: of a call, in seconds.
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
     must_exist: bool
     optimization: Optimization | None
     skew: int
-    coarse: bool
+    grain: int
     memory: int
     attempts: int
     timeout: float
@@ -110,6 +110,7 @@ class Process:
             attempts=settings.attempts,
             deciding=store,
             executing=None,
+            unique_readings=not settings.grain,
         )
         self._handles: dict[bytes, Handle] = {}
         self._optimizer = Optimizer(self._decided, 1 << 20)
@@ -219,7 +220,7 @@ class Process:
             raise
         if self.world.tracing:
             self.world.note(f"{decision} is told {plain_answer(answer)}")
-        self.ledger.answered(decision, answer, knows_others=self._backend.remembered.get(key).by_others)
+        self.ledger.answered(decision, answer)
         self._told[key] += decision.told_charge
         self._excused |= decision.outcome != "told" or isinstance(command, Remove)
         return answer
@@ -272,11 +273,11 @@ class Process:
             self._resume(task, None, None)
 
     def _known_now(self) -> int | None:
-        """A reading of this client's clock: behind the server's, or right; unless coarse, no other client has it."""
+        """A reading of this client's clock: behind the server's, or right; without a grain, no other client has it."""
         if not self._knows_time:
             return None
         now = self.world.server_time - self._lag
-        grain, own = (MILLISECOND, 0) if self.settings.coarse else (APART, self.index - APART)
+        grain, own = (self.settings.grain, 0) if self.settings.grain else (APART, self.index - APART)
         reading = now - now % grain + own
         decision = None if self._running is None else self._running.decision
         if decision is not None and decision.outcome is None:

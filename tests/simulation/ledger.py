@@ -62,7 +62,6 @@ class Decision:
     :ivar unanswered: those whose reply it did not get.
     :ivar shown: the bucket as its last reply has shown it, None where there was none.
     :ivar written: what it has stored, also what was lost since.
-    :ivar twin: whether its last swap was lost to one of the very same bytes.
     :ivar outcome: "told" an answer, "failed" for certain, or in "doubt"; None: it is under way.
     """
 
@@ -76,7 +75,6 @@ class Decision:
     unanswered: int = 0
     shown: Bucket | None = None
     written: list[Write] = field(default_factory=list)
-    twin: bool = False
     outcome: str | None = None
     told_charge: int = 0
 
@@ -123,7 +121,7 @@ class Ledger:
     :param oldest_reading: how far a reading of the clock may be behind when it arrives at the store.
     :param ahead: tokens that all clients together may hand out before they tell the store.
     :param calm: whether no request fails.
-    :param excusing: let a client take the bytes of another for its own, where nothing tells them apart.
+    :param unique_readings: whether no two readings of the clock are alike.
     """
 
     def __init__(
@@ -137,7 +135,7 @@ class Ledger:
         oldest_reading: int,
         ahead: int,
         calm: bool,
-        excusing: bool,
+        unique_readings: bool,
     ) -> None:
         self.world = world
         self.limits = limits
@@ -146,7 +144,7 @@ class Ledger:
         self.oldest_reading = oldest_reading
         self.ahead = ahead
         self.calm = calm
-        self.excusing = excusing
+        self.unique_readings = unique_readings
         self.decisions: list[Decision] = []
         self.accounts: dict[bytes, Account] = {}
 
@@ -165,7 +163,7 @@ class Ledger:
         account = self.account(decision.key)
         before = None if record is None else record.state
         if state != before and any(write.decision is decision for write in writes):
-            if not (self.excusing and self._recurring(decision, before, state, outcome.bucket)):
+            if not self._recurring(decision, before, state, outcome.bucket):
                 self.fail(decision, "is stored twice")
             account.doubled += abs(outcome.charge)
         if record is not None and not outcome.stored:
@@ -213,11 +211,8 @@ class Ledger:
         self.decisions.append(decision)
         return decision
 
-    def answered(self, decision: Decision, answer: Any, *, knows_others: bool) -> None:
-        """A decision has ended with this answer.
-
-        :param knows_others: whether its client says that it has seen other writers.
-        """
+    def answered(self, decision: Decision, answer: Any) -> None:
+        """A decision has ended with this answer."""
         decision.outcome = "told"
         command, answer = plain(decision.command), plain_answer(answer)
         account = self.account(decision.key)
@@ -226,9 +221,6 @@ class Ledger:
             return
         if decision.written:
             charge, expected = decision.written[-1].charge, decision.written[-1].answer
-        elif self.excusing and not knows_others and self._taken_for_its_own(decision):
-            decision.outcome = "doubt"  # a swap that is late may still be carried out
-            return
         else:
             now = self.now_of(decision)
             bucket = Bucket.initial(self.limits, now) if decision.shown is None else decision.shown
@@ -244,16 +236,6 @@ class Ledger:
             account.until = max(account.until, self.world.now + wait)
         self._ended(decision)
 
-    def _taken_for_its_own(self, decision: Decision) -> bool:
-        """Whether the client was bound to take the bytes of another for its own.
-
-        After a lost reply it finds what it wanted to store, and nothing in that tells whose it is: tokens that come by
-        whole periods leave no reading of the clock. It goes by whether it has seen other writers, and has seen none.
-        """
-        if not (decision.twin and decision.unanswered and decision.shown is not None):
-            return False
-        return _leaves_no_reading(decision, decision.shown)
-
     def _recurring(self, decision: Decision, before: bytes | None, after: bytes, bucket: Bucket) -> bool:
         """Whether a swap that was sent twice was bound to be carried out twice.
 
@@ -263,7 +245,8 @@ class Ledger:
         same = any(
             (write.decision, write.before, write.after) == (decision, before, after) for write in decision.written
         )
-        return same and decision.unanswered > 0 and _leaves_no_reading(decision, bucket)
+        shows_time = self.unique_readings and any(level.at == decision.reading for level in bucket.levels)
+        return same and decision.unanswered > 0 and not shows_time
 
     def failed(self, decision: Decision, error: BaseException) -> None:
         """A decision has ended with an error, or an interruption, or has been stopped."""
@@ -345,11 +328,6 @@ class Ledger:
 
     def fail(self, decision: Decision, what: str) -> NoReturn:
         raise ViolationError(f"{decision} {what}")
-
-
-def _leaves_no_reading(decision: Decision, bucket: Bucket) -> bool:
-    """Whether a bucket does not show when a decision was made, by a clock that no two clients read alike."""
-    return decision.reading % MILLISECOND == 0 or all(level.at != decision.reading for level in bucket.levels)
 
 
 def plain(command: Command[Any]) -> Command[Any]:

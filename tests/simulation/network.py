@@ -37,7 +37,6 @@ FAULTS: Final = ("refused", "lost", "reply lost", "broken", "late", "doubled")
 class Request:
     """What a client waits for, once it is sent.
 
-    :param after: what a swap is to store.
     :ivar settled: whether nobody waits for the reply any more.
     :ivar shown: the bucket right after it was carried out.
     """
@@ -46,7 +45,6 @@ class Request:
     key: bytes
     deadline: float | None
     carry_out: Callable[[Decision], Any]
-    after: bytes | None = None
     decision: Decision | None = None
     answer: Callable[[Any, BaseException | None], None] | None = None
     settled: bool = False
@@ -74,9 +72,7 @@ class SimulatedStore:
     def swap(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
     ) -> Any:
-        return Request(
-            "swap", key, deadline, lambda decision: self._server.swap(decision, before, after, ttl_millis), after
-        )
+        return Request("swap", key, deadline, lambda decision: self._server.swap(decision, before, after, ttl_millis))
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
         return Request("decide", key, deadline, lambda decision: self._server.decide(decision, arguments))
@@ -162,7 +158,6 @@ class Network:
             return
         assert request.decision is not None
         request.decision.shown = request.shown
-        request.decision.twin = isinstance(reply, Lost) and reply.state == request.after
         request.settle(reply, None)
 
     def _time_out(self, request: Request, nanos: int) -> None:

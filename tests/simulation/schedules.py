@@ -83,6 +83,7 @@ _COMMANDS: Final[tuple[Command[Any], ...]] = (
 
 _GAPS: Final = (0, 100_000, MILLISECOND, 5 * MILLISECOND, 30 * MILLISECOND)
 _LONG_GAP: Final = 14 * SECOND
+_COARSE_GRAINS: Final = (100_000, MILLISECOND, 15_625_000)  # the last is that of Python 3.12 on Windows
 _OLDEST_IN_FLIGHT: Final = 5 * SOCKET_TIMEOUT  # readings, when they arrive: timed out, repeated and late
 
 _logger = logging.getLogger("ratelimit")
@@ -116,8 +117,8 @@ class Plan(NamedTuple):
             expiration=random.choice(_EXPIRATIONS),
             must_exist=random.random() < 0.15,
             optimization=random.choice(_OPTIMIZATIONS),
-            skew=random.choice((0, 10_000, 3 * MILLISECOND)),
-            coarse=random.random() < 0.15,
+            skew=random.choice((0, 10_000, 3 * MILLISECOND, 40 * MILLISECOND)),
+            grain=random.choice((*(0,) * 12, *_COARSE_GRAINS)),
             memory=random.choice((0, 1 << 20, 1 << 20, 1 << 20)),
             attempts=random.choice((3, 20)),
             timeout=random.choice((0.005, 0.05, 1.0)),
@@ -136,7 +137,7 @@ class Plan(NamedTuple):
         )
 
 
-def simulate(seed: int, *, tracing: bool = False, excusing: bool = True) -> World:
+def simulate(seed: int, *, tracing: bool = False) -> World:
     """Run the schedule of a seed.
 
     :raises ViolationError: where a rule is broken; it carries the trace.
@@ -145,7 +146,7 @@ def simulate(seed: int, *, tracing: bool = False, excusing: bool = True) -> Worl
     plan = Plan.drawn(world.random)
     with deciding_by(plan.by), _silenced():
         try:
-            _run(world, plan, excusing)
+            _run(world, plan)
         except ViolationError as error:
             world.broken = True
             error.lines = world.lines
@@ -158,7 +159,7 @@ def simulate(seed: int, *, tracing: bool = False, excusing: bool = True) -> Worl
     return world
 
 
-def _run(world: World, plan: Plan, excusing: bool) -> None:
+def _run(world: World, plan: Plan) -> None:
     settings, random = plan.settings, world.random
     ahead = 0 if settings.optimization is None else settings.optimization.max_unsynchronized_tokens
     ledger = Ledger(
@@ -167,10 +168,10 @@ def _run(world: World, plan: Plan, excusing: bool) -> None:
         settings.expiration,
         delegating=plan.by is not By.SWAPS,
         attempts=settings.attempts,
-        oldest_reading=settings.skew + _OLDEST_IN_FLIGHT,
+        oldest_reading=settings.skew + settings.grain + _OLDEST_IN_FLIGHT,
         ahead=ahead * (plan.clients + plan.stops),
         calm=not plan.faults,
-        excusing=excusing,
+        unique_readings=not settings.grain,
     )
     server = Server(world, ledger)
     network = Network(world, server, plan.faults)

@@ -144,15 +144,19 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
         try:
             return (yield from repeated(*arguments))
         except StoreError as error:
-            if "while others were changing" not in error.message:
+            if "a reply of the store was lost" not in error.message:
                 raise
         return None
 
     _repeating(patch, repeat)
 
 
-def a_client_that_takes_the_same_bytes_for_its_own_though_others_write(patch: pytest.MonkeyPatch) -> None:
+def a_client_that_takes_the_same_bytes_for_its_own_though_others_may_write_them(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ratelimit.exchange, "_holds_reading", lambda *_: True)
+
+
+def a_client_that_takes_a_coarse_clock_for_its_own(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(clients, "Backend", lambda **settings: Backend(**{**settings, "unique_readings": True}))
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +210,8 @@ MUTANTS: list[tuple[Mutant, str]] = [
     (a_clock_that_is_ahead, "is told|has stored"),
     (a_client_that_admits_from_memory, "is told"),
     (a_client_that_takes_any_bytes_for_its_own, "is told"),
-    (a_client_that_takes_the_same_bytes_for_its_own_though_others_write, "is told"),
+    (a_client_that_takes_the_same_bytes_for_its_own_though_others_may_write_them, "is told"),
+    (a_client_that_takes_a_coarse_clock_for_its_own, "is told"),
     (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
     (a_client_that_tells_no_doubt, "tells no doubt"),
     (a_client_that_gives_nothing_back, "are not given back"),
