@@ -12,10 +12,12 @@ from collections.abc import Mapping
 
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.outbound import OutboundLimit, host_of
+from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS
 
 with needing("requests"):
     import requests
     from requests.adapters import BaseAdapter, HTTPAdapter
+    from urllib3.exceptions import ResponseError
 
 __all__ = ["OutboundLimit", "RateLimitAdapter", "host_of"]
 
@@ -48,7 +50,13 @@ class RateLimitAdapter(BaseAdapter):
         The timeout is that of the request; the wait for its turn is not in it.
         """
         key = self._limit.acquire(request)
-        response = self._adapter.send(request, stream, timeout, verify, cert, proxies)
+        try:
+            response = self._adapter.send(request, stream, timeout, verify, cert, proxies)
+        except requests.exceptions.RetryError as error:
+            # The answers that urllib3 has repeated the request for are gone, with their fields.
+            if _was_refused(error):
+                self._limit.learn(key, TOO_MANY_REQUESTS, {})
+            raise
         try:
             self._limit.learn(key, response.status_code, response.headers)
         except BaseException:
@@ -59,3 +67,9 @@ class RateLimitAdapter(BaseAdapter):
     def close(self) -> None:
         """Close the inner adapter."""
         self._adapter.close()
+
+
+def _was_refused(error: requests.exceptions.RetryError) -> bool:
+    """Return whether urllib3 has given up because the server went on to answer with 429."""
+    reason = getattr(error.args[0] if error.args else None, "reason", None)
+    return str(reason) == ResponseError.SPECIFIC_ERROR.format(status_code=TOO_MANY_REQUESTS)

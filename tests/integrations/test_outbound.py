@@ -259,10 +259,27 @@ EPOCH = NOW // SECOND
         (301, {"Retry-After": "30"}, None),
         (200, {"Retry-After": "30"}, None),
         (429, {"Retry-After": "-1"}, None),
-        (429, {"Retry-After": "1.5"}, None),
+        (429, {"Retry-After": "1.5"}, 1.5),
+        (429, {"Retry-After": "2.0"}, 2),
+        (429, {"Retry-After": "30s"}, 30),
+        (429, {"Retry-After": "1m30s"}, 90),
+        (429, {"Retry-After": "2023-11-14T22:14:20Z"}, 60),
+        (403, {"Retry-After": "60"}, 60),
+        (529, {"Retry-After": "60"}, 60),
+        (403, {}, None),
+        (429, {"Retry-After-Ms": "1500", "Retry-After": "2"}, 1.5),
+        (429, {"X-Ms-Retry-After-Ms": "20"}, 0.02),
+        (429, {"X-Retry-After": f"{EPOCH + 30}"}, 30),
+        (429, {"Retry-After": "nan"}, None),
+        (429, {"Retry-After": "1e3"}, None),
+        (429, {"Retry-After": "inf"}, None),
+        (429, {"Retry-After": "0x10"}, None),
+        (429, {"Retry-After": "5 5"}, None),
+        (429, {"Retry-After": "s"}, None),
         (429, {"Retry-After": "\u0663"}, None),
         (429, {"Retry-After": "soon"}, None),
-        (429, {"Retry-After": "5, 5"}, None),
+        (429, {"Retry-After": "5, 7"}, 7),
+        (429, {"Retry-After": "5, soon"}, None),
         # RateLimit
         (200, {"RateLimit": '"default";r=0;t=30'}, 30),
         (200, {"RateLimit": '"default";r=1;t=30'}, None),
@@ -275,7 +292,12 @@ EPOCH = NOW // SECOND
         (429, {"RateLimit": '"default";r=?0;t=30'}, None),
         (429, {"RateLimit": '("default");r=0;t=30'}, None),
         (429, {"RateLimit": '"default;r=0;t=30'}, None),
-        (429, {"RateLimit": "limit=10, remaining=0, reset=30"}, None),
+        (200, {"RateLimit": "limit=10, remaining=0, reset=30"}, 30),
+        (200, {"RateLimit": "limit=10, remaining=1, reset=30"}, None),
+        (429, {"RateLimit": "limit=10, remaining=0"}, None),
+        (429, {"RateLimit": "limit=10, remaining=0, reset=-5"}, None),
+        (429, {"RateLimit": "limit=10, remaining=(0 1), reset=(5)"}, None),
+        (429, {"RateLimit": "remaining, reset"}, None),
         (429, {"RateLimit": '"d\u00e9faut";r=0;t=30'}, None),
         (200, {"RateLimit": '"default";r=0;t=30', "Age": "5"}, None),
         (200, {"RateLimit": '"default";r=0;t=30', "Age": "0"}, 30),
@@ -296,7 +318,11 @@ EPOCH = NOW // SECOND
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{EPOCH + 30}000"}, 30),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{EPOCH - 30}"}, 0),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{EPOCH + 30}", "Date": IN_A_MINUTE}, 0),
-        (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "6m0s"}, None),
+        (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "6m0s"}, 360),
+        (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "-30"}, None),
+        (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "nan"}, None),
+        (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "30, 40"}, None),
+        (403, {"X-RateLimit-Remaining": "-1", "X-RateLimit-Reset": "30"}, None),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 5000}, None),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1/2"}, None),
     ],
@@ -304,6 +330,79 @@ EPOCH = NOW // SECOND
 def test_how_long_an_answer_says_to_stay_away(status: int, headers: dict[str, str], seconds: float | None) -> None:
     nanos = nanos_to_hold(status, fields_of(headers), NOW)
     assert nanos == (None if seconds is None else seconds * SECOND)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        # GitHub: the primary limit, a secondary one, a secondary one without a time, an answer that is forbidden
+        (403, {"x-ratelimit-limit": "60", "x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{EPOCH + 30}"}, 30),
+        (403, {"x-ratelimit-remaining": "4999", "x-ratelimit-reset": f"{EPOCH + 30}", "retry-after": "60"}, 60),
+        (429, {"x-ratelimit-remaining": "14", "x-ratelimit-reset": f"{EPOCH + 30}"}, None),
+        (403, {"x-ratelimit-remaining": "4999", "x-ratelimit-reset": f"{EPOCH + 30}"}, None),
+        # Shopify
+        (429, {"X-Shopify-Shop-Api-Call-Limit": "40/40", "Retry-After": "2.0"}, 2),
+        (200, {"X-Shopify-Shop-Api-Call-Limit": "40/40"}, None),
+        # Atlassian: minutes, without a number that is left
+        (429, {"X-RateLimit-Reset": "2023-11-14T22:15Z", "X-RateLimit-NearLimit": "true"}, 100),
+        (429, {"X-RateLimit-Reset": "2023-11-14T22:15Z", "Retry-After": "91"}, 91),
+        (200, {"X-RateLimit-Reset": "2023-11-14T22:15Z", "X-RateLimit-NearLimit": "true"}, None),
+        (403, {"X-RateLimit-Reset": "2023-11-14T22:15Z"}, None),
+        # Docker Hub
+        (429, {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}, 21_600),
+        (200, {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}, None),
+        (200, {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "76;w=21600"}, None),
+        (429, {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "76;w=21600"}, None),
+        # OpenAI, Groq
+        (429, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360),
+        (429, {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "7.66s"}, 7.66),
+        (
+            429,
+            {
+                "x-ratelimit-remaining-requests": "0",
+                "x-ratelimit-reset-requests": "20ms",
+                "x-ratelimit-remaining-tokens": "0",
+                "x-ratelimit-reset-tokens": "1h2m3s",
+            },
+            3723,
+        ),
+        (429, {"x-ratelimit-remaining-requests": "59", "x-ratelimit-reset-requests": "1s"}, None),
+        (429, {"x-ratelimit-remaining-tokens": "-1", "x-ratelimit-reset-tokens": "0"}, None),
+        (200, {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, None),
+        # Anthropic
+        (
+            429,
+            {
+                "anthropic-ratelimit-requests-remaining": "999",
+                "anthropic-ratelimit-requests-reset": "2023-11-14T22:20:00Z",
+                "anthropic-ratelimit-input-tokens-remaining": "0",
+                "anthropic-ratelimit-input-tokens-reset": "2023-11-14T22:13:50Z",
+            },
+            30,
+        ),
+        (429, {"retry-after": "17", "anthropic-ratelimit-requests-remaining": "0"}, 17),
+        # Discord
+        (
+            200,
+            {
+                "X-RateLimit-Remaining": "0",
+                "X-RateLimit-Reset": f"{EPOCH + 2}.5",
+                "X-RateLimit-Reset-After": "1.25",
+            },
+            1.25,
+        ),
+        (429, {"Retry-After": "64.57", "X-RateLimit-Scope": "shared"}, 64.57),
+        # Slack, Stripe, X, Reddit, Vimeo
+        (429, {"Retry-After": "30"}, 30),
+        (429, {"Stripe-Rate-Limited-Reason": "global-rate"}, None),
+        (429, {"x-rate-limit-remaining": "0", "x-rate-limit-reset": f"{EPOCH + 900}"}, 900),
+        (200, {"x-ratelimit-remaining": "0.0", "x-ratelimit-reset": "41"}, 41),
+        (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "2023-11-14T22:14:20+00:00"}, 60),
+    ],
+)
+def test_what_well_known_providers_say(status: int, headers: dict[str, str], seconds: float | None) -> None:
+    nanos = nanos_to_hold(status, fields_of(headers), NOW)
+    assert nanos == (None if seconds is None else round(seconds * SECOND))
 
 
 def test_an_endless_number_is_a_long_time() -> None:
@@ -318,8 +417,16 @@ def test_fields_that_occur_twice_are_one_list() -> None:
     assert nanos_to_hold(200, fields_of(Several()), NOW) == 4 * SECOND
 
 
-NAMES = ["Retry-After", "RateLimit", "X-RateLimit-Remaining", "X-RateLimit-Reset", "RateLimit-Reset", "Date", "Age"]
-PIECES = ["0", "30", '"a"', ";r=0", ";t=30", ";t=", ",", "(", ")", ";", "=", ":", "?1", "@5", '%"', " ", "-", "9" * 20]
+NAMES = [
+    *("Retry-After", "Retry-After-Ms", "X-Retry-After", "RateLimit", "X-RateLimit-Remaining", "X-RateLimit-Reset"),
+    *("X-RateLimit-Reset-After", "RateLimit-Remaining", "RateLimit-Reset", "Date", "Age"),
+    *("X-RateLimit-Remaining-Tokens", "X-RateLimit-Reset-Tokens"),
+    *("Anthropic-RateLimit-Tokens-Remaining", "Anthropic-RateLimit-Tokens-Reset"),
+]
+PIECES = [
+    *("0", "30", '"a"', ";r=0", ";t=30", ";t=", ",", "(", ")", ";", "=", ":", "?1", "@5", '%"', " ", "-", "9" * 20),
+    *("s", "ms", "h", ".", "T", "Z", "+", ";w=60", "2023-11-14", "limit=1", "remaining=0", "reset=5"),
+]
 VALUES = st.one_of(
     st.text(max_size=40),
     st.lists(st.sampled_from(PIECES), max_size=12).map("".join),
@@ -351,6 +458,13 @@ def test_a_field_as_servers_write_it_is_understood(left: int, window: int, other
         (503, {}, 0),
         (500, {"Retry_After": "30"}, 0),
         (429, {"Retry_After": "31536000"}, 3600),
+        (403, {"Retry_After": "60"}, 60),
+        (403, {}, 0),
+        (403, {"X_RateLimit_Remaining": "0", "X_RateLimit_Reset": "9999-12-31T23:59:59Z"}, 3600),
+        (429, {"X_RateLimit_Remaining_Tokens": "0", "X_RateLimit_Reset_Tokens": "99999d"}, 3600),
+        (429, {"Retry_After": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
+        (429, {"Retry_After": "-5"}, 1),
+        (429, {"Retry_After": "nan"}, 1),
     ],
 )
 async def test_an_answer_holds_everybody_back(face: Face, status: int, headers: dict[str, str], seconds: int) -> None:

@@ -120,6 +120,34 @@ def test_another_adapter_can_send_the_requests(open_session: Open, api: ApiServe
     assert Naming.closed == 1
 
 
+@pytest.mark.parametrize(("status", "slept"), [(429, [7 * SECOND]), (503, [])])
+def test_answers_that_urllib3_has_repeated_the_request_for_teach_what_is_left_of_them(
+    open_session: Open, api: ApiServer, clock: ManualClock, status: int, slept: list[int]
+) -> None:
+    """The error has the status, and nothing of the fields."""
+    for _ in range(3):
+        api.answer(status, {"Retry-After": "0"})
+    retry = requests.adapters.Retry(2, status_forcelist=[status], backoff_factor=0)
+    session = open_session(requests.adapters.HTTPAdapter(max_retries=retry), default_hold=7)
+    with pytest.raises(requests.exceptions.RetryError):
+        session.get(api.url)
+    assert len(api.paths) == 3
+    session.get(api.url)
+    assert clock.slept == slept
+
+
+def test_the_last_answer_is_learned_from_where_urllib3_hands_it_out(
+    open_session: Open, api: ApiServer, clock: ManualClock
+) -> None:
+    for wait in ("0", "30"):
+        api.answer(429, {"Retry-After": wait})
+    retry = requests.adapters.Retry(1, status_forcelist=[429], backoff_factor=0, raise_on_status=False)
+    session = open_session(requests.adapters.HTTPAdapter(max_retries=retry))
+    assert session.get(api.url).status_code == 429
+    session.get(api.url)
+    assert clock.slept == [30 * SECOND]
+
+
 def test_an_answer_that_nobody_gets_is_closed(open_session: Open) -> None:
     closed = []
 

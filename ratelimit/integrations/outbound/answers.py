@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from fractions import Fraction
@@ -16,13 +16,26 @@ with needing("outbound"):
     import http_sf
 
 TOO_MANY_REQUESTS: Final = 429
-SERVICE_UNAVAILABLE: Final = 503
+_REFUSALS: Final = (403, TOO_MANY_REQUESTS, 503, 529)  # GitHub refuses with 403 too, Anthropic with 529
+
+_RETRY_AFTER: Final = ("retry-after-ms", "x-ms-retry-after-ms", "retry-after", "x-retry-after")
+_TRIPLES: Final = ("x-ratelimit", "x-rate-limit", "ratelimit")
+_PARTS: Final = ("x-ratelimit-remaining-", "anthropic-ratelimit-")
 
 _SMALLEST_EPOCH_SECONDS: Final = 10**9  # 2001; as a delay it would be thirty years
 _SMALLEST_EPOCH_MILLIS: Final = 10**11  # 1973; as seconds since the epoch it would be the year 5138
 _LONGEST_NUMBER: Final = 30  # characters; what is longer is nobody's time
 
-_TRIPLES: Final = ("x-ratelimit", "x-rate-limit", "ratelimit")
+_NUMBER: Final = r"[0-9]+(?:\.[0-9]+)?"
+_UNITS: Final = {
+    "d": Fraction(86_400),
+    "h": Fraction(3_600),
+    "m": Fraction(60),
+    "s": Fraction(1),
+    "ms": Fraction(1, 10**3),
+    "us": Fraction(1, 10**6),
+}
+_DURATION: Final = rf"({_NUMBER})(ms|us|[dhms])"
 
 
 def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
@@ -35,23 +48,27 @@ def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def nanos_to_hold(status: int, fields: Mapping[str, str], now: int) -> int | None:
-    """How long nobody is to come, in nanoseconds; 0: come, None: the answer does not say.
+    """Return how long nobody is to come, in nanoseconds; 0: come, None: the answer does not say.
 
-    ``Retry-After`` of an answer that refuses goes first. The other fields count for every status, but not where the
-    answer comes from a cache, as they tell of another time then.
+    ``Retry-After`` of an answer that refuses goes first. The other fields do not count where the answer comes from a
+    cache, as they tell of another time then.
 
     :param now: nanoseconds since the epoch, for an answer without a ``Date``.
     """
     present = _date(fields.get("date", ""))
     if present is None:
         present = Fraction(now, 10**9)
-    if status in (TOO_MANY_REQUESTS, SERVICE_UNAVAILABLE):
-        wait = _retry_after(fields.get("retry-after", "").strip(), present)
-        if wait is not None:
-            return _nanos(wait)
+    refuses = status in _REFUSALS
+    if refuses:
+        for name in _RETRY_AFTER:
+            wait = _retry_after(name, fields.get(name, "").strip(), present)
+            if wait is not None:
+                return _nanos(wait)
     if fields.get("age", "0").strip() != "0":
         return None
-    waits: list[Fraction | int] = [*_of_rate_limit(fields.get("ratelimit", "")), *_of_triples(fields.get, present)]
+    waits = [*_of_rate_limit(fields.get("ratelimit", "")), *_of_triples(fields, present, status)]
+    if refuses:
+        waits += _of_parts(fields, present)
     return _nanos(max(waits)) if waits else None
 
 
@@ -59,17 +76,36 @@ def _nanos(wait: Fraction | int) -> int:
     return max(0, to_nanos(Fraction(wait)))
 
 
-def _retry_after(text: str, present: Fraction) -> Fraction | int | None:
+def _retry_after(name: str, text: str, present: Fraction) -> Fraction | None:
+    """Return the wait of a field; the longest of several, since a proxy may have added one."""
+    if name == "x-retry-after":
+        return _reset(text, present)
+    waits = [_seconds(each.strip()) for each in text.split(",")]
+    longest = max((wait for wait in waits if wait is not None), default=None)
+    if longest is None or None in waits:
+        at = _date(text)
+        return None if at is None else at - present
+    return longest / 1000 if name.endswith("-ms") else longest
+
+
+def _seconds(text: str) -> Fraction | None:
+    """Read a number of seconds, or a duration as Go prints it: ``6m0s``, ``20ms``; None for anything else."""
     if re.fullmatch("[0-9]+", text):
-        return int(text[:_LONGEST_NUMBER])  # cut off, it is still longer than anybody is held
-    at = _date(text)
-    return None if at is None else at - present
+        return Fraction(int(text[:_LONGEST_NUMBER]))  # cut off, it is still longer than anybody is held
+    if len(text) > _LONGEST_NUMBER:
+        return None
+    if re.fullmatch(_NUMBER, text):
+        return Fraction(text)
+    if re.fullmatch(f"(?:{_DURATION})+", text):
+        return sum((Fraction(number) * _UNITS[unit] for number, unit in re.findall(_DURATION, text)), Fraction(0))
+    return None
 
 
 def _date(text: str) -> Fraction | None:
-    """Seconds since the epoch; None for what is no date of HTTP."""
+    """Return seconds since the epoch; None for what is neither a date of HTTP nor one of ISO 8601."""
     try:
-        date = parsedate_to_datetime(text)
+        is_iso = re.match("[0-9]{4}-[0-9]{2}-[0-9]{2}T", text)
+        date = datetime.fromisoformat(text) if is_iso else parsedate_to_datetime(text)
         return _seconds_since_epoch(date if date.tzinfo else date.replace(tzinfo=UTC))
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
@@ -79,35 +115,76 @@ def _seconds_since_epoch(date: datetime) -> Fraction:
     return Fraction((date - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds())
 
 
-def _of_rate_limit(text: str) -> Iterator[int]:
-    """The effective windows of those service limits of which nothing is left."""
-    if not text:
-        return
+def _of_rate_limit(text: str) -> Iterator[Fraction]:
+    """Give the effective windows of those service limits of which nothing is left."""
     try:
-        items: Any = http_sf.parse(text.encode(), tltype="list")
+        items: Any = http_sf.parse(text.encode(), tltype="list") if text else ()
     except ValueError:
+        yield from _of_older_rate_limit(text)
         return
     for name, parameters in items:
         left, window = parameters.get("r"), parameters.get("t")
-        if isinstance(name, str) and type(left) is int and left == 0 and type(window) is int and window >= 0:
-            yield window
+        if isinstance(name, str) and _is_over(left, window):
+            yield Fraction(window)
 
 
-def _of_triples(field: Callable[[str], str | None], present: Fraction) -> Iterator[Fraction]:
-    """The resets of those older triples of which nothing is left."""
+def _of_older_rate_limit(text: str) -> Iterator[Fraction]:
+    """Give what the seventh draft says: ``limit=100, remaining=0, reset=50``."""
+    try:
+        members: Any = http_sf.parse(text.encode(), tltype="dictionary")
+    except ValueError:
+        return
+    left, window = (members.get(name, (None,))[0] for name in ("remaining", "reset"))
+    if _is_over(left, window):
+        yield Fraction(window)
+
+
+def _is_over(left: object, window: object) -> bool:
+    return type(left) is int and left == 0 and type(window) is int and window >= 0
+
+
+def _of_triples(fields: Mapping[str, str], present: Fraction, status: int) -> Iterator[Fraction]:
+    """Give the resets of those older triples of which nothing is left."""
     for prefix in _TRIPLES:
-        left, reset = (_number(field(f"{prefix}-{name}") or "") for name in ("remaining", "reset"))
-        if left == 0 and reset is not None:
-            yield _delay(reset, present)
+        left = fields.get(f"{prefix}-remaining")
+        if left is None and status != TOO_MANY_REQUESTS:
+            continue
+        count, _, parameters = (left or "0").partition(";")
+        if _seconds(count.strip()) != 0:
+            continue
+        resets = [fields[name] for name in (f"{prefix}-reset-after", f"{prefix}-reset") if name in fields]
+        reset = _reset(resets[0], present) if resets else None
+        if reset is not None:
+            yield reset
+        window = re.fullmatch(r"\s*w=([0-9]{1,15})\s*", parameters)
+        if window and not resets and status in _REFUSALS:
+            # As Docker Hub says it: nothing is left in a window of this length, which is the longest that it can take.
+            yield Fraction(window[1])
 
 
-def _number(text: str) -> Fraction | None:
+def _of_parts(fields: Mapping[str, str], present: Fraction) -> Iterator[Fraction]:
+    """Give the resets of those parts of a limit (requests, tokens) of which nothing is left.
+
+    These tell when the part is whole again, which is too long for an answer that does not refuse.
+    """
+    for name, left in fields.items():
+        if name.startswith(_PARTS) and "remaining" in name and _seconds(left.strip()) == 0:
+            reset = _reset(fields.get(name.replace("remaining", "reset"), ""), present)
+            if reset is not None:
+                yield reset
+
+
+def _reset(text: str, present: Fraction) -> Fraction | None:
+    """Return the seconds until a reset; None for what is no time.
+
+    Some send seconds from now, or a duration, some seconds or milliseconds since the epoch, some a date. The sizes of
+    numbers tell them apart.
+    """
     text = text.strip()
-    return Fraction(text) if len(text) <= _LONGEST_NUMBER and re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None
-
-
-def _delay(reset: Fraction, present: Fraction) -> Fraction:
-    """Some send seconds from now, some seconds or milliseconds since the epoch; their sizes tell them apart."""
-    if reset >= _SMALLEST_EPOCH_MILLIS:
-        return reset / 1000 - present
-    return reset - present if reset >= _SMALLEST_EPOCH_SECONDS else reset
+    number = _seconds(text) if len(text) <= _LONGEST_NUMBER else None
+    if number is None:
+        at = _date(text)
+        return None if at is None else at - present
+    if number >= _SMALLEST_EPOCH_MILLIS:
+        return number / 1000 - present
+    return number - present if number >= _SMALLEST_EPOCH_SECONDS else number
