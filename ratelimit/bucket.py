@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import Limits
 from ratelimit.core.commands import (
     AddTokens,
@@ -29,8 +32,10 @@ from ratelimit.handle import (
     try_consume_and_return_remaining,
 )
 
+_ADVICE: Final = "pickle its key, and ask a manager for the bucket again"
 
-class Bucket:
+
+class Bucket(OfThisProcess):
     """One bucket, for sync code; made by :meth:`ProxyManager.bucket`. Cheap: nothing is sent before the first verb.
 
     Every verb has a ``timeout``, a ``timedelta`` or seconds above 0: by then it has answered or raised an error. When
@@ -42,6 +47,8 @@ class Bucket:
     """
 
     __slots__ = ("_handle",)
+
+    _advice = _ADVICE
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -145,10 +152,12 @@ class Bucket:
         return drive(self._handle.snapshot(timeout))
 
 
-class VerboseBucket:
+class VerboseBucket(OfThisProcess):
     """The verbs of a :class:`Bucket`, each answering with the bucket right after it as well."""
 
     __slots__ = ("_handle",)
+
+    _advice = _ADVICE
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -218,10 +227,12 @@ class VerboseBucket:
         return drive(self._handle.snapshot_verbosely(timeout))
 
 
-class AsyncBucket:
+class AsyncBucket(OfThisProcess):
     """One bucket, for asyncio; made by :meth:`AsyncProxyManager.bucket`. As :class:`Bucket`, awaited."""
 
     __slots__ = ("_handle",)
+
+    _advice = _ADVICE
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -306,10 +317,12 @@ class AsyncBucket:
         return await adrive(self._handle.snapshot(timeout))
 
 
-class AsyncVerboseBucket:
+class AsyncVerboseBucket(OfThisProcess):
     """The verbs of an :class:`AsyncBucket`, each answering with the bucket right after it as well."""
 
     __slots__ = ("_handle",)
+
+    _advice = _ADVICE
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle

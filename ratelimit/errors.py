@@ -54,7 +54,10 @@ def brief(value: object) -> str:
 
 
 class RateLimitError(Exception):
-    """Base of all errors that this library raises. Messages and ``repr`` are short, however long the key is."""
+    """Base of all errors that this library raises. Messages and ``repr`` are short, however long the key is.
+
+    It is raised itself by the verbs of a manager that was closed.
+    """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import Any, Final, TypeVar
 
@@ -39,6 +39,7 @@ from ratelimit.errors import (
     ContentionError,
     CorruptStateError,
     Key,
+    RateLimitError,
     StoreError,
     StoreTimeoutError,
     StoreUnavailableError,
@@ -86,7 +87,7 @@ class Call:
         self.holds = holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Backend:
     """What all buckets of a manager have in common.
 
@@ -100,6 +101,7 @@ class Backend:
     :param executing: the store's own way to execute commands, if it has one, and the time to do it at, unless that is
         the store's.
     :param unique_readings: whether no two readings of ``now`` are alike, in whichever process.
+    :ivar begin: ``monotonic`` where a call of a verb begins; it raises once the manager is closed.
     """
 
     store: Store | AsyncStore
@@ -113,10 +115,27 @@ class Backend:
     deciding: DecidingStore | None
     executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
     unique_readings: bool
+    begin: Callable[[], float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begin = self.monotonic
 
     def call(self, timeout: float | None = None, *, holds: bool = False) -> Call:
-        """A call that begins now."""
-        return Call(self.monotonic() + (self.timeout if timeout is None else timeout), holds)
+        """Begin a call of a verb."""
+        return Call(self.begin() + (self.timeout if timeout is None else timeout), holds)
+
+    def own_call(self) -> Call:
+        """Begin a call of the manager's own, also when it is closed."""
+        return Call(self.monotonic() + self.timeout)
+
+    def close(self) -> None:
+        """Refuse every call of a verb that begins from now on; those that are under way go on.
+
+        What a call begins with is replaced, so that none has to ask whether the manager is closed.
+        """
+        self.begin = _closed
+        if self.executing is not None:
+            self.executing = _closed, None
 
 
 @dataclass(slots=True)
@@ -134,6 +153,11 @@ class Target:
     expiration: Expiration
     must_exist_once_made: bool = False
     made: bool = False
+
+
+def _closed(*_: Any, **__: Any) -> Any:
+    # Not a StoreError, which ``on_error`` would turn into an answer: the program is wrong, not the store.
+    raise RateLimitError("the manager is closed, and so are its buckets; make another one, or close it later")
 
 
 Exchange = Callable[[Backend, Target, Plan, Command[Any], Call], Steps[Any]]

@@ -347,7 +347,7 @@ class Guard:
         for debt in self._local.debts():
             local = debt.local
             try:
-                yield from exchange(backend, local.target, local.plan, Book(debt.tokens), backend.call())
+                yield from exchange(backend, local.target, local.plan, Book(debt.tokens), backend.own_call())
             except (BucketNotFoundError, CorruptStateError):  # there is nothing to charge it to
                 continue
             except BaseException as error:

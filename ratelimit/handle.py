@@ -118,12 +118,12 @@ class Handle:
             return drive(self.run(command, self.call(timeout)))
         if self.exchange is exchange_in_process:
             return executed(self.backend, self.target, plan, command)
-        call = Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)))
+        call = Call(self.backend.begin() + (self.timeout if timeout is None else seconds(timeout)))
         return drive(self.exchange(self.backend, self.target, plan, command, call))  # type: ignore[no-any-return]
 
     def awaited(self, command: Command[T], timeout: Duration | None = None) -> Awaitable[T]:
         """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""
-        call = Call(self.backend.monotonic() + (self.timeout if timeout is None else seconds(timeout)))
+        call = Call(self.backend.begin() + (self.timeout if timeout is None else seconds(timeout)))
         plan, merger = self.plan, self.merger
         if merger is None or plan is None:
             return adrive(self.run(command, call))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from ratelimit import forks
+from ratelimit.copies import OfThisProcess
 from ratelimit.errors import Key
 
 
@@ -58,7 +59,7 @@ class Listener(Protocol):
 _NEVER_REFUSED = ("estimate_ability_to_consume", "try_consume_as_much_as_possible")
 
 
-class CountingListener:
+class CountingListener(OfThisProcess):
     """Counts, as Bucket4j's ``SimpleBucketListener`` does; safe for threads. One for as many managers as you like.
 
     :ivar consumed: tokens consumed.
@@ -69,6 +70,8 @@ class CountingListener:
     :ivar degraded: decisions made without the store.
     :ivar failed: decisions that raised an error.
     """
+
+    _advice = "make one in each process, and add up what they have counted"
 
     def __init__(self) -> None:
         self.consumed = 0

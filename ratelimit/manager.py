@@ -8,14 +8,15 @@ import threading
 import time
 from collections.abc import Callable
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import iscoroutinefunction
 from types import TracebackType
-from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, Self, SupportsIndex, TypedDict, TypeVar, Unpack
 from weakref import WeakMethod
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep, has_unique_readings
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration
 from ratelimit.core.expiration import Expiration
@@ -85,8 +86,10 @@ class Settings(TypedDict, total=False):
     optimization: Optimization | None
 
 
-class _Manager(Generic[StoreT, BucketT]):
+class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
     """What both faces share: settings, and handles made from them."""
+
+    _advice = "make it by from_url, whose managers can be pickled, or make it in each process"
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class _Manager(Generic[StoreT, BucketT]):
         self._inheritance = checked_inheritance(inheritance)
         self._expiration = Expiration.automatic() if expiration is None else _checked_expiration(expiration)
         self._recovery = _checked_recovery(recovery)
-        self._owns_store = False
+        self._opened: tuple[Any, ...] | None = None  # what from_url was given, which has opened the store
         # Kept, because to make one takes time, and because a handle knows whether it has made its bucket.
         # By a weak reference: a manager that is dropped is to give its connections back at once.
         make_bucket = WeakMethod(self.bucket)
@@ -202,6 +205,19 @@ class _Manager(Generic[StoreT, BucketT]):
                 merger if guard is None else None,
             )
         )
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickle what :meth:`from_url` was given, for a manager with connections of its own."""
+        return super().__reduce_ex__(protocol) if self._opened is None else self._opened
+
+    @property
+    def store(self) -> StoreT:
+        """The store of this manager, to make further managers over it.
+
+        Of a manager that :meth:`from_url` has made, it is closed with that manager. Whoever uses it after that connects
+        it again.
+        """
+        return self._store
 
     def _own_bucket(self, key: Key) -> BucketT:
         try:
@@ -312,18 +328,21 @@ class ProxyManager(_Manager[Store, Bucket]):
         :raises InvalidConfigurationError: for a URL that names no store.
         """
         manager = cls(store_from_url(url), configuration, **settings)
-        manager._owns_store = True
+        manager._opened = partial(cls.from_url, **settings), (url, configuration)
         return manager
 
     def close(self) -> None:
         """Close what :meth:`from_url` has opened; a store of the caller's stays open.
 
-        Tokens that an optimization has handed out without telling the store are told to it before that.
+        Tokens that an optimization has handed out without telling the store are told to it before that. Every verb that
+        is called after that raises ``RateLimitError``, also those of buckets that this manager has made; ``on_error``
+        does not apply to it. To close again does no harm, and tells what could not be told before.
         """
         try:
             drive(self._told())
         finally:
-            if self._owns_store:
+            self._backend.close()
+            if self._opened is not None:
                 self._store.close()
 
     def __enter__(self) -> Self:
@@ -402,7 +421,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
     def sync(self, key: Key) -> None:
         """See :meth:`Bucket.sync`."""
-        drive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
+        drive(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
 
     def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
@@ -473,7 +492,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         :raises InvalidConfigurationError: for a URL that names no store.
         """
         manager = cls(async_store_from_url(url), configuration, **settings)
-        manager._owns_store = True
+        manager._opened = partial(cls.from_url, **settings), (url, configuration)
         return manager
 
     async def aclose(self) -> None:
@@ -481,7 +500,8 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         try:
             await adrive(self._told())
         finally:
-            if self._owns_store:
+            self._backend.close()
+            if self._opened is not None:
                 await self._store.aclose()
 
     async def __aenter__(self) -> Self:
@@ -562,7 +582,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
 
     async def sync(self, key: Key) -> None:
         """See :meth:`AsyncBucket.sync`."""
-        await adrive(self._optimizer.sync(self._backend, stored_key(self._prefix, key)))
+        await adrive(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
 
     async def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`AsyncBucket.snapshot`."""

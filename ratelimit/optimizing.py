@@ -170,7 +170,7 @@ class Optimizer:
             entry = self._entries.get(key)
             begun = None if entry is None else _begin(entry, carrying=True)
         if begun is not None:
-            yield from self._ask(backend, begun, TakeSnapshot(), call or backend.call(), 0)
+            yield from self._ask(backend, begun, TakeSnapshot(), call or backend.own_call(), 0)
 
     def sync_all(self, backend: Backend) -> Steps[None]:
         """Tell the store all that was handed out and not told.

@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Callable
 from threading import Lock
 
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
 from ratelimit.stores.memory import MemoryStore
 from ratelimit.stores.protocol import Lost
 
 
-class ManualClock:
+class ManualClock(OfThisProcess):
     """A clock that stands still until it is moved; for both faces, and safe for threads.
 
     :param nanos: the time it shows, in nanoseconds since the epoch.
@@ -22,6 +23,8 @@ class ManualClock:
     :ivar unique_readings: see :class:`ratelimit.Clock`; False, since a clock that stands still shows one time to all.
         A test in which only one manager decides, and moves the clock in between, may set it.
     """
+
+    _advice = "make one in each process"
 
     def __init__(self, nanos: int, *, advance_on_sleep: bool = True) -> None:
         self.slept: list[int] = []

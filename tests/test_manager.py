@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from inspect import iscoroutinefunction
 from typing import Any
 
 import pytest
@@ -15,17 +16,22 @@ from ratelimit import (
     Bandwidth,
     Bucket,
     BucketConfiguration,
+    CountingListener,
     Expiration,
     InvalidArgumentError,
     InvalidConfigurationError,
+    Lost,
     MemoryStore,
+    OnError,
     ProxyManager,
+    RateLimitError,
     Recovery,
+    StoreError,
     TokensInheritance,
 )
 from ratelimit.core import codec
 from ratelimit.testing import ManualClock
-from tests.faces import Settled, settled
+from tests.faces import AsyncSwappingStore, Settled, SwappingStore, settled
 
 NOW = 1_700_000_000 * 10**9
 
@@ -40,7 +46,7 @@ async def test_the_first_lines_of_an_asyncio_user() -> None:
         assert [await manager.try_consume("user:42") for _ in range(4)] == [True, True, True, False]
 
 
-VERBS = {
+VERBS: dict[str, tuple[Any, ...]] = {
     "try_consume": (),
     "try_consume_and_return_remaining": (),
     "try_consume_as_much_as_possible": (),
@@ -239,6 +245,70 @@ def test_a_store_of_the_callers_is_not_closed() -> None:
     with ProxyManager(store, "5/minute") as manager:
         manager.try_consume("key")
     assert not store.closed
+
+
+def public(thing: object) -> set[str]:
+    return {name for name in dir(type(thing)) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("limits", ["5/minute", lambda _: None], ids=["limited", "not limited"])
+@pytest.mark.parametrize("on_error", [OnError.RAISE, OnError.ALLOW, OnError.local(1)], ids=str)
+@pytest.mark.parametrize("store", [MemoryStore, AsyncMemoryStore, SwappingStore, AsyncSwappingStore])
+async def test_a_closed_manager_says_so(store: Any, on_error: OnError, limits: Any) -> None:
+    opened = store()
+    make: Any = AsyncProxyManager if iscoroutinefunction(store.swap) else ProxyManager
+    manager = make(opened, limits, on_error=on_error, listener=CountingListener())
+    bucket = manager.bucket("key")
+    assert public(bucket) - {"key", "verbose"} == VERBS.keys() | {"sync"}
+    assert public(bucket.verbose) <= VERBS.keys()
+    assert await settled(bucket.try_consume())
+    for _ in range(2):
+        await settled(manager.aclose() if make is AsyncProxyManager else manager.close())
+    refused = pytest.raises(RateLimitError, match="the manager is closed")
+    for verb, arguments in {**VERBS, "sync": ()}.items():
+        for owner in (bucket, manager.bucket("new"), bucket.verbose):
+            if hasattr(owner, verb):
+                with refused as caught:
+                    await settled(getattr(owner, verb)(*arguments))
+                assert not isinstance(caught.value, StoreError | ValueError)
+        with refused:
+            await settled(getattr(manager, verb)("key", *arguments))
+    for verb in ("remove", "configuration"):
+        with refused:
+            await settled(getattr(manager, verb)("key"))
+    assert await settled(make(opened, "5/minute").try_consume("key"))
+
+
+async def test_a_call_that_is_under_way_goes_on_when_its_manager_is_closed() -> None:
+    class SlowStore(AsyncSwappingStore):
+        async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+            await asyncio.sleep(0.01)
+            return await super().swap(key, before, after, ttl_millis)
+
+    manager = AsyncProxyManager(SlowStore(), "5/minute")
+    calls = [asyncio.create_task(manager.try_consume("key")) for _ in range(7)]
+    await asyncio.sleep(0)
+    await manager.aclose()
+    assert (await asyncio.gather(*calls)).count(True) == 5
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("make", [ProxyManager, AsyncProxyManager])
+async def test_a_store_that_a_url_has_opened_serves_other_managers_also_when_it_was_closed(
+    redis_url: str, make: Any
+) -> None:
+    first = make.from_url(redis_url, "5/minute")
+    other = make(first.store, "5/minute")
+    close = "aclose" if make is AsyncProxyManager else "close"
+    assert await settled(first.try_consume("key"))
+    assert await settled(other.try_consume("key"))
+    await settled(getattr(other, close)())
+    assert await settled(first.try_consume("key"))
+    another = make(first.store, "5/minute")
+    await settled(getattr(first, close)())
+    assert await settled(another.try_consume("key"))
+    assert await settled(another.available_tokens("key")) == 1
+    await settled(getattr(another.store, close)())
 
 
 @pytest.mark.parametrize("face", ["sync", "asyncio"])

@@ -504,7 +504,7 @@ async def test_removing_a_bucket_forgets_what_was_handed_out(make: Make, store: 
     await face.remove("key")
     await close(face)
     assert store.get("key") is None
-    assert await face.try_consume("key", 10)
+    assert await make(DELAYING).try_consume("key", 10)
 
 
 async def test_a_bucket_that_must_exist_is_missed_when_the_store_is_asked(
@@ -558,9 +558,11 @@ async def test_what_could_not_be_told_is_told_later(make: Make, store: CountingS
 
 
 async def test_a_lost_reply_is_no_lost_token(make: Make, store: CountingStore, clock: ManualClock) -> None:
+    clock.unique_readings = True
     face = make(DELAYING)
     for _ in range(5):
         await face.try_consume("key")
+    clock.advance(nanos=1)
     store.lose_replies()
     await face.sync("key")
     assert stored(store, clock) == (5, 5)
@@ -1106,7 +1108,7 @@ def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
     assert manager.try_consume("old")
     drive(steps)
     manager.close()
-    assert manager.snapshot("old").consumed_tokens == 3
+    assert ProxyManager(store, LIMITS).snapshot("old").consumed_tokens == 3
 
 
 async def test_where_nothing_can_be_forgotten_newcomers_ask_the_store(
@@ -1165,7 +1167,6 @@ def test_threads_lose_nothing(merging: bool) -> None:
     for manager in managers:
         manager.close()
     assert 2900 <= admitted <= 3000 + 3 * 50
-    assert managers[0].bucket("key", "1/day").snapshot().consumed_tokens == admitted
     assert ProxyManager(store, "1/day").snapshot("key").consumed_tokens == admitted
 
 

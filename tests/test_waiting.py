@@ -212,7 +212,9 @@ class InterruptedStore(MemoryStore):
 
 @pytest.mark.parametrize("carried_out", [True, False])
 def test_a_sync_waiter_interrupted_in_the_middle_of_a_swap_keeps_nothing(carried_out: bool) -> None:
-    manager = ProxyManager(InterruptedStore(carried_out=carried_out), LIMITS, clock=ManualClock(NOW))
+    clock = ManualClock(NOW)
+    clock.unique_readings = True
+    manager = ProxyManager(InterruptedStore(carried_out=carried_out), LIMITS, clock=clock)
     with pytest.raises(KeyboardInterrupt):
         manager.consume("key", 15)
     assert manager.available_tokens("key") == 10

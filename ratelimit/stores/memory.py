@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from ratelimit import forks
 from ratelimit.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings
+from ratelimit.copies import OfThisProcess
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
 from ratelimit.core.duration import NANOS_PER_MILLISECOND
@@ -18,6 +19,8 @@ from ratelimit.errors import Key
 from ratelimit.stores.protocol import Lost
 
 T = TypeVar("T")
+
+_ADVICE: Final = "processes share buckets through Redis"
 
 
 class _Entry:
@@ -62,7 +65,7 @@ def _deadline(now: int, ttl_millis: int) -> int | None:
     return now + ttl_millis * NANOS_PER_MILLISECOND if ttl_millis > 0 else None
 
 
-class MemoryStore:
+class MemoryStore(OfThisProcess):
     """Buckets in the memory of this process, for services of one process and for tests. Safe for threads.
 
     States that have expired are dropped, a few with every write, so that memory follows the keys that are in use.
@@ -70,6 +73,8 @@ class MemoryStore:
     :param clock: what time it is, for decisions and for expiry; by default the machine's monotonic clock, which begins
         at the present wall time and is not disturbed when that is set.
     """
+
+    _advice = _ADVICE
 
     def __init__(self, *, clock: Clock | None = None) -> None:
         begin = time.time_ns() - time.monotonic_ns()
@@ -194,12 +199,14 @@ def _bytes(key: Key) -> bytes:
     return key.encode() if isinstance(key, str) else key
 
 
-class AsyncMemoryStore:
+class AsyncMemoryStore(OfThisProcess):
     """The same for asyncio.
 
     :param store: a store to share with sync code of this process; by default one of its own.
     :param clock: as for :class:`MemoryStore`, for a store of its own.
     """
+
+    _advice = _ADVICE
 
     def __init__(self, store: MemoryStore | None = None, *, clock: Clock | None = None) -> None:
         self._store = store if store is not None else MemoryStore(clock=clock)

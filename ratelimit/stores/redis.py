@@ -12,6 +12,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
 from ratelimit.clock import MONOTONIC_IS_FINE
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, StoreUnavailableError
@@ -53,7 +54,7 @@ class _Node:
             self.swaps_natively = False
 
 
-class _RedisSteps:
+class _RedisSteps(OfThisProcess):
     """The conversation with a server, for both faces: what is sent, and what the replies mean.
 
     A swap is one command: ``SET`` with ``IFEQ`` and ``GET`` where a server has that, a script where it has not. The
@@ -64,6 +65,7 @@ class _RedisSteps:
         as fine as the local clock.
     """
 
+    _advice = "make it in each process, over a client of its own, or pickle a manager that from_url has made"
     unique_readings = MONOTONIC_IS_FINE
 
     def __init__(self, channel: Channel, monotonic: Callable[[], int]) -> None:

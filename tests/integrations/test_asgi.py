@@ -390,7 +390,7 @@ def test_it_works_in_several_event_loops(redis_url: str) -> None:
             async with client_of(middleware) as client:
                 return [(await client.get("/")).status_code for _ in range(2)]
         finally:
-            await manager.aclose()
+            await manager.store.aclose()
 
     assert [asyncio.run(statuses()) for _ in range(2)] == [[200, 200], [200, 429]]
 

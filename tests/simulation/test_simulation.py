@@ -156,7 +156,11 @@ def a_client_that_takes_the_same_bytes_for_its_own_though_others_may_write_them(
 
 
 def a_client_that_takes_a_coarse_clock_for_its_own(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(clients, "Backend", lambda **settings: Backend(**{**settings, "unique_readings": True}))
+    def trusting(**settings: Any) -> Backend:
+        settings["unique_readings"] = True
+        return Backend(**settings)
+
+    patch.setattr(clients, "Backend", trusting)
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:

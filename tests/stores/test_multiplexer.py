@@ -647,7 +647,7 @@ def test_a_manager_of_many_servers_serves_one_loop_after_another(server_binary: 
     async def consume(manager: AsyncProxyManager) -> None:
         await asyncio.gather(*(manager.try_consume(f"user:{i}") for i in range(20)))
         if topology == "cluster":  # redis-py's client wants to be closed in the loop that it was used in
-            await manager.aclose()
+            await manager.store.aclose()
 
     with getattr(servers, topology)(server_binary) as setup:
         manager = AsyncProxyManager.from_url(setup.url, "100/day")

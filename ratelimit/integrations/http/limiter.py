@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.drive import Steps, adrive, drive
@@ -35,8 +36,10 @@ _LONGEST_KEPT_KEY: Final = 1_024
 _logger = logging.getLogger("ratelimit")
 
 
-class _Limiter:
+class _Limiter(OfThisProcess):
     """What both faces share."""
+
+    _advice = "pickle its rules, and make it in each process"
 
     _face: ClassVar[type[Bucket | AsyncBucket]]
 

@@ -7,9 +7,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 
 from ratelimit import forks
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos
 from ratelimit.core.inheritance import TokensInheritance
@@ -53,7 +54,7 @@ class _Entry:
     fresh_until: float
 
 
-class Plans:
+class Plans(OfThisProcess):
     """The limits of each plan, and who has which.
 
     ::
@@ -114,6 +115,11 @@ class Plans:
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         self._lock = forks.lock()
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Pickle the plans, without the answers that this process has kept."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("_entries", "_lock")}
+        return _restored, (type(self), kept)
+
     def forget(self, key: Key) -> None:
         """Look a key up anew at its next use, in this process."""
         with self._lock:
@@ -171,6 +177,12 @@ class Plans:
             )
         # Each only ever grows, hence the sum grows with either.
         return PlanLimits(self._plans[name], self._version + version)
+
+
+def _restored(cls: type[Plans], kept: dict[str, Any]) -> Plans:
+    plans = cls.__new__(cls)
+    vars(plans).update(kept, _entries=OrderedDict(), _lock=forks.lock())
+    return plans
 
 
 def _seconds(ttl: Duration) -> float:

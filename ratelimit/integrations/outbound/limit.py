@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Final, TypeAlias
+from functools import partial
+from typing import Any, Final, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
 
 from ratelimit import forks
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
+from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.commands import Reserve, Verbose
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_seconds
@@ -61,11 +63,14 @@ class _Hold:
     shared: bool = False
 
 
-class OutboundLimit:
+class OutboundLimit(OfThisProcess):
     """A limit of an API that is called by many workers, which share its bucket.
 
     Give the same one to all transports of a process that call the API: it serves sync code and asyncio. For a client
     library without a transport of this package, put :meth:`acquire` before each call and :meth:`learn` behind it.
+
+    A copy is the limit itself. It can be pickled if its arguments can, with a session for example; the manager must be
+    a URL then, or made by one.
 
     :param limits: text or a ``BucketConfiguration``; None: those of the manager.
     :param key: of the bucket: whatever names what the provider counts by, a host or an account. Or a callable that is
@@ -98,6 +103,19 @@ class OutboundLimit:
         clock: Clock | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        arguments: dict[str, Any] = {
+            "key": key,
+            "cost": cost,
+            "max_wait": max_wait,
+            "max_hold": max_hold,
+            "default_hold": default_hold,
+            "prefix": prefix,
+            "manager": manager,
+            "clock": clock,
+        }
+        if jitter is not random.random:  # which, pickled, would give the same numbers in every process
+            arguments["jitter"] = jitter
+        self._made_by = partial(type(self), **arguments), (limits,)
         if not callable(key):
             _checked_key(key)
         if manager is not None and not isinstance(manager, ProxyManager | AsyncProxyManager | str):
@@ -116,6 +134,10 @@ class OutboundLimit:
         self._jitter = jitter
         self._holds: dict[Key, _Hold] = {}
         self._lock = forks.lock()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickle the arguments, without what this process knows of holds."""
+        return self._made_by
 
     def acquire(self, request: Any = None) -> Key | None:
         """Wait for the turn of a request; the key that it counts under, None where it is not limited.
