@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, Protocol, runtime_checkable
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
@@ -39,6 +40,18 @@ class Clock(Protocol):
     async def asleep(self, nanos: int) -> None:
         """Suspend the calling task for this long."""
         ...
+
+
+def _elapsed_ns() -> Callable[[], int]:
+    try:
+        time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):  # not Linux, or a sandbox without that clock
+        return time.monotonic_ns
+    return partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
+
+
+elapsed_ns: Final = _elapsed_ns()
+"""Return the nanoseconds that have passed on this machine; on Linux also those in which it was suspended."""
 
 
 def has_unique_readings(clock: object) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
-from ratelimit.clock import MONOTONIC_IS_FINE
+from ratelimit.clock import MONOTONIC_IS_FINE, elapsed_ns
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
@@ -274,7 +273,7 @@ class RedisStore(_RedisSteps):
         client: redis.Redis | redis.RedisCluster,
         *,
         circuit_breaker: CircuitBreaker | None = CircuitBreaker(),  # noqa: B008  # it is frozen
-        monotonic: Callable[[], int] = time.monotonic_ns,
+        monotonic: Callable[[], int] = elapsed_ns,
     ) -> None:
         super().__init__(_channel(client, circuit_breaker), monotonic)
 
@@ -282,7 +281,7 @@ class RedisStore(_RedisSteps):
     def over(cls, channel: Channel) -> RedisStore:
         """A store over a channel, which it closes with itself."""
         store = cls.__new__(cls)
-        _RedisSteps.__init__(store, channel, time.monotonic_ns)
+        _RedisSteps.__init__(store, channel, elapsed_ns)
         return store
 
     def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:
@@ -333,7 +332,7 @@ class AsyncRedisStore(_RedisSteps):
         client: redis.asyncio.Redis | redis.asyncio.RedisCluster,
         *,
         circuit_breaker: CircuitBreaker | None = CircuitBreaker(),  # noqa: B008  # it is frozen
-        monotonic: Callable[[], int] = time.monotonic_ns,
+        monotonic: Callable[[], int] = elapsed_ns,
     ) -> None:
         super().__init__(_async_channel(client, circuit_breaker), monotonic)
 
@@ -341,7 +340,7 @@ class AsyncRedisStore(_RedisSteps):
     def over(cls, channel: Channel) -> AsyncRedisStore:
         """A store over a channel, which it closes with itself."""
         store = cls.__new__(cls)
-        _RedisSteps.__init__(store, channel, time.monotonic_ns)
+        _RedisSteps.__init__(store, channel, elapsed_ns)
         return store
 
     async def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:

@@ -1,8 +1,8 @@
-"""The time of a server, followed by the local monotonic clock.
+"""The time of a server, followed by a local clock that is never set.
 
 A reply that carries the server's time T, asked for at local time a and received at b, says that the server is between
 T - b and T - a ahead of the local clock. What is known is that interval: it is cut down by every reply, and grows with
-time by what two crystals may drift apart. The estimate is its lower end, which is never ahead of the server, so that no
+time by what two clocks may drift apart. The estimate is its lower end, which is not ahead of the server, so that no
 token comes before its time. Nothing here reads the wall clock, so that setting that changes nothing.
 """
 
@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_DRIFT_PER_MILLION = 500
-"""What two clocks are assumed to drift apart at most; the limit to which kernels discipline theirs."""
+_DRIFT_PER_MILLION = 1_000
+"""What two clocks are assumed to drift apart at most: each kernel corrects its own by up to 500.
+
+Programs that set clocks may do more: chrony slews a large offset away at up to 83,333. The estimate may be ahead then.
+"""
 
 STALE_NANOS = 1_000_000_000
 """An estimate this old is renewed where that costs no round trip of its own."""
@@ -20,7 +23,7 @@ FIRST_REPLIES = 4
 """So many are asked for at once: the first may have been long under way, and one quick reply makes up for it."""
 
 UNUSABLE_NANOS = 60_000_000_000
-"""An estimate this old is renewed before a decision; the drift assumed has put it back by 30 ms."""
+"""An estimate this old is renewed before a decision; the drift assumed has put it back by 60 ms."""
 
 _LONG_AGO = -(2**63)
 _RESOLUTION_NANOS = 1_000  # the server tells whole microseconds, rounded down

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,9 +71,37 @@ def test_a_server_whose_clock_was_set_is_believed_at_once() -> None:
         assert 0 <= server - estimate <= 2 * MILLISECOND
 
 
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux tells how long it was suspended")
+def test_the_estimate_keeps_its_bound_while_the_host_is_suspended() -> None:
+    """The monotonic clock stands still then, and the clock since the boot goes on, as the server's does."""
+    program = """
+import time
+
+since_boot, awake, server = 50 * 10**9, 20 * 10**9, 1000 * 10**9
+time.clock_gettime_ns = lambda clock: since_boot if clock == time.CLOCK_BOOTTIME else awake
+time.monotonic_ns = lambda: awake
+
+import redis, redis.asyncio
+from ratelimit import AsyncRedisStore, ProxyManager, RedisStore
+from ratelimit.stores.server_time import ServerTime
+
+by_url = ProxyManager.from_url("redis://localhost:1/0").store
+for store in (RedisStore(redis.Redis()), AsyncRedisStore(redis.asyncio.Redis()), by_url):
+    local, times = store._monotonic, ServerTime()
+    times.observe(server, local(), local())
+    since_boot += 3 * 10**9
+    server += 3 * 10**9
+    print(server - times.estimate(local()), times.error_bound(local()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        behind, bound = map(int, line.split())
+        assert 0 <= behind <= bound <= 10 * MILLISECOND
+
+
 @given(
     offset=st.integers(-(10**18), 10**18),
-    drift_per_million=st.integers(-400, 400),
+    drift_per_million=st.integers(-999, 999),
     replies=st.lists(st.tuples(st.integers(0, 10**11), st.integers(0, 10**9), st.integers(0, 10**9)), min_size=1),
     silence=st.integers(0, 10**12),
 )
