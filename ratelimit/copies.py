@@ -1,4 +1,4 @@
-"""What copies are of objects that belong to their process, since they hold connections, locks, or what it counts."""
+"""Copies of objects that belong to their process, since they hold its connections, its locks, or what it counts."""
 
 from __future__ import annotations
 

@@ -224,3 +224,15 @@ def test_a_session_under_a_limit_is_pickled_and_copied() -> None:
     adapter = pickle.loads(pickle.dumps(session)).get_adapter("http://localhost/")
     assert adapter._limit.acquire() == "api"
     assert adapter._adapter.max_retries.total == 0
+
+
+def test_a_transport_under_a_limit_says_what_to_pickle_instead() -> None:
+    httpx = pytest.importorskip("httpx")
+    from ratelimit.integrations.httpx import AsyncRateLimitTransport, OutboundLimit, RateLimitTransport
+
+    limit = OutboundLimit("10/second", key="api", manager="memory://")
+    inner = httpx.MockTransport(lambda _: httpx.Response(200))
+    for transport in (RateLimitTransport(limit, inner), AsyncRateLimitTransport(limit, inner)):
+        assert copy.deepcopy(transport) is transport
+        with pytest.raises(TypeError, match=r"RateLimitTransport cannot be pickled.*; pickle the limit"):
+            pickle.dumps(transport)

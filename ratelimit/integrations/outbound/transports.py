@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
+from ratelimit.copies import OfThisProcess
 from ratelimit.integrations.outbound.limit import OutboundLimit
 
+_ADVICE: Final = "pickle the limit, and make the transport in each process"
 
-class Transport:
+
+class Transport(OfThisProcess):
     """A transport in front of another one, under a limit."""
+
+    _advice = _ADVICE
 
     def __init__(self, limit: OutboundLimit, transport: Any) -> None:
         limit.check_face(asynchronous=False)
@@ -44,8 +49,10 @@ class Transport:
         self._transport.__exit__(kind, error, traceback)
 
 
-class AsyncTransport:
+class AsyncTransport(OfThisProcess):
     """The same for asyncio."""
+
+    _advice = _ADVICE
 
     def __init__(self, limit: OutboundLimit, transport: Any) -> None:
         limit.check_face(asynchronous=True)
