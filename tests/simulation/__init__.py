@@ -11,7 +11,7 @@ All that happens in a schedule follows from its seed. The clients run the librar
 - ``ledger``: what was stored, answered and lost, and the rules that all of that keeps;
 - ``schedules``: what a seed stands for, and the run.
 
-Two things that follow from the bytes alone are excused; ``test_excuses`` tells which.
+One thing that follows from the bytes alone is excused; ``test_excuses`` shows it.
 
 ``python -m tests.simulation`` runs as many schedules as wanted, and replays one.
 """
