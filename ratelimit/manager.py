@@ -256,9 +256,10 @@ class ProxyManager(_Manager[Store, Bucket]):
     key first.
 
     :param store: where the buckets are: a ``RedisStore`` over a client of yours, or a ``MemoryStore``.
-    :param configuration: the limits: a ``BucketConfiguration``, its text form, or a callable that is asked for either
-        at every verb, with the key as given, and answers None for a key that is not limited. A bucket keeps the limits
-        that it was made with until they are replaced. None: every :meth:`bucket` must be given its own.
+    :param configuration: the limits: a ``BucketConfiguration``, its text form, a list of limits, or a callable that is
+        asked for one of these at every verb, with the key as given, and answers None for a key that is not limited. A
+        bucket keeps the limits that it was made with until they are replaced. None: every :meth:`bucket` must be given
+        its own.
     :param clock: what time it is; by default the store's clock, which for Redis is the time of the server.
     :param expiration: when idle buckets are forgotten; ``Expiration.automatic()`` by default.
     :param recovery: what to do when a bucket has vanished.

@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from ratelimit import Bucket, ProxyManager, cli, errors
+from ratelimit import Bucket, BucketConfiguration, InvalidConfigurationError, ProxyManager, cli, errors
 from ratelimit.core import limit_text
 from ratelimit.manager import Settings
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
@@ -237,6 +237,20 @@ def test_the_grammar_is_that_of_the_parser() -> None:
     assert limit_text.__doc__
     _, grammar, words = re.split(r"::\n\n|\n\n(?=Words)", limit_text.__doc__)
     assert f"```\n{textwrap.dedent(grammar)}\n```\n\n{words}" in LIMITS.read_text()
+
+
+def test_what_other_libraries_write_is_read_or_refused_as_the_page_says() -> None:
+    _, taken, refused, *_ = LIMITS.read_text().split("### What other libraries write")[1].split("|---|---|---|")
+    rows = [re.findall(r"`([^`]+)`", row) for row in re.findall(r"(?m)^(\|.*)\|.*\|$", taken)][:-1]
+    assert len(rows) == 8
+    for *pasted, read in rows:
+        assert {str(BucketConfiguration.parse(text.replace("\\|", "|"))) for text in pasted} == {read}
+    rows = re.findall(r"(?m)^\| (`.*`) \| (`.*`) \|", refused)
+    assert len(rows) == 8
+    for texts, meant in rows:
+        for text in re.findall(r"`([^`]+)`", texts):
+            with pytest.raises(InvalidConfigurationError, match=f"write {meant.replace('`', '')}"):
+                BucketConfiguration.parse(text)
 
 
 def test_the_errors_are_those_of_the_library() -> None:

@@ -448,7 +448,7 @@ async def test_a_callable_that_fails_or_answers_nonsense_is_heard(
 
     with pytest.raises(LookupError, match="some key"):
         await Face(kind, store, clock, broken).try_consume("some key")
-    with pytest.raises(InvalidConfigurationError, match="must be a BucketConfiguration or its text"):
+    with pytest.raises(InvalidConfigurationError, match="limits must be text such as"):
         await Face(kind, store, clock, lambda _: 5).try_consume("key")
 
 

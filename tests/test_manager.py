@@ -46,6 +46,22 @@ async def test_the_first_lines_of_an_asyncio_user() -> None:
         assert [await manager.try_consume("user:42") for _ in range(4)] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("limits", [["3/hour", "2/minute"], ("3/hour", Bandwidth.greedy(2, 60)), "3/hour\n2/minute,"])
+@pytest.mark.parametrize("face", [ProxyManager, AsyncProxyManager])
+async def test_a_list_of_limits_is_taken_wherever_limits_are(face: Any, limits: Any) -> None:
+    several = BucketConfiguration.parse("3/hour; 2/minute")
+    for manager in (face.from_url("memory://", limits), face.from_url("memory://", lambda _: limits)):
+        assert await settled(manager.try_consume("key"))
+        assert await settled(manager.configuration("key")) == several
+    bucket = face.from_url("memory://", "9/day").bucket("key", limits)
+    assert await settled(bucket.try_consume())
+    assert (await settled(bucket.snapshot())).configuration == several
+    manager = face.from_url("memory://", "9/day")
+    assert await settled(manager.try_consume("key"))
+    await settled(manager.replace_configuration("key", limits, TokensInheritance.AS_IS))
+    assert await settled(manager.configuration("key")) == several
+
+
 VERBS: dict[str, tuple[Any, ...]] = {
     "try_consume": (),
     "try_consume_and_return_remaining": (),

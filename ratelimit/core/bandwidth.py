@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -251,7 +251,7 @@ class BucketConfiguration:
 
     @classmethod
     def parse(cls, text: str) -> BucketConfiguration:
-        """Limits in their text form, separated by semicolons: ``"10/second burst 50; 1000/hour"``.
+        """Limits in their text form, separated by semicolons, commas or new lines: ``"10/second burst 50; 1000/hour"``.
 
         The grammar is in ``docs/choosing-limits.md``.
 
@@ -266,16 +266,20 @@ class BucketConfiguration:
 
     @classmethod
     def of(cls, limits: Limits) -> BucketConfiguration:
-        """A configuration from whatever a caller may give for one: itself, a bandwidth, or the text form."""
+        """Return a configuration from whatever a caller may give for one.
+
+        :param limits: a configuration, a bandwidth, the text form of either, or a list or tuple of those.
+        :raises InvalidConfigurationError: for anything else, and for what :meth:`parse` refuses.
+        """
         if isinstance(limits, BucketConfiguration):
             return limits
         if isinstance(limits, str):
             return _parsed(limits)
         if isinstance(limits, Bandwidth):
             return cls(limits)
-        raise InvalidConfigurationError(
-            f"a configuration must be a BucketConfiguration or its text form, not {brief(limits)}", "configuration"
-        )
+        if isinstance(limits, list | tuple) and all(isinstance(one, _LIMITS) for one in limits):
+            return cls(*(bandwidth for one in limits for bandwidth in cls.of(one)))
+        raise InvalidConfigurationError(f"limits must be {_ALLOWED_LIMITS}; got {brief(limits)}", "configuration")
 
     def __iter__(self) -> Iterator[Bandwidth]:
         return iter(self.bandwidths)
@@ -309,8 +313,11 @@ def _parsed(text: str) -> BucketConfiguration:
     return BucketConfiguration.parse(text)
 
 
-Limits = BucketConfiguration | Bandwidth | str
-"""Whatever is taken where a configuration is wanted."""
+Limits = BucketConfiguration | Bandwidth | str | Sequence[BucketConfiguration | Bandwidth | str]
+"""Whatever is taken where a configuration is wanted; a list or a tuple is several limits of one bucket."""
+
+_LIMITS = (BucketConfiguration, Bandwidth, str)
+_ALLOWED_LIMITS = 'text such as "100/minute", a Bandwidth, a BucketConfiguration, or a list or tuple of these'
 
 
 def _from_spec(text: str, spec: limit_text.LimitSpec) -> Bandwidth:

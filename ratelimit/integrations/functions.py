@@ -45,8 +45,8 @@ def limited(
 
     A call takes its tokens before the function begins; they are gone also where the function fails.
 
-    :param limits: text, a ``BucketConfiguration``, or a callable that is given the key (the name, where there is none)
-        and answers with limits, or with None for a key that is not limited.
+    :param limits: text, a ``BucketConfiguration``, a list of limits, or a callable that is given the key (the name,
+        where there is none) and answers with limits, or with None for a key that is not limited.
     :param key: whose tokens a call takes: a ``str`` or ``bytes``, or a callable that is given the arguments of the call
         and answers with one, or with None for a call that is not limited. None: all calls have one bucket.
     :param cost: tokens of a call, an int of 1 or more, or a callable that is given its arguments; for 0 it is free.

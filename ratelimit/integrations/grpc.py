@@ -253,8 +253,8 @@ class _Interceptor(Generic[M]):
 class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
     """Limits the calls that a ``grpc.server`` takes. Decisions are made in its threads, after the first message.
 
-    :param limits: text, a ``BucketConfiguration``, or a callable that is given the key and answers with limits, or with
-        None for a key that is not limited.
+    :param limits: text, a ``BucketConfiguration``, a list of limits, or a callable that is given the key and answers
+        with limits, or with None for a key that is not limited.
     :param key: whose tokens a call takes: :func:`peer_ip`, :func:`metadata_value`, :func:`method_name`, or a callable
         that is given the :class:`Rpc` and answers with a ``str`` or ``bytes``, or with None for a call without a key.
     :param cost: tokens of a call, an int of 1 or more, or a callable that is given the call; for 0 it is free. A stream

@@ -5,10 +5,10 @@ They share setting, decisions and buckets with :mod:`ratelimit.integrations.djan
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import Any
 
+from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
 
@@ -52,7 +52,7 @@ class RateLimitThrottle(BaseThrottle):
     A request that any throttle of this kind refuses has paid for none of them.
 
     :cvar limits: None: the rate of the scope in ``DEFAULT_THROTTLE_RATES``, which may be written in either way:
-        ``100/hour``, ``10/second burst 50``; a rate of None is no limit.
+        ``100/hour``, ``10/second burst 50``, or a list of these; a rate of None is no limit.
     :cvar scope: of the rate.
     :cvar name: by default the scope, but with limits of its own their text.
     :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.
@@ -97,19 +97,21 @@ class RateLimitThrottle(BaseThrottle):
         if limits is None:
             name, limits = name or self.scope, _rate(cls.__name__, self.scope)
         try:
+            if isinstance(limits, list | tuple):  # which may have no hash
+                limits = BucketConfiguration.of(limits)
             return None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt)
         except InvalidConfigurationError as error:
             raise ImproperlyConfigured(f"{cls.__name__} cannot be: {error}") from error
 
 
-def _rate(throttle: str, scope: str | None) -> str | None:
+def _rate(throttle: str, scope: str | None) -> Limits | None:
     if scope is None:
         raise ImproperlyConfigured(f"{throttle} needs limits, or a scope")
     rates: Any = api_settings.DEFAULT_THROTTLE_RATES
     if scope not in rates:
         raise ImproperlyConfigured(f"DEFAULT_THROTTLE_RATES has no rate for the scope {scope!r} of {throttle}")
-    rate: str | None = rates[scope]
-    return None if rate is None else re.sub(r"/\s*m$", "/minute", rate)  # as REST framework lets one write it
+    rate: Limits | None = rates[scope]
+    return rate
 
 
 @lru_cache(maxsize=1024)

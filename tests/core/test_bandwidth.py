@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -92,9 +93,9 @@ def test_a_value_out_of_range_is_named(make: Any, field: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("wrong", [None, 5, b"5/second", ["5/second"]])
+@pytest.mark.parametrize("wrong", [None, 5, b"5/second", ["5/second", 5], (100, 60), [["5/second"]], {"5/second"}])
 def test_what_is_no_configuration_is_refused(wrong: Any) -> None:
-    with pytest.raises(InvalidConfigurationError, match="configuration must be"):
+    with pytest.raises(InvalidConfigurationError, match=r"limits must be text such as .*; got"):
         BucketConfiguration.of(wrong)
     with pytest.raises(InvalidConfigurationError):
         BucketConfiguration(wrong)
@@ -104,6 +105,17 @@ def test_a_configuration_is_taken_in_any_form() -> None:
     parsed = BucketConfiguration.parse("5/second")
     assert BucketConfiguration.of("5/second") == BucketConfiguration.of(Bandwidth.parse("5/s")) == parsed
     assert BucketConfiguration.of(parsed) is parsed
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_of_limits_is_several_limits_in_its_order(kind: Callable[[Any], list[Any] | tuple[Any, ...]]) -> None:
+    several = kind(["9/day, 8/hour", Bandwidth.parse("7/minute"), BucketConfiguration.parse("6/s; 5/ms"), "4/us"])
+    assert BucketConfiguration.of(several) == BucketConfiguration.parse("9/day; 8/hour; 7/minute; 6/s; 5/ms; 4/us")
+    assert BucketConfiguration.of(kind(["5/second"])) == BucketConfiguration.parse("5/second")
+    with pytest.raises(InvalidConfigurationError, match="at least one"):
+        BucketConfiguration.of(kind([]))
+    with pytest.raises(InvalidConfigurationError, match="two bandwidths have the id 'a'"):
+        BucketConfiguration.of(kind(["5/second id a", "9/minute id a"]))
 
 
 def test_both_classes_are_frozen_hashable_and_comparable() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,38 +83,45 @@ def test_every_configuration_comes_back_from_its_text(configuration: BucketConfi
     ("text", "message", "marked"),
     [
         ("", "begins with a number of tokens", ""),
+        (" ;, |", "begins with a number of tokens", ""),
         ("ten/second", "begins with a number of tokens", "ten"),
-        ("5.5/second", "begins with a number of tokens", "5.5"),
         ("-5/second", "begins with a number of tokens", "-5"),
-        ("10", "a period is wanted", ""),
-        ("10 second", "a period is wanted", "second"),
+        ("10", "a period must follow", ""),
+        ("10 second", "a period must follow", "second"),
+        ("10 requests", "a period must follow", ""),
+        ("10rps", "a period must follow", "rps"),
         ("10/fortnight", "unknown unit of time 'fortnight'", "fortnight"),
-        ("10/100m", "unknown unit of time 'm'", "m"),
-        ("10/", "a unit of time", ""),
-        ("10/1.5 hours", "unknown unit of time '1.5'", "1.5"),
+        ("10/100mm", "unknown unit of time 'mm'", "mm"),
+        ("10/month", "fixed length; got 'month': write 10/30 days", "month"),
+        ("10 per 2 Years", "fixed length; got 'Years': write 10/730 days", "Years"),
+        ("100/300", "a unit of time is missing: write 100/300 seconds", ""),
+        ("10/", "a unit of time is missing: use ns", ""),
         ("0/second", "capacity must be an int from 1", "0"),
         ("10/0 s", "refill_period_nanos must be an int from 1", "0 s"),
         ("10/second burst 0", "capacity must be an int from 1", "0"),
         (f"{MAX + 1}/second", "capacity must be", str(MAX + 1)),
-        ("9" * 41 + "/second", "too large", "9" * 41),
+        ("9" * 41 + "/second", "at most 40 digits", "9" * 41),
         (f"10/{'9' * 30} weeks", "refill_period_nanos must be", "9" * 30 + " weeks"),
         ("10/ns", "at most one per nanosecond", "10"),
-        ("10/second burst", "burst wants", ""),
-        ("10/second burst x", "burst wants", "x"),
+        ("10/second burst", "must follow burst", ""),
+        ("10/second burst x", "must follow burst", "x"),
+        ("10/second burst=20", "write burst 20, or burst 21 for what nginx calls burst=20", "burst=20"),
         ("10/second burst 1 burst 2", "burst is given twice", "burst"),
-        ("10/second initial -1", "initial wants", "-1"),
-        ("10/second greedily", "'greedily' is no option", "greedily"),
+        ("10/second initial -1", "must follow initial", "-1"),
+        ("10/second greedily", "an option must be .*; got 'greedily'", "greedily"),
         ("10/second/minute", "one period", "/"),
         ("10/second adaptive", "adaptive goes with aligned", "adaptive"),
         ("10/second initial 5 aligned @0 adaptive", "cannot be given together", "5"),
-        ("10/second aligned tomorrow", "aligned wants a time", "tomorrow"),
+        ("10/second aligned tomorrow", "a time must follow aligned", "tomorrow"),
         ("10/second aligned 2024-01-01T00:00", "needs an offset", "2024-01-01T00:00"),
         ("10/second aligned 1960-01-01T00:00Z", "first_refill_millis must be", "1960-01-01T00:00Z"),
         ('10/second id "x', "not closed", '"x'),
         ('10/second id "\\x"', "JSON", '"\\x"'),
-        ("10/second id é", "id wants a name", "é"),
-        ("10/second id", "id wants a name", ""),
-        ("10/second; 5/minute", "one limit is wanted", ";"),
+        ("10/second id é", "a name must follow id", "é"),
+        ("10/second id", "a name must follow id", ""),
+        ("10/second; 5/minute", "must be one limit", "5"),
+        ("10/second 5/minute", "must be separated", "5"),
+        ("10/second and 5/minute", "must be separated", "and"),
     ],
 )
 def test_an_error_points_at_the_place_that_is_wrong(text: str, message: str, marked: str) -> None:
@@ -127,7 +137,7 @@ def test_an_error_points_at_the_place_that_is_wrong(text: str, message: str, mar
     ("text", "message", "begin"),
     [
         ("5/second; ten/minute", "begins with a number", 10),
-        ("5/second;", "begins with a number", 9),
+        ("5/second | minute", "begins with a number", 11),
         ("5/s id a; 6/s; 7/s id a", "two bandwidths have the id 'a'", 22),
     ],
 )
@@ -137,13 +147,96 @@ def test_an_error_in_a_later_limit_is_found(text: str, message: str, begin: int)
     assert str(caught.value).split("\n")[2].index("^") - 2 == begin
 
 
-def test_an_error_in_a_text_of_several_lines_shows_the_line() -> None:
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r", ";\n"])
+def test_an_error_in_a_text_of_several_lines_shows_the_line(line_end: str) -> None:
     with pytest.raises(InvalidConfigurationError) as caught:
-        BucketConfiguration.parse("5/second;\n\t6/sekunde;\n7/minute")
-    assert str(caught.value).split("\n")[1:] == ["  \t6/sekunde;", "  \t  ^^^^^^^"]
+        BucketConfiguration.parse(line_end.join(["5/second", "\t6/sekunde", "7/minute"]))
+    assert str(caught.value).split("\n")[1:] == [f"  \t6/sekunde{line_end.strip()}", "  \t  ^^^^^^^"]
 
 
-@given(st.text(alphabet='0123456789/;" perburstinitialdayhousecmnk_\n\\@\t٣', max_size=40))
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("10 per 1 minute, 5/second", "10/minute; 5/second"),
+        ("10/hour\n100/day", "10/hour; 100/day"),
+        ("10/hour\r\n100/day\r\n", "10/hour; 100/day"),
+        ("1/hour|10/day", "1/hour; 10/day"),
+        ("100/day, 500/7days", "100/day; 500/week"),
+        ("10/minute,1000/hour", "10/minute; 1000/hour"),
+        ("10/minute burst 50,20/hour", "10/minute burst 50; 20/hour"),
+        ("5/m", "5/minute"),
+        ("5/M", "5/minute"),
+        ("100/5m", "100/5 minutes"),
+        ("10r/s", "10/second"),
+        ("30r/m", "30/minute"),
+        ("10 requests per second", "10/second"),
+        ("100perhour", "100/hour"),
+        ("100/minute;", "100/minute"),
+        ("\n;100/minute;;\n , 5/s |\n", "100/minute; 5/second"),
+        ("100 per day", "100/day"),
+        ("10/second\n  burst 20\n1000/day\n  id daily", "10/second burst 20; 1000/day id daily"),
+        ("10/second id a,5/minute id b|6/hour", "10/second id a; 5/minute id b; 6/hour"),
+        ('5/d id "a,b|c;\\n",6/d', '5/day id "a,b|c;\\n"; 6/day'),
+        ("5/d aligned 2024-01-01T00:00Z,6/d", "5/day aligned 2024-01-01T00:00:00Z; 6/day"),
+        ("5/d aligned 2024-01-01T00:00:00,001Z", "5/day aligned 2024-01-01T00:00:00.001Z"),
+    ],
+)
+def test_what_other_libraries_write_is_read(text: str, printed: str) -> None:
+    assert str(BucketConfiguration.parse(text)) == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "meant", "marked"),
+    [
+        ("1,000/minute", "1000/minute", "1,000"),
+        ("1,000,000/day", "1000000/day", "1,000,000"),
+        ("10/second, 1,000/hour", "1000/hour", "1,000"),
+        ("10/second,1,000/hour", "1000/hour", "1,000"),
+        ("1,000 per 5 minutes burst 2,000", "1000/5 minutes", "1,000"),
+        ("1 000/minute", "1000/minute", "1 000"),
+        ("1\N{NO-BREAK SPACE}000/minute", "1000/minute", "1\N{NO-BREAK SPACE}000"),
+        ("1'000/minute", "1000/minute", "1'000"),
+        ("1.000.000/day", "1000000/day", "1.000.000"),
+        ("1.000/minute", "1000/minute or 1/minute", "1.000"),
+        ("0.5/second", "1/2 seconds", "0.5"),
+        ("1.5/second", "3/2 seconds", "1.5"),
+        ("0,5/second", "1/2 seconds", "0,5"),
+        (".5r/s", "1/2 seconds", ".5"),
+        ("0.1/30 minutes", "1/5 hours", "0.1"),
+        ("10/1.5 hours", "10/90 minutes", "1.5"),
+        ("0.5/1.5 hours", "1/3 hours", "1.5"),
+        ("10/1,500 ms", "10/1500 ms", "1,500"),
+        ("10/second burst 1,000", "1000, or put a semicolon between two limits", "1,000"),
+        ("10/second burst 50,100/minute", "50100, or put a semicolon between two limits", "50,100"),
+    ],
+)
+def test_an_error_about_a_number_says_what_is_meant(text: str, meant: str, marked: str) -> None:
+    with pytest.raises(InvalidConfigurationError) as caught:
+        BucketConfiguration.parse(text)
+    message, line, marks = str(caught.value).split("\n")
+    assert message.endswith(f"must be a whole number in digits; got {marked!r}: write {meant}")
+    assert line[marks.index("^") : len(marks)] == marked
+
+
+@given(st.decimals("0.0001", 10**6, places=4), st.integers(1, 100), st.sampled_from(["second", "minute", "hour"]))
+def test_a_decimal_rate_is_written_as_an_equal_one_in_whole_numbers(rate: Decimal, count: int, unit: str) -> None:
+    with pytest.raises(InvalidConfigurationError) as caught:
+        Bandwidth.parse(f"{rate:f}/{count} {unit}")
+    meant = Bandwidth.parse(str(caught.value).split("\n")[0].rpartition("write ")[2])
+    period = Bandwidth.parse(f"1/{count} {unit}").refill_period_nanos
+    assert Fraction(meant.refill_tokens, meant.refill_period_nanos) == Fraction(rate) / period
+
+
+@given(configurations(), st.sampled_from([";", ",", "|", "\n", "\r\n", " ,\n;\t"]))
+def test_every_separator_stands_between_printed_limits(configuration: BucketConfiguration, separator: str) -> None:
+    text = separator.join(map(str, configuration))
+    if separator == ",":
+        text = ", ".join(map(str, configuration))  # without the space "burst 1,100/s" would be a thousand
+    assert BucketConfiguration.parse(text) == configuration
+    assert BucketConfiguration.parse(f"{separator}{text}{separator}") == configuration
+
+
+@given(st.text(alphabet='0123456789/;,|." perburstinitialdayhousecmnk_\r\n\\@\t٣', max_size=40))
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         configuration = BucketConfiguration.parse(text)

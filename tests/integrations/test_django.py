@@ -119,6 +119,13 @@ class TestMiddleware:
             at.clock.advance(DAY / 3)
             assert at.statuses(2) == [200, 429]
 
+    def test_takes_a_list_within_its_rules_for_one_rule_of_several_limits(self, site: Callable[..., Site]) -> None:
+        with site(RULES=(["3/day", "2/hour"], "4/day")) as at:
+            assert [str(rule.limits) for rule in current().rules] == ["3/day; 2/hour", "4/day"]
+            assert at.statuses(3) == [200, 200, 429]
+            at.clock.advance(3600)
+            assert at.statuses(2) == [200, 429]
+
     def test_tells_clients_what_is_left_and_why_they_are_refused(self, site: Callable[..., Site]) -> None:
         with site(RULES=["2/day"]) as at:
             admitted, _, refused = at.get(), at.get(), at.get()

@@ -117,6 +117,17 @@ async def test_the_bucket_is_named_by_name_and_key(face: Face, key: str | bytes 
         assert await settled(face.manager().bucket(stored, "5/hour").available_tokens()) == 3
 
 
+@pytest.mark.parametrize("limits", [["3/hour", "2/minute"], lambda _: ("3/hour", "2/minute")])
+async def test_a_list_of_limits_is_several_limits(face: Face, limits: Any) -> None:
+    send = face.limited(limits)
+    for wait in (60, 3600):
+        with pytest.raises(RateLimitExceeded):
+            for _ in range(3):
+                await send()
+        face.clock.advance(wait)
+    assert len(face.calls) == 3
+
+
 async def test_functions_of_one_name_share_a_bucket(face: Face) -> None:
     send, post = face.limited("1/hour", name="out"), face.limited("1/hour", name="out")
     await send()

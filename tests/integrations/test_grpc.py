@@ -224,6 +224,16 @@ async def test_methods_of_all_kinds_are_limited_and_a_stream_pays_once(
         assert await client.call(kind, *sent) == answer
 
 
+@pytest.mark.parametrize("limits", [["3/hour", "2/minute"], lambda _: ("3/hour", "2/minute")])
+async def test_a_list_of_limits_is_several_limits(face: Face, limits: Any) -> None:
+    async with face.limited(limits) as client:
+        assert [await client.call() for _ in range(2)]
+        assert pushback(await client.refused()) == "30000"
+        face.clock.advance(60)
+        assert await client.call()
+        assert pushback(await client.refused()) == "1140000"
+
+
 async def test_a_refusal_says_when_to_retry_in_details_and_pushback_and_by_which_limit(face: Face) -> None:
     async with face.limited("1/3 seconds; 5/hour") as client:
         await client.call()

@@ -49,6 +49,13 @@ class TestRule:
         assert Rule(lambda _: "10/minute").name == "default"
         assert Rule("10/minute", name="login").name == "login"
 
+    def test_takes_a_list_for_several_limits_and_a_limiter_for_one_rule_each(self) -> None:
+        several = BucketConfiguration.parse("10/minute; 5/second")
+        assert Rule(["10/minute", "5/second"]).limits == several
+        assert Rule(("10/minute", "5/second")).name == "10/minute; 5/second"
+        one, other = Limiter(["10/minute", "5/second"], "7/hour", manager="memory://").rules
+        assert (one.limits, other.limits) == (several, BucketConfiguration.parse("7/hour"))
+
     def test_the_buckets_of_names_and_keys_are_apart(self) -> None:
         assert Rule("10/minute").stored_key("a") == "10/minute:a"
         assert Rule("10/minute", name="n").stored_key(b"\xff") == b"n:\xff"

@@ -53,7 +53,7 @@ class Face:
             return AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock, **settings)
         return ProxyManager(self.store, clock=self.clock, **settings)
 
-    def limit(self, limits: str = "1/second", **settings: Any) -> OutboundLimit:
+    def limit(self, limits: Any = "1/second", **settings: Any) -> OutboundLimit:
         settings = {"key": "api", "manager": self.manager, "jitter": without_jitter, **settings}
         return OutboundLimit(limits, clock=self.clock, **settings)
 
@@ -96,6 +96,13 @@ async def test_each_waits_for_its_turn(face: Face) -> None:
     for _ in range(4):
         assert await face.acquire(limit) == "api"
     assert face.clock.slept == [SECOND] * 3
+
+
+async def test_a_list_of_limits_is_several_limits(face: Face) -> None:
+    limit = face.limit(["3/hour", "2/minute"], max_wait=None)
+    for _ in range(4):
+        await face.acquire(limit)
+    assert face.clock.slept == [30 * SECOND, 1170 * SECOND]
 
 
 async def test_a_turn_that_is_too_far_off_is_refused_at_once_and_takes_nothing(face: Face) -> None:

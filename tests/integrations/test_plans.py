@@ -44,6 +44,11 @@ class Seconds:
         return self.now
 
 
+def test_a_plan_may_be_a_list_of_limits() -> None:
+    plans = Plans({"free": ["20/hour", "2/second"]}, lambda _: "free")
+    assert drive(plans.limits_of(request_of(), "key")) == limits("20/hour; 2/second")
+
+
 def limits(text: str | None, version: int | None = None) -> PlanLimits:
     return PlanLimits(None if text is None else BucketConfiguration.parse(text), version)
 

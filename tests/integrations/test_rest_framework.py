@@ -85,7 +85,7 @@ def api(*throttles: type[BaseThrottle], show: Callable[[Request], Response] = he
     return Api.as_view()
 
 
-def rates(**of_scopes: str | None) -> dict[str, Any]:
+def rates(**of_scopes: Any) -> dict[str, Any]:
     """The setting of REST framework."""
     return {"REST_FRAMEWORK": {"DEFAULT_THROTTLE_RATES": of_scopes}}
 
@@ -101,11 +101,21 @@ class Second(RateLimitThrottle):
 
 
 class TestRates:
-    @pytest.mark.parametrize("rate", ["2/day", "2/d", "2/m", "2/min", "2/hour", "2/s", "1/hour burst 2", "2/h; 9/d"])
+    @pytest.mark.parametrize("rate", ["2/day", "2/d", "2/m", "2/min", "2/hour", "2/s", "1/hour burst 2", "2/h, 9/d"])
     def test_are_written_in_either_way(self, site: Callable[..., Site], rate: str) -> None:
         with site(more=rates(anon=rate)) as at, at.showing(index=api(AnonRateLimit)):
             assert at.statuses(3) == [200, 200, 429]
             assert at.consumed("anon:127.0.0.1") == 2
+
+    @pytest.mark.parametrize("several", [["2/m", "9/d"], ("2/m", "9/d")])
+    def test_and_limits_may_be_lists(self, site: Callable[..., Site], several: Any) -> None:
+        class Listed(RateLimitThrottle):
+            limits = several
+            name = "listed"
+
+        with site(more=rates(anon=several)) as at, at.showing(index=api(AnonRateLimit), other=api(Listed)):
+            assert at.statuses(3) == at.statuses(3, "/other") == [200, 200, 429]
+            assert (at.consumed("anon:127.0.0.1"), at.consumed("listed:ip:127.0.0.1")) == (2, 2)
 
     def test_of_none_are_no_limits(self, site: Callable[..., Site]) -> None:
         with site(more=rates(anon=None)) as at, at.showing(index=api(AnonRateLimit)):

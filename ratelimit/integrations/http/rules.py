@@ -45,8 +45,8 @@ class Rule:
     A bucket is named by the rule's name and the request's key: rules of the same name share their buckets, and a
     request pays for each bucket once.
 
-    :param limits: text, a ``BucketConfiguration``, ``Plans``, or a callable that is given the key and answers with
-        limits, or None for a key that is not limited.
+    :param limits: text, a ``BucketConfiguration``, a list of limits, ``Plans``, or a callable that is given the key and
+        answers with limits, or None for a key that is not limited.
     :param key: whose bucket it is; by default that of the peer's address, see :func:`client_ip`.
     :param name: printable ASCII, at most 200 characters: a part of the bucket's key, and the name of the policy that
         clients are told. By default the text of the limits, ``default`` where they are looked up.

@@ -72,7 +72,7 @@ class OutboundLimit(OfThisProcess):
     A copy is the limit itself. It can be pickled if its arguments can, with a session for example; the manager must be
     a URL then, or made by one.
 
-    :param limits: text or a ``BucketConfiguration``; None: those of the manager.
+    :param limits: text, a ``BucketConfiguration``, or a list of limits; None: those of the manager.
     :param key: of the bucket: whatever names what the provider counts by, a host or an account. Or a callable that is
         given each request (as its library has it) and answers with a key, or with None for one that is not limited.
     :param cost: tokens of a request, an int of 1 or more, or a callable that is given the request; for 0 it is free.
