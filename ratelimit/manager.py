@@ -326,7 +326,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
         ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
 
-        :raises InvalidConfigurationError: for a URL that names no store.
+        :raises InvalidConfigurationError: for a URL that is not valid.
         """
         manager = cls(store_from_url(url), configuration, **settings)
         manager._opened = partial(cls.from_url, **settings), (url, configuration)
@@ -490,7 +490,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
         ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
 
-        :raises InvalidConfigurationError: for a URL that names no store.
+        :raises InvalidConfigurationError: for a URL that is not valid.
         """
         manager = cls(async_store_from_url(url), configuration, **settings)
         manager._opened = partial(cls.from_url, **settings), (url, configuration)

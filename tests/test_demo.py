@@ -279,7 +279,7 @@ class TestWithout:
 
     def test_a_redis(self) -> None:
         assert "cannot share memory://" in complaint(run("demo", "--url", "memory://"))
-        assert "names no store" in complaint(run("demo", "--url", "http://localhost"))
+        assert "is not valid" in complaint(run("demo", "--url", "http://localhost"))
 
     @pytest.mark.parametrize(
         ("arguments", "fault"),

@@ -13,7 +13,7 @@ def manager_of(manager: ProxyManager | str | None) -> ProxyManager:
     """The manager itself, or the process's own for a URL; None: that in the variable ``RATELIMIT_URL``, or localhost.
 
     :raises InvalidArgumentError: for what is neither.
-    :raises InvalidConfigurationError: for a URL that names no store.
+    :raises InvalidConfigurationError: for a URL that is not valid.
     """
     if isinstance(manager, ProxyManager):
         return manager

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from types import ModuleType
 from typing import Any, Final, NamedTuple
@@ -41,6 +42,8 @@ FORMS: Final = (
     "redis+sentinel://host:port,host:port/service",
 )
 _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
+_OTHER_NAMES: Final = {"redis+unix": "unix", "redis+socket": "unix", "sentinel": "redis+sentinel"}
+_LONGEST_HOST: Final = 253  # characters of a name of the DNS
 
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
@@ -62,7 +65,7 @@ def default_url() -> str:
 def store_from_url(url: str) -> Store:
     """The store that a URL names, owning its connections. Nothing is sent yet.
 
-    :raises InvalidConfigurationError: for a URL that names none.
+    :raises InvalidConfigurationError: for a URL that is not valid.
     """
     location = _parsed(url)
     if location.topology == "memory":
@@ -116,13 +119,13 @@ def _clients(api: ModuleType, location: _Location, options: dict[str, Any]) -> t
 
 def _parsed(url: str) -> _Location:
     if not isinstance(url, str):
-        raise InvalidConfigurationError(f"a URL must be a str, not {type(url).__name__}", "url")
+        raise InvalidConfigurationError(f"url must be a str; got {type(url).__name__}", "url")
     scheme, separator, rest = url.partition("://")
     transport, _, topology = scheme.lower().partition("+")
     if url.lower() == "memory://":
         return _Location("memory", {}, [], "")
     if scheme.lower() not in _SCHEMES or not separator:
-        raise _invalid(url, f"use one of {', '.join(FORMS)}")
+        raise _invalid(url, _scheme_reason(scheme.lower() if separator else "", url))
     sentinels: list[tuple[str, int]] = []
     service = ""
     try:
@@ -143,30 +146,30 @@ class _WrongError(ValueError):
 
 def _foreign_reason(error: ValueError) -> str:
     """The same in ours, where urllib or redis-py has found it: they show pieces, which may be those of a password."""
-    if "Port" in str(error):
-        return "the port is no number"
     option = re.fullmatch(r"Invalid value for ('\w+') in connection URL\.", str(error))
     return f"the value of {option[1]} cannot be read" if option else "it cannot be taken apart"
 
 
 def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
     """What redis-py's clients are to be given; raises ``_WrongError`` that says what is."""
+    place, behind = re.fullmatch(r"([^/?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    if "@" in (behind.partition("?")[2] if transport == "unix" else behind):
+        raise _WrongError("special characters of a user or a password must be percent-encoded")
+    _check_place(place.rpartition("@")[2].strip(), hidden="@" not in place)
     parts = urlsplit(f"{transport}://{rest}")
-    if "@" in parts.query + parts.fragment or ("@" in parts.path and transport != "unix"):
-        raise _WrongError("special characters of a user or a password have to be percent-encoded")
     options: dict[str, Any] = dict(redis.connection.parse_url(f"{transport}://{rest}"))
     if transport == "unix" and not options.get("path"):
         raise _WrongError("the path of a socket is missing")
-    if transport != "unix" and not re.fullmatch(r"(/-?\d*)?/?", parts.path):
-        raise _WrongError(f"a database is a number, not {parts.path.strip('/')!r}")
+    if transport != "unix" and not re.fullmatch(r"(/\d*)?/?", parts.path):
+        raise _WrongError(f"the database must be a number of 0 or more; got {brief(parts.path.strip('/'))}")
     if options.get("db", 0) < 0:
-        raise _WrongError("a database is a number of 0 or more")
+        raise _WrongError(f"the database must be a number of 0 or more; got {options['db']}")
     _check_host(options.get("host", ""))
     if topology == "cluster":
         if options.pop("db", 0) != 0:
             raise _WrongError("a cluster has no databases")
         if "host" not in options:
-            raise _WrongError("a cluster wants the host of one of its nodes")
+            raise _WrongError("a cluster needs the host of one of its nodes")
     if options.pop("connection_class", None) is redis.SSLConnection:
         options["ssl"] = True
     return options
@@ -176,10 +179,11 @@ def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
     """Hosts, service, and what is left of the URL for the servers that the sentinels will name."""
     match = re.fullmatch(r"(?:([^@/?]*)@)?([^@/?]+)/([^/?]+)(?:/(\d+))?/?(\?.*)?", rest)
     if match is None:
-        raise _WrongError("Sentinel wants hosts and a service")
+        raise _WrongError("Sentinel needs hosts and a service, as in redis+sentinel://host:26379/service")
     credentials, hosts, service, database, query = match.groups()
     sentinels: list[tuple[str, int]] = []
     for host in hosts.split(","):
+        _check_place(host, hidden=credentials is None)
         parts = urlsplit(f"//{host}")
         if not parts.hostname:
             raise _WrongError("the name of a host is missing")  # what stands in its place may be a piece of a password
@@ -219,29 +223,72 @@ def _refusals(url: str) -> Generator[None]:
         raise _invalid(url, _unknown_option(url, error) or str(error)) from None
 
 
+def _scheme_reason(scheme: str, url: str) -> str:
+    """Say what is wrong with a scheme, "" where there is none, and which one may be meant."""
+    if scheme == "memory":
+        return "memory:// must stand alone"
+    known = ("memory", *_SCHEMES)
+    if not re.fullmatch(r"[a-z0-9+.-]{1,40}", scheme):
+        begun = re.match(r"[a-z+]{0,40}", url.lower())
+        if begun and begun[0] in known:
+            return f"{begun[0]} must be followed by ://"
+        return f"it must begin with a scheme: use one of {', '.join(FORMS)}"
+    meant = get_close_matches(_OTHER_NAMES.get(scheme, scheme).replace("valkey", "redis"), known, 1, 0.8)
+    hint = f"; did you mean {meant[0]}://?" if meant else ""
+    return f"the scheme must be one of {', '.join(known)}; got {scheme!r}{hint}"
+
+
+def _check_place(place: str, *, hidden: bool) -> None:
+    """Refuse a host or a port that cannot be, in words that say which of them.
+
+    :param hidden: whether the port may be a password: in ``redis://user:password``, where the host is forgotten.
+    """
+    match = re.fullmatch(r"(?:\[[^\[\]]*\]|[^:\[\]\s]*)(?::([^:\[\]]*))?", place)
+    if match is None:
+        raise _WrongError("the host must be a name or an address, one of IPv6 in brackets, as in redis://[::1]:6379")
+    port = match[1]
+    if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65_535):
+        got = "text, which is hidden because it may be a password" if hidden and re.search("[^0-9]", port) else port
+        raise _WrongError(f"the port must be a number from 1 to 65535; got {got[:60]}")
+
+
 def _check_host(name: str) -> None:
     """Refuse what no resolver is asked for: it would be an error of the connection, and none of redis-py's."""
+    if not _is_host(name):
+        raise _WrongError(f"the host must be a name of at most {_LONGEST_HOST} characters, or an address")
+
+
+def _is_host(name: str) -> bool:
+    # What encode takes grows by the square of the length.
+    if len(name) > _LONGEST_HOST or "\0" in name:
+        return False
     try:
         name.encode("idna")
     except UnicodeError:
-        raise _WrongError("the host is no name of one") from None
-    if "\0" in name:
-        raise _WrongError("the host is no name of one")
+        return False
+    return True
 
 
 def _unknown_option(url: str, error: Exception) -> str | None:
-    """What is no option, unless it stands where only a piece of a password can."""
+    """Say which option redis-py does not know, but not where it may be a piece of a password."""
     name = re.search(r"unexpected keyword argument '(.*)'", str(error))
     if name is None:
         return None
-    return f"{name[1]} is no option here" if name[1] in _without_secrets(url) else "it has an option that is none"
+    shown = name[1] in _without_secrets(url)
+    return f"{brief(name[1])} is not a valid option here" if shown else "it has an option that is not valid"
 
 
 def _without_secrets(url: str) -> str:
     # To the last @ and to the end, since a password may hold what a URL may not.
-    shown = re.sub(r"(?i)(password=).*", r"\1***", url, flags=re.DOTALL)
-    return re.sub(r"(?<=://).*@", "***@", shown, flags=re.DOTALL)
+    named = re.search(r"(?i)password=", url)
+    shown = f"{url[: named.end()]}***" if named else url
+    scheme = re.match(r"(?:[A-Za-z0-9+.-]{1,40}://)?", shown)[0]  # type: ignore[index]
+    _, at, place = shown[len(scheme) :].rpartition("@")
+    if not at:
+        # A host that is forgotten leaves the password where the port should be.
+        return scheme + re.sub(r"\A([^:/?#\[]*:)(?![0-9:]*(?:[/?#,]|\Z)).*", r"\1***", place, flags=re.DOTALL)
+    return f"{scheme}***@{place}"
 
 
 def _invalid(url: str, reason: str) -> InvalidConfigurationError:
-    return InvalidConfigurationError(f"the URL {brief(_without_secrets(url))} names no store: {reason[:300]}", "url")
+    return InvalidConfigurationError(f"the URL {brief(_without_secrets(url))} is not valid: {reason[:300]}", "url")

@@ -292,7 +292,7 @@ class TestWithoutStore:
 
 
 def test_a_wrong_manager_is_refused() -> None:
-    with pytest.raises(InvalidConfigurationError, match="names no store"):
+    with pytest.raises(InvalidConfigurationError, match="is not valid"):
         Limiter("5/minute", manager="http://localhost").decide(request_of())
     sync: Any = ProxyManager.from_url("memory://")
     asynchronous: Any = AsyncProxyManager.from_url("memory://")
