@@ -152,8 +152,8 @@ def _foreign_reason(error: ValueError) -> str:
 
 def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
     """What redis-py's clients are to be given; raises ``_WrongError`` that says what is."""
-    place, behind = re.fullmatch(r"([^/?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
-    if "@" in (behind.partition("?")[2] if transport == "unix" else behind):
+    place, path, behind = re.fullmatch(r"([^/?#]*)([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
+    if "@" in behind or ("@" in path and transport != "unix"):
         raise _WrongError("special characters of a user or a password must be percent-encoded")
     _check_place(place.rpartition("@")[2].strip(), hidden="@" not in place)
     parts = urlsplit(f"{transport}://{rest}")
@@ -248,8 +248,9 @@ def _check_place(place: str, *, hidden: bool) -> None:
         raise _WrongError("the host must be a name or an address, one of IPv6 in brackets, as in redis://[::1]:6379")
     port = match[1]
     if port and not (re.fullmatch(r"[0-9]{1,5}", port) and 1 <= int(port) <= 65_535):
-        got = "text, which is hidden because it may be a password" if hidden and re.search("[^0-9]", port) else port
-        raise _WrongError(f"the port must be a number from 1 to 65535; got {got[:60]}")
+        secret = hidden and re.search("[^0-9]", port)
+        got = "text, which is hidden because it may be a password" if secret else brief(port)
+        raise _WrongError(f"the port must be a number from 1 to 65535; got {got}")
 
 
 def _check_host(name: str) -> None:
@@ -259,7 +260,7 @@ def _check_host(name: str) -> None:
 
 
 def _is_host(name: str) -> bool:
-    # What encode takes grows by the square of the length.
+    # The time that encode takes grows by the square of the length.
     if len(name) > _LONGEST_HOST or "\0" in name:
         return False
     try:
