@@ -4,7 +4,7 @@
 
     limits    = limit *( separator limit )
     separator = ";" | "," | "|" | new line      one or several; also before the first limit and after the last
-    limit     = count [ "r" | "requests" ] ( "/" | "per" ) [ count ] unit *option
+    limit     = count [ requests ] ( "/" | "per" ) [ count ] unit *option
                                                 the period is count units, one without a count
     option    = "burst" count            the size of the bucket; without it, the tokens of one period
               | "initial" count          what a new bucket holds
@@ -13,6 +13,7 @@
               | "adaptive"               with aligned: a new bucket holds the share of what is left of the period
               | "id" name
     count     = digits, with "_" between them if you like
+    requests  = "r" | "req" | "reqs" | "request" | "requests"
     unit      = ns | us | ms | s | m | h | d | w, or their long forms, singular or plural
     time      = ISO 8601 with an offset, to the millisecond | "@" milliseconds since the epoch
     name      = letters, digits and "_.:-" | a JSON string
@@ -93,7 +94,7 @@ class LimitSpec:
 
 
 def error_at(text: str, message: str, span: Span) -> InvalidConfigurationError:
-    """An error whose message shows the text with the place that is wrong marked below."""
+    """Return an error whose message shows the text with the place that is wrong marked below."""
     begin, end = span
     line_begin = max(text.rfind("\n", 0, begin), text.rfind("\r", 0, begin)) + 1
     line = re.split(r"[\r\n]", text[line_begin:], maxsplit=1)[0]
@@ -127,7 +128,7 @@ def parse_several(text: str) -> list[LimitSpec]:
 
 
 def repeated_id(specs: Sequence[LimitSpec]) -> Span:
-    """Where an id stands that another limit had before."""
+    """Return where an id stands that another limit had before."""
     seen = set()
     for spec in specs:
         id = spec.values.get("id")
@@ -340,7 +341,7 @@ class _Parser:
 
 
 def print_one(bandwidth: Bandwidth) -> str:
-    """The text form of a bandwidth, in the shortest words that :func:`parse_one` reads the same."""
+    """Return the text form of a bandwidth, in the shortest words that :func:`parse_one` reads as an equal one."""
     words = [f"{bandwidth.refill_tokens}/{_print_period(bandwidth.refill_period_nanos)}"]
     if bandwidth.capacity != bandwidth.refill_tokens:
         words.append(f"burst {bandwidth.capacity}")
@@ -359,7 +360,7 @@ def print_one(bandwidth: Bandwidth) -> str:
 
 
 def _print_rate(tokens: Fraction, nanos: Fraction) -> str:
-    """The text of a rate in whole numbers, however it is given."""
+    """Return the text of a rate, multiplied so that both of its numbers are whole."""
     factor = lcm(tokens.denominator, nanos.denominator)
     return f"{tokens * factor}/{_print_period(int(nanos * factor))}"
 
