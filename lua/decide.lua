@@ -32,7 +32,7 @@ local LONGEST_TTL = 2^53  -- a server adds it to the present time
 local NANOS_PER_MILLISECOND = 1000000
 
 local key, request = KEYS[1], ARGV[2]
-local unpack, pack, floor = struct.unpack, struct.pack, math.floor
+local unpack, pack, floor, ceil = struct.unpack, struct.pack, math.floor, math.ceil
 
 local before = redis.call('GET', key)
 
@@ -109,17 +109,16 @@ if before and (#before == 107 or #before == 116) and #request == 47 then
           full = floor(missing / rate * period) / NANOS_PER_MILLISECOND  -- as the product overflows
           exact = exact and needed > 2^64 and full < 2^33
         end
-        full = floor(full)
       end
       if expiration == AFTER_REFILL then
-        ttl = full + duration
+        ttl = ceil(full) + duration
         if ttl < 1 then
           ttl = 1
         end
       elseif initial == capacity and size <= capacity then
-        ttl = full + MARGIN_MILLIS
+        ttl = floor(full) + MARGIN_MILLIS
       else
-        ttl = full + IDLE_MILLIS
+        ttl = floor(full) + IDLE_MILLIS
       end
     end
 
@@ -628,7 +627,8 @@ local function ttl_millis()
   end
   local full = largest_wait(wait_until_full)
   if expiration == AFTER_REFILL then
-    local ttl = sum(duration, (divided(full, NANOS_PER_MILLISECOND)))
+    local millis, part = divided(full, NANOS_PER_MILLISECOND)
+    local ttl = sum(duration, less(0, part) and sum(millis, 1) or millis)  -- rounded up: never before it is full
     return less(0, ttl) and ttl or 1
   end
   if less(full, 0) then

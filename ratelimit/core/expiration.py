@@ -94,8 +94,9 @@ class Expiration:
             same_when_new = configuration.starts_full and (is_below or not state.is_overfull)
             keep = _MARGIN_MILLIS if same_when_new else _IDLE_MILLIS
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
-        # Rounded down, hence up to a millisecond short; the sum wraps as all stored arithmetic does.
-        return max(1, wrap(self.duration_millis + quotient(full, NANOS_PER_MILLISECOND)))
+        # Rounded up, as a bucket that is forgotten before it is full comes back full. The sum wraps as all stored
+        # arithmetic does.
+        return max(1, wrap(self.duration_millis - -full // NANOS_PER_MILLISECOND))
 
 
 def _whole_millis(duration: Duration) -> int:
