@@ -5,8 +5,10 @@
 --          unless they are aligned. Empty: a missing bucket is not made
 -- ARGV[2]  kind of expiration (u8) and its milliseconds (i64); whether a configuration version is wanted (u8, 0 or 1)
 --          and which one (i64); the present time in nanoseconds since the epoch (i64); then for each operation its verb
---          (u8), how many times it is run (u32), the tokens, 0 or more (i64), and the longest wait in nanoseconds (i64,
---          of reserve only)
+--          (u8), how many times it is run (u32), the tokens, 0 or more (i64), and a further number (i64): of reserve the
+--          longest wait in nanoseconds, of cancel the tokens that were counted as consumed right after the reservation,
+--          of raise an unfinished token. What a reservation took beside its tokens follows its cancel, a raise for each
+--          bandwidth
 --
 -- Reply: {1, before} when the operations were run on the state `before`; nil: on a new bucket;
 --        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, it has
@@ -26,6 +28,7 @@
 -- A quotient of integers below 2^53, rounded as doubles are, does not reach the next integer: floor() of it is exact.
 
 local TRY_CONSUME, CONSUME_AS_MUCH_AS_POSSIBLE, RESERVE, GIVE_BACK, ADD, FORCE_ADD, RESET, BOOK = 1, 2, 3, 4, 5, 6, 7, 8
+local CANCEL, RAISE, CONSUME_IGNORING_RATE_LIMITS = 11, 12, 13
 local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- and 3, automatic
 local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic expiration: as new when full, or not
 local LONGEST_TTL = 2^53  -- a server adds it to the present time
@@ -524,9 +527,63 @@ local function consume_as_much_as_possible(limit)
   return less(0, tokens) and consume(tokens)
 end
 
+-- Lowers a bandwidth so that it holds no more than its capacity less the tokens when the wait is over.
+local function lower(bandwidth, tokens, wait)
+  local period, last = bandwidth.period, bandwidth.last
+  local room = less(tokens, bandwidth.capacity) and difference(bandwidth.capacity, tokens) or 0
+  local elapsed = wait
+  if bandwidth.intervally then
+    elapsed = sum(difference(now, last), wait)
+  elseif less(now, last) then
+    elapsed = difference(wait, difference(last, now))
+  end
+  if less(elapsed, 0) then
+    elapsed = 0
+  end
+  local periods, rest = divided(elapsed, period)
+  local gained = saturating_product(periods, bandwidth.tokens)
+  local unfinished = 0
+  if bandwidth.intervally then
+    unfinished = bandwidth.rounding_error
+  else
+    local part = saturating_product(rest, bandwidth.tokens)
+    local more
+    if part == MAX then  -- a refill computes it in doubles as well, and rounds it down
+      more = sum(truncated(rounded(rest) / rounded(period) * rounded(bandwidth.tokens)), 1)
+      more = less(more, 0) and MAX or more
+    else
+      more, unfinished = divided(part, period)
+      if unfinished ~= 0 then
+        more, unfinished = sum(more, 1), difference(period, unfinished)
+      end
+    end
+    gained = sum(gained, more)
+    if less(gained, 0) then
+      gained = MAX
+    end
+  end
+  local size = difference(room, gained)
+  if less(size, bandwidth.size) or size == bandwidth.size and less(unfinished, bandwidth.rounding_error) then
+    bandwidth.size, bandwidth.rounding_error = size, unfinished
+  end
+end
+
 local function reserve(tokens, longest_wait)
   local wait = largest_wait(wait_until, tokens)
-  return wait ~= MAX and not less(longest_wait, wait) and consume(tokens)
+  if wait == MAX or less(longest_wait, wait) then
+    return false
+  end
+  consume(tokens)
+  if less(0, wait) and #state.bandwidths > 1 then
+    for _, bandwidth in ipairs(state.bandwidths) do
+      lower(bandwidth, tokens, wait)
+    end
+  end
+  return true
+end
+
+local function consume_ignoring_rate_limits(tokens)
+  return largest_wait(wait_until, tokens) ~= MAX and consume(tokens)
 end
 
 local function book(tokens)  -- in debt if need be, down to MIN
@@ -538,16 +595,50 @@ local function book(tokens)  -- in debt if need be, down to MIN
   return less(0, tokens) and consume(tokens)
 end
 
-local function give_back(tokens)
+-- Puts tokens and an unfinished one into a bandwidth, up to `most`; no size gets smaller.
+local function raise(bandwidth, tokens, unfinished, most)
+  if not less(bandwidth.size, most) then
+    return
+  end
+  local size = sum(bandwidth.size, tokens)
+  unfinished = sum(bandwidth.rounding_error, unfinished)
+  if not less(unfinished, bandwidth.period) then
+    size, unfinished = sum(size, 1), difference(unfinished, bandwidth.period)
+  end
+  if less(size, bandwidth.size) or not less(size, most) then
+    size, unfinished = most, 0
+  end
+  bandwidth.size, bandwidth.rounding_error = size, unfinished
+end
+
+local function give_back(tokens, later)
   state.consumed = difference(state.consumed, tokens)
   for _, bandwidth in ipairs(state.bandwidths) do
-    local size = sum(bandwidth.size, tokens)
-    if less(size, bandwidth.size) or less(bandwidth.capacity, size) then
-      size = bandwidth.capacity
-    end
-    if less(bandwidth.size, size) then
-      bandwidth.size = size
-    end
+    raise(bandwidth, tokens, 0, difference(bandwidth.capacity, later))
+  end
+  return true
+end
+
+local raised  -- bandwidths that have got back what the cancelled reservation took beside its tokens; nil: they must not
+
+local function cancel(tokens, noted)
+  local later = difference(state.consumed, noted)
+  if less(0, later) then
+    raised = nil
+    return not less(available_tokens(), 0) and give_back(tokens, later)
+  end
+  raised = 0
+  return give_back(tokens, 0)
+end
+
+local function raise_next(tokens, unfinished)
+  if not raised then
+    return false
+  end
+  raised = raised + 1
+  local bandwidth = state.bandwidths[raised]
+  if bandwidth then
+    raise(bandwidth, tokens, unfinished, bandwidth.capacity)
   end
   return true
 end
@@ -586,21 +677,24 @@ end
 local verbs = {
   [CONSUME_AS_MUCH_AS_POSSIBLE] = consume_as_much_as_possible,
   [RESERVE] = reserve,
-  [GIVE_BACK] = give_back,
+  [GIVE_BACK] = function(tokens) return give_back(tokens, 0) end,
   [ADD] = add,
   [FORCE_ADD] = force_add,
   [RESET] = reset,
   [BOOK] = book,
+  [CANCEL] = cancel,
+  [RAISE] = raise_next,
+  [CONSUME_IGNORING_RATE_LIMITS] = consume_ignoring_rate_limits,
 }
 
-local function run(verb, times, tokens, longest_wait)
+local function run(verb, times, tokens, further)
   if verb == TRY_CONSUME then
     return try_consume(tokens, times)
   end
   local operation = verbs[verb]
   local changed = false
   for _ = 1, times do
-    if not operation(tokens, longest_wait) then
+    if not operation(tokens, further) then
       break
     end
     changed = true
@@ -643,8 +737,8 @@ for _, bandwidth in ipairs(state.bandwidths) do
 end
 local changed = not before
 for position = 27, #request, 21 do
-  local verb, times, tokens_high, tokens_low, wait_high, wait_low = unpack('>BI4i4I4i4I4', request, position)
-  changed = run(verb, times, whole(tokens_high, tokens_low), whole(wait_high, wait_low)) or changed
+  local verb, times, tokens_high, tokens_low, further_high, further_low = unpack('>BI4i4I4i4I4', request, position)
+  changed = run(verb, times, whole(tokens_high, tokens_low), whole(further_high, further_low)) or changed
 end
 if changed then
   local ttl = ttl_millis()

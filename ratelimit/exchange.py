@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import Any, Final, TypeVar
 
+from ratelimit.cancelled import CancelledWaits
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
 from ratelimit.core.expiration import Expiration
@@ -115,6 +116,7 @@ class Backend:
     deciding: DecidingStore | None
     executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None
     unique_readings: bool
+    cancelled: CancelledWaits = field(default_factory=CancelledWaits)
     begin: Callable[[], float] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from ratelimit import forks
 from ratelimit.core.commands import (
     Book,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -27,6 +28,7 @@ from ratelimit.core.commands import (
     GiveBack,
     Plan,
     Reserve,
+    Reserved,
     Synchronize,
     TryConsume,
     TryConsumeAndReturnRemaining,
@@ -140,6 +142,16 @@ class LocalBuckets:
             if local is not None:
                 local.state = local.state.given_back(tokens)
                 local.uncharged -= min(tokens, local.uncharged)
+
+    def cancel(self, target: Target, command: Cancel) -> None:
+        """Undo a reservation of the local bucket, if that is still there; what is not used is not charged either."""
+        key = target.stored_key
+        with self._lock:
+            local = self._buckets.get(key)
+            if local is not None:
+                state = local.state.refilled(self._now(key))
+                local.state = command.decide(state, 0)[0] or state
+                local.uncharged -= min(command.tokens, local.uncharged)
 
     def debt(self, key: bytes) -> Debt | None:
         """What was consumed of a local bucket, now on its way to the store; None where that is nothing."""
@@ -370,6 +382,10 @@ class Guard:
             except Exception:
                 _logger.exception("a listener has failed")
 
+    def cancel_locally(self, target: Target, command: Cancel) -> None:
+        """Undo a reservation that was made in a local bucket."""
+        self._local.cancel(target, command)
+
     def _tell(  # noqa: PLR0917  # all that there is to tell
         self, command: Command[Any], key: Key, answer: Any, seconds: float, call: Call, error: Exception | None
     ) -> None:
@@ -440,8 +456,8 @@ def _seen(command: Command[Any], tokens: int, answer: Any) -> tuple[int, int | N
         return 0, None, 0
     if isinstance(command, ConsumeAsMuchAsPossible):
         return answer, remaining, 0
-    if isinstance(command, Reserve):
-        wait = answer
+    if isinstance(command, Reserve | ConsumeIgnoringRateLimits):
+        wait = answer.wait if isinstance(answer, Reserved) else answer
         return (0 if wait == NEVER else tokens), remaining, wait
     return (tokens if answer else 0), remaining, wait
 

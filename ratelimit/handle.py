@@ -8,15 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from ratelimit.cancelled import Place
 from ratelimit.core import codec
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.commands import (
+    Batch,
+    Cancel,
     Command,
-    GiveBack,
     HoldBack,
     Plan,
     ReplaceConfiguration,
     Reserve,
+    Reserved,
     TakeSnapshot,
     TryConsume,
     TryConsumeAndReturnRemaining,
@@ -134,15 +137,16 @@ class Handle:
 
     def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
-        wait = yield from self._wait(tokens, timeout, _itself)
-        return wait != NEVER
+        reserved = yield from self._wait(tokens, timeout, _itself)
+        return reserved.wait != NEVER
 
     def consume_verbosely(self, tokens: int, timeout: Duration | None) -> Steps[VerboseResult[bool]]:
         """The same; the bucket is shown as it was after the reservation."""
         result = yield from self._wait(tokens, timeout, _verbosely)
-        return replace(result, value=result.value != NEVER)  # type: ignore[return-value]  # an int becomes a bool
+        consumed: Any = result.value.wait != NEVER
+        return replace(result, value=consumed)  # type: ignore[return-value]  # whose value is a bool now
 
-    def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[int]], Command[T]]) -> Steps[T]:
+    def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[Reserved]], Command[T]]) -> Steps[T]:
         reservation = Reserve(token_count(tokens), NEVER if timeout is None else _longest_wait(timeout))
         call = self.call(holds=True)
         try:
@@ -151,7 +155,8 @@ class Handle:
             if call.interruption is not None:
                 raise call.interruption from error
             raise
-        wait = _value(answer)
+        reserved: Reserved = _value(answer)
+        wait = reserved.wait
         if wait == NEVER and timeout is None and not call.degraded:
             raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
         if wait == NEVER and call.interruption is None:
@@ -164,18 +169,39 @@ class Handle:
             except BaseException as error:  # noqa: BLE001  # raised again below, once the tokens are back
                 call.interruption = error
         if call.interruption is not None:
-            if wait != NEVER and call.charged:
-                yield from self._give_back(tokens, call.interruption)
+            if reserved.noted is not None and call.charged:
+                cancel = Cancel(tokens, reserved.noted, reserved.surplus)
+                yield from self._cancel(cancel, wait, call.interruption, degraded=call.degraded)
             raise call.interruption
         return answer
 
-    def _give_back(self, tokens: int, interruption: BaseException) -> Steps[None]:
+    def _cancel(self, cancel: Cancel, wait: int, interruption: BaseException, *, degraded: bool) -> Steps[None]:
+        """Undo a reservation, as far as nobody counts on its place.
+
+        :param degraded: whether it was made in a local bucket.
+        """
         if self.guard is not None:
-            self.guard.interrupted(self.target.key, tokens, interruption)
+            self.guard.interrupted(self.target.key, cancel.tokens, interruption)
+            if degraded:
+                self.guard.cancel_locally(self.target, cancel)
+                return
         try:
-            yield from self.run(GiveBack(tokens), self.call())
+            yield from self._cancelled(Place(cancel, self.backend.monotonic() + wait / NANOS_PER_SECOND))
         except RateLimitError as error:  # the interruption is what the caller must hear of
-            _logger.warning("%d tokens of a wait that was interrupted could not be given back: %s", tokens, error)
+            _logger.warning(
+                "%d tokens of a wait that was interrupted could not be given back: %s", cancel.tokens, error
+            )
+
+    def _cancelled(self, place: Place) -> Steps[None]:
+        """Undo a reservation, and then those before it that were cancelled earlier and are the last ones now."""
+        waits, key, monotonic = self.backend.cancelled, self.target.stored_key, self.backend.monotonic
+        places = [place]
+        while places:
+            begun, answers = waits.begin(key), []
+            try:
+                answers = yield from self.run(Batch(tuple([place.cancel for place in places])), self.call())
+            finally:
+                places = waits.end(key, begun, places, answers, monotonic())
 
     def penalty(self, command: Command[T], timeout: Duration | None = None) -> Steps[T]:
         """Run a ConsumeIgnoringRateLimits, plain or verbose."""
@@ -298,11 +324,11 @@ def nanos_of(duration: Duration, name: str, *, advice: str = "") -> int:
     return nanos
 
 
-def _itself(command: Command[int]) -> Command[int]:
+def _itself(command: Command[Reserved]) -> Command[Reserved]:
     return command
 
 
-def _verbosely(command: Command[int]) -> Command[VerboseResult[int]]:
+def _verbosely(command: Command[Reserved]) -> Command[VerboseResult[Reserved]]:
     return Verbose(command)
 
 

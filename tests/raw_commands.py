@@ -112,6 +112,8 @@ def _planned(
 def _recorded_form(value: Any) -> Any:
     if isinstance(value, ConsumptionProbe | EstimationProbe):
         return vectors.probe_as_recorded(value)
+    if isinstance(value, commands.Reserved):
+        return value.wait
     if isinstance(value, Snapshot):
         return {
             "configuration": vectors.as_recorded(value.configuration),

@@ -16,7 +16,7 @@ from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.inheritance import TokensInheritance, replaced
 from ratelimit.core.int64 import MAX, MIN, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.state import BucketState
+from ratelimit.core.state import BucketState, Surplus
 
 T = TypeVar("T")
 
@@ -162,39 +162,82 @@ class ConsumeAsMuchAsPossible(Command[int]):
         return 0
 
 
+class Reserved(NamedTuple):
+    """The answer to a reservation: the wait, and by what it is undone if the wait is cancelled.
+
+    :param wait: in nanoseconds; NEVER: nothing was reserved.
+    :param noted: what the bucket has counted as consumed right after the reservation; None: it was made of no bucket.
+    :param surplus: what was taken beside the tokens, by bandwidth; empty: nothing.
+    """
+
+    wait: int
+    noted: int | None = None
+    surplus: tuple[Surplus, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
-class Reserve(Command[int]):
-    """Consume the tokens on credit if they will be there soon enough, and tell the wait; NEVER: not consumed."""
+class Reserve(Command[Reserved]):
+    """Consume the tokens on credit if they will be there soon enough, to be used when the wait for them is over."""
 
     tokens: int
     longest_wait_nanos: int = NEVER
 
     is_decision: ClassVar[bool] = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[int]:
+    def decide(self, state: BucketState, now: int) -> Decision[Reserved]:
         wait = state.nanos_until(self.tokens, now, check_capacity=False)
         if wait == NEVER or wait > self.longest_wait_nanos:
-            return None, NEVER
-        return state.consumed(self.tokens), wait
+            return None, Reserved(NEVER)
+        after, surplus = state.reserved(self.tokens, wait, now)
+        return after, Reserved(wait, after.consumed_tokens, surplus)
+
+    def answer_without_limit(self) -> Reserved:
+        return Reserved(0)
+
+    def answer_refused(self, wait: int) -> Reserved:
+        return Reserved(NEVER)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Command[bool]):
+    """Undo a reservation whose owner has stopped waiting, and answer whether it is undone.
+
+    Its place stays empty where others have reserved after it: they count on the times that they were given.
+
+    :param noted: see :class:`Reserved`, likewise ``surplus``.
+    """
+
+    tokens: int
+    noted: int
+    surplus: tuple[Surplus, ...] = ()
+
+    def decide(self, state: BucketState, now: int) -> Decision[bool]:
+        after = state.cancelled(self.tokens, self.noted, self.surplus)
+        return after, after is not None
+
+    def answer_without_limit(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumeIgnoringRateLimits(Command[int]):
+    """Consume the tokens whether they are there or not, and tell until when they would have been; NEVER: overflow."""
+
+    tokens: int
+
+    is_decision: ClassVar[bool] = True
+
+    def decide(self, state: BucketState, now: int) -> Decision[int]:
+        wait = state.nanos_until(self.tokens, now, check_capacity=False)
+        return (None if wait == NEVER else state.consumed(self.tokens)), wait
 
     def answer_without_limit(self) -> int:
         return 0
 
-    def answer_refused(self, wait: int) -> int:
-        return NEVER
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumeIgnoringRateLimits(Reserve):
-    """Consume the tokens whether they are there or not, and tell until when they would have been; NEVER: overflow."""
-
-    def answer_refused(self, wait: int) -> int:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True, slots=True)
 class GiveBack(Command[None]):
-    """Undo a consumption that was not used: a reservation whose owner stopped waiting."""
+    """Put tokens back that were consumed and not used, and count them as never consumed."""
 
     tokens: int
 

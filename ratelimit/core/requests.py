@@ -17,6 +17,7 @@ from ratelimit.core.commands import (
     AddTokens,
     Batch,
     Book,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -41,15 +42,18 @@ _ADD: Final = 5
 _FORCE_ADD: Final = 6
 _RESET: Final = 7
 _BOOK: Final = 8
+_CANCEL: Final = 11
+_RAISE: Final = 12
+_CONSUME_IGNORING_RATE_LIMITS: Final = 13
 
 _EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
 
-_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, longest wait
+_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, a further number
 _NOW: Final = struct.Struct(">q")
 _ONE_OPERATION: Final = struct.Struct(">qBIqq")
 _PLAN: Final = struct.Struct(">BqBq")  # kind of expiration, its milliseconds, has a version, version
 
-_Operation = tuple[int, int, int]  # verb, tokens, longest wait
+_Operation = tuple[int, int, int]  # verb, tokens, and what the verb needs besides
 
 
 class _UnknownCommandError(Exception):
@@ -83,8 +87,8 @@ def request(
 def _packed(command: Command[Any]) -> bytes:
     """The operations of a command, neighbours that are equal as one with a count."""
     return b"".join(
-        _OPERATION.pack(verb, sum(1 for _ in equal), tokens, longest_wait)
-        for (verb, tokens, longest_wait), equal in groupby(_operations(command))
+        _OPERATION.pack(verb, sum(1 for _ in equal), tokens, further)
+        for (verb, tokens, further), equal in groupby(_operations(command))
     )
 
 
@@ -100,6 +104,10 @@ def _operations(command: Command[Any]) -> Iterator[_Operation]:
         if command.tokens:
             yield _BOOK, _at_least_0(command.tokens), 0
         yield from _operations(command.command)
+    elif type(command) is Cancel:
+        yield _CANCEL, _at_least_0(command.tokens), command.noted
+        for tokens, unfinished in command.surplus:
+            yield _RAISE, tokens, unfinished
     elif not command.only_reads:
         yield _operation(command)
 
@@ -109,7 +117,7 @@ def _operation(command: Command[Any]) -> _Operation:
         return _RESET, 0, 0
     if type(command) is ConsumeAsMuchAsPossible:
         return _CONSUME_AS_MUCH_AS_POSSIBLE, _at_least_0(command.limit), 0
-    if type(command) is Reserve or type(command) is ConsumeIgnoringRateLimits:
+    if type(command) is Reserve:
         return _RESERVE, _at_least_0(command.tokens), command.longest_wait_nanos
     verb = _VERBS.get(type(command))
     if verb is None:
@@ -120,6 +128,7 @@ def _operation(command: Command[Any]) -> _Operation:
 _VERBS: Final[dict[type[Command[Any]], int]] = {
     TryConsume: _TRY_CONSUME,
     TryConsumeAndReturnRemaining: _TRY_CONSUME,
+    ConsumeIgnoringRateLimits: _CONSUME_IGNORING_RATE_LIMITS,
     GiveBack: _GIVE_BACK,
     AddTokens: _ADD,
     ForceAddTokens: _FORCE_ADD,

@@ -18,6 +18,10 @@ _new = tuple.__new__  # of a named tuple: without the function that would only n
 _LARGEST_DEBT = MIN + 2  # what is missing to one token is still a number of 64 bits
 
 
+Surplus = tuple[int, int]
+"""Whole tokens, and the unfinished part of a further one, in units of token x nanosecond."""
+
+
 class BandwidthState(NamedTuple):
     """What is kept of one bandwidth: nanoseconds since the epoch, tokens (a debt when negative), unfinished token."""
 
@@ -95,17 +99,53 @@ class BucketState(NamedTuple):
         after = tuple([BandwidthState(last, wrap(size - tokens), error) for last, size, error in states])
         return BucketState(configuration, version, wrap(consumed + tokens), after)
 
+    def reserved(self, tokens: int, wait: int, now: int) -> tuple[BucketState, tuple[Surplus, ...]]:
+        """Return the state less these tokens, which are not used before this wait is over, and what else was taken.
+
+        One of several bandwidths may make the others wait. What those gain meanwhile above their capacity would be lost
+        if the tokens were taken at the end of the wait; in debt nothing is lost. So it is taken here as well.
+
+        :returns: the state, and what was taken beside the tokens, by bandwidth; empty: nothing.
+        """
+        after = self.consumed(tokens)
+        if wait <= 0 or len(self.bandwidth_states) == 1:
+            return after, ()
+        limits, states = self.configuration.bandwidths, after.bandwidth_states
+        lowered = tuple([_due_after(*pair, tokens, wait, now) for pair in zip(limits, states, strict=True)])
+        if lowered == states:
+            return after, ()
+        surplus = tuple([_surplus(*parts) for parts in zip(limits, states, lowered, strict=True)])
+        return after._replace(bandwidth_states=lowered), surplus
+
     def given_back(self, tokens: int) -> BucketState:
-        """The state as if these tokens had not been consumed, up to the capacity; no size gets smaller."""
-        return self._replace(
-            consumed_tokens=wrap(self.consumed_tokens - tokens),
-            bandwidth_states=tuple(
-                state._replace(
-                    current_size=max(state.current_size, min(state.current_size + tokens, bandwidth.capacity))
-                )
-                for bandwidth, state in zip(self.configuration, self.bandwidth_states, strict=True)
-            ),
-        )
+        """Return the state as if these tokens had not been consumed, up to the capacity; no size gets smaller."""
+        return self._given_back(tokens, 0)
+
+    def cancelled(self, tokens: int, noted: int, surplus: tuple[Surplus, ...]) -> BucketState | None:
+        """Return the state as if a reservation had not been made; None where its place stays empty.
+
+        Whoever has reserved later counts on this place being taken. While anybody may wait, only the last reservation
+        is undone. Where nobody waits, no more comes back than can be there beside what was consumed later.
+
+        :param noted: what was counted as consumed right after the reservation.
+        :param surplus: what was taken beside the tokens, by bandwidth.
+        """
+        later = max(0, wrap(self.consumed_tokens - noted))
+        if later:
+            return None if self.available_tokens < 0 else self._given_back(tokens, later)
+        state = self._given_back(tokens, 0)
+        if not surplus:
+            return state
+        raised = list(state.bandwidth_states)
+        # The limits may have been replaced by fewer since.
+        for place, (bandwidth, part) in enumerate(zip(self.configuration.bandwidths, surplus, strict=False)):
+            raised[place] = _raised(bandwidth, raised[place], *part, bandwidth.capacity)
+        return state._replace(bandwidth_states=tuple(raised))
+
+    def _given_back(self, tokens: int, later: int) -> BucketState:
+        pairs = zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
+        raised = [_raised(bandwidth, state, tokens, 0, bandwidth.capacity - later) for bandwidth, state in pairs]
+        return self._replace(consumed_tokens=wrap(self.consumed_tokens - tokens), bandwidth_states=tuple(raised))
 
     def added(self, tokens: int) -> BucketState:
         """The state with these tokens put in, up to the capacity; a size above it falls to it."""
@@ -224,6 +264,51 @@ def _refilled_near_overflow(bandwidth: Bandwidth, state: BandwidthState, now: in
         new_size = wrap(new_size + quotient(unfinished, period))
         error = remainder(unfinished, period)
     return full if new_size >= capacity or new_size < size else BandwidthState(now, new_size, error)
+
+
+def _due_after(bandwidth: Bandwidth, state: BandwidthState, tokens: int, wait: int, now: int) -> BandwidthState:
+    """Return the state, lowered so that it holds no more than the capacity less the tokens when the wait is over."""
+    last, size, error = state
+    gained, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    room = max(0, bandwidth.capacity - tokens)
+    if bandwidth.refill_intervally:
+        periods = quotient(max(0, wrap(wrap(now - last) + wait)), period)
+        return BandwidthState(last, min(size, room - saturating_product(periods, gained)), error)
+    elapsed = wait if last <= now else max(0, wrap(wait - wrap(last - now)))
+    whole = saturating_product(quotient(elapsed, period), gained)
+    part = saturating_product(remainder(elapsed, period), gained)
+    if part == MAX:  # a refill computes it in doubles as well, and rounds it down
+        more = min(MAX - 1, truncated(float(remainder(elapsed, period)) / float(period) * float(gained))) + 1
+        unfinished = 0
+    else:
+        more, left = quotient(part, period), remainder(part, period)
+        unfinished = period - left if left else 0
+        more += 1 if left else 0
+    lowest = room - min(MAX, whole + more), unfinished
+    return BandwidthState(last, *min((size, error), lowest))
+
+
+def _surplus(bandwidth: Bandwidth, state: BandwidthState, lowered: BandwidthState) -> Surplus:
+    """Return by how much a state was lowered."""
+    _, size, error = state
+    _, lowered_size, lowered_error = lowered
+    whole, unfinished = divmod(
+        (size - lowered_size) * bandwidth.refill_period_nanos + error - lowered_error, bandwidth.refill_period_nanos
+    )
+    return max(0, min(MAX, whole)), unfinished
+
+
+def _raised(bandwidth: Bandwidth, state: BandwidthState, tokens: int, unfinished: int, most: int) -> BandwidthState:
+    """Return the state with these tokens and this part of a token put in, up to so many; no size gets smaller."""
+    last, size, error = state
+    if size >= most:
+        return state
+    error = wrap(error + unfinished)
+    size += tokens
+    if error >= bandwidth.refill_period_nanos:
+        error -= bandwidth.refill_period_nanos
+        size += 1
+    return BandwidthState(last, size, error) if size < most else BandwidthState(last, most, 0)
 
 
 def _added(bandwidth: Bandwidth, state: BandwidthState, tokens: int) -> BandwidthState:

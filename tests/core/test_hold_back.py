@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ratelimit import NEVER, Bandwidth, BandwidthState, BucketConfiguration
 from ratelimit.core import codec
-from ratelimit.core.commands import HoldBack, Plan, Reserve, TryConsume, execute
+from ratelimit.core.commands import HoldBack, Plan, Reserve, Reserved, TryConsume, execute
 from ratelimit.core.int64 import MAX
 from ratelimit.core.state import BucketState
 from tests.core.test_token_bucket import bandwidths
@@ -62,7 +62,7 @@ def test_there_is_no_token_before_the_end_and_one_when_the_wait_is_over(
         at = at.refilled(time)  # as whoever stores something does, and that changes nothing
         assert execute(TryConsume(1), plan, at, time) == (None, False)
         assert at.nanos_until(tokens, time, check_capacity=False) >= nanos - (time - NOW)
-        assert execute(Reserve(tokens, nanos - (time - NOW) - 1), plan, at, time) == (None, NEVER)
+        assert execute(Reserve(tokens, nanos - (time - NOW) - 1), plan, at, time) == (None, Reserved(NEVER))
     end = NOW + wait(after) + 1  # the wait is rounded down
     assert execute(TryConsume(1), plan, at, end)[1]
 

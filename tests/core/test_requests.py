@@ -13,6 +13,7 @@ from ratelimit.core.commands import (
     AddTokens,
     Batch,
     Book,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -45,7 +46,7 @@ Operation = tuple[int, int, int, int]
 
 
 def operations(command: Command[Any]) -> list[Operation] | None:
-    """Verb, times, tokens and longest wait of each; the time goes first."""
+    """Verb, times, tokens and a further number of each; the time goes first."""
     arguments = request(command, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     if arguments is None:
         return None
@@ -60,8 +61,9 @@ def operations(command: Command[Any]) -> list[Operation] | None:
         (TryConsumeAndReturnRemaining(3), (1, 1, 3, 0)),
         (ConsumeAsMuchAsPossible(), (2, 1, MAX, 0)),
         (Reserve(3, 5), (3, 1, 3, 5)),
-        (ConsumeIgnoringRateLimits(3), (3, 1, 3, MAX)),
+        (ConsumeIgnoringRateLimits(3), (13, 1, 3, 0)),
         (GiveBack(3), (4, 1, 3, 0)),
+        (Cancel(3, -9), (11, 1, 3, -9)),
         (AddTokens(3), (5, 1, 3, 0)),
         (ForceAddTokens(3), (6, 1, 3, 0)),
         (Reset(), (7, 1, 0, 0)),
@@ -72,6 +74,10 @@ def test_each_command_is_an_operation(command: Command[Any], expected: Operation
     assert operations(command) == [expected]
     assert operations(Verbose(command)) == [expected]
     assert operations(Batch((command,))) == [expected]
+
+
+def test_what_was_taken_beside_the_tokens_follows_their_cancellation() -> None:
+    assert operations(Cancel(3, 9, ((5, 0), (5, 0), (0, 7)))) == [(11, 1, 3, 9), (12, 2, 5, 0), (12, 1, 0, 7)]
 
 
 @pytest.mark.parametrize("command", [GetAvailableTokens(), EstimateAbilityToConsume(1), TakeSnapshot()])

@@ -168,9 +168,9 @@ def test_reservations_are_served_in_their_order(bandwidth: Bandwidth, wanted: li
     state: BucketState | None = None
     moment, served = BEGIN, []
     for number, tokens in enumerate(wanted):
-        state, wait = execute(Reserve(tokens), plan, state, moment)
+        state, reserved = execute(Reserve(tokens), plan, state, moment)
         assert state is not None
-        served.append(moment + wait)
+        served.append(moment + reserved.wait)
         moment += elapsed // (number + 1)
     assert served == sorted(served)
 
@@ -180,9 +180,9 @@ def test_a_reservation_that_would_take_too_long_takes_nothing(bandwidth: Bandwid
     plan = Plan(BucketConfiguration(bandwidth))
     state, _ = execute(TryConsume(1), plan, None, BEGIN)
     assert state is not None
-    after, wait = execute(Reserve(tokens, longest), plan, state, BEGIN)
+    after, (wait, _, _) = execute(Reserve(tokens, longest), plan, state, BEGIN)
     assert (after is None) == (wait == NEVER)
-    unbounded = execute(Reserve(tokens), plan, state, BEGIN)[1]
+    unbounded = execute(Reserve(tokens), plan, state, BEGIN)[1].wait
     assert wait == (unbounded if unbounded <= longest else NEVER)
 
 

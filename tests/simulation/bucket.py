@@ -8,6 +8,7 @@ from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     GetAvailableTokens,
@@ -55,11 +56,23 @@ class Level(NamedTuple):
     def less(self, tokens: int) -> Level:
         return Level(self.limit, self.at, self.amount - tokens * self.limit.refill_period_nanos)
 
-    def given_back(self, tokens: int) -> Level:
-        """The whole tokens go up to the capacity at most; the unfinished one stays."""
-        period = self.limit.refill_period_nanos
-        size, unfinished = divmod(self.amount, period)
-        return Level(self.limit, self.at, max(size, min(size + tokens, self.limit.capacity)) * period + unfinished)
+    def due_after(self, tokens: int, wait: int, now: int) -> Level:
+        """The level from which no more is there at the end of the wait than a bucket holds that has lost the tokens."""
+        limit, at, amount = self
+        elapsed = max(0, now + wait - (at if limit.refill_intervally else max(at, now)))
+        if limit.refill_intervally:
+            elapsed -= elapsed % limit.refill_period_nanos
+        room = max(0, limit.capacity - tokens) * limit.refill_period_nanos
+        return Level(limit, at, min(amount, room - elapsed * limit.refill_tokens))
+
+    def raised(self, amount: int, most: int) -> Level:
+        """The level with this amount put in, up to so many tokens."""
+        most *= self.limit.refill_period_nanos
+        return Level(self.limit, self.at, max(self.amount, min(self.amount + amount, most)))
+
+    def given_back(self, tokens: int, later: int = 0) -> Level:
+        """The level with tokens put in, up to what can be there beside those that were consumed later."""
+        return self.raised(tokens * self.limit.refill_period_nanos, self.limit.capacity - later)
 
     def added(self, tokens: int) -> Level:
         period = self.limit.refill_period_nanos
@@ -86,9 +99,10 @@ class Outcome(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """All the bandwidths of a bucket."""
+    """All the bandwidths of a bucket, and what it has counted as consumed."""
 
     levels: tuple[Level, ...]
+    counted: int = 0
 
     @classmethod
     def initial(cls, limits: BucketConfiguration, now: int) -> Bucket:
@@ -99,7 +113,7 @@ class Bucket(NamedTuple):
         return min([level.tokens for level in self.levels])
 
     def refilled(self, now: int) -> Bucket:
-        return Bucket(tuple([level.refilled(now) for level in self.levels]))
+        return self._replace(levels=tuple([level.refilled(now) for level in self.levels]))
 
     def missing(self) -> int:
         """Tokens to the capacity, of the bandwidth that misses most."""
@@ -123,14 +137,18 @@ class Bucket(NamedTuple):
                 return self._consumed(tokens, tokens)
             case Reserve(tokens, longest_wait):
                 wait = max([level.wait(tokens, now) for level in self.levels])
-                return self._consumed(tokens, wait) if wait <= longest_wait else Outcome(self, 0, NEVER, False)
+                return self._reserved(tokens, wait, now) if wait <= longest_wait else Outcome(self, 0, NEVER, False)
+            case Cancel(tokens, noted, surplus):
+                return self._cancelled(tokens, noted, surplus)
             case GiveBack(tokens):
-                return Outcome(Bucket(tuple([level.given_back(tokens) for level in self.levels])), -tokens, None, True)
+                levels = tuple([level.given_back(tokens) for level in self.levels])
+                return Outcome(Bucket(levels, self.counted - tokens), -tokens, None, True)
             case AddTokens(tokens):
-                return Outcome(Bucket(tuple([level.added(tokens) for level in self.levels])), 0, None, True)
+                levels = tuple([level.added(tokens) for level in self.levels])
+                return Outcome(self._replace(levels=levels), 0, None, True)
             case Reset():
                 full = [level._replace(amount=0).added(level.limit.capacity) for level in self.levels]
-                return Outcome(Bucket(tuple(full)), 0, None, True)
+                return Outcome(self._replace(levels=tuple(full)), 0, None, True)
             case GetAvailableTokens():
                 return Outcome(self, 0, available, False)
             case TakeSnapshot():
@@ -154,4 +172,24 @@ class Bucket(NamedTuple):
     def _consumed(self, tokens: int, answer: Any) -> Outcome:
         if not tokens:
             return Outcome(self, 0, answer, False)
-        return Outcome(Bucket(tuple([level.less(tokens) for level in self.levels])), tokens, answer, True)
+        levels = tuple([level.less(tokens) for level in self.levels])
+        return Outcome(Bucket(levels, self.counted + tokens), tokens, answer, True)
+
+    def _reserved(self, tokens: int, wait: int, now: int) -> Outcome:
+        outcome = self._consumed(tokens, wait)
+        if not wait or len(self.levels) == 1:
+            return outcome
+        levels = tuple([level.due_after(tokens, wait, now) for level in outcome.bucket.levels])
+        return outcome._replace(bucket=outcome.bucket._replace(levels=levels))
+
+    def _cancelled(self, tokens: int, noted: int, surplus: tuple[tuple[int, int], ...]) -> Outcome:
+        later = max(0, self.counted - noted)
+        if later and self.tokens < 0:
+            return Outcome(self, 0, False, False)
+        levels = [level.given_back(tokens, later) for level in self.levels]
+        if surplus and not later:
+            levels = [
+                level.raised(whole * level.limit.refill_period_nanos + unfinished, level.limit.capacity)
+                for level, (whole, unfinished) in zip(levels, surplus, strict=True)
+            ]
+        return Outcome(Bucket(tuple(levels), self.counted - tokens), -tokens, True, True)

@@ -16,6 +16,7 @@ from ratelimit.core.commands import (
     AddTokens,
     Command,
     Reserve,
+    Reserved,
     Reset,
     Synchronize,
     Synchronized,
@@ -341,6 +342,10 @@ def plain_answer(answer: Any) -> Any:
             return plain_answer(answer.value)
         case Synchronized():
             return plain_answer(answer.answer)
+        case Reserved():
+            return answer.wait
+        case list():
+            return [plain_answer(one) for one in answer]
         case Snapshot():
             return None
         case ConsumptionProbe():

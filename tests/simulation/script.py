@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from ratelimit.core import codec
@@ -10,6 +11,7 @@ from ratelimit.core.commands import (
     AddTokens,
     Batch,
     Book,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     GiveBack,
@@ -20,7 +22,8 @@ from ratelimit.core.commands import (
 from ratelimit.core.expiration import Expiration
 
 _HEADER: Final = struct.Struct(">BqBqq")  # expiration, its milliseconds, has a version, version, now
-_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, longest wait
+_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, a further number
+_RAISE: Final = 12
 
 _EXPIRATIONS: Final = (Expiration.none(), None, None, Expiration.automatic())
 
@@ -46,11 +49,15 @@ def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
             for limit, one in pairs
         ]
         state = state._replace(bandwidth_states=tuple(begun))
-    commands = [
-        _command(verb, tokens, longest_wait)
-        for verb, times, tokens, longest_wait in _OPERATION.iter_unpack(request[_HEADER.size :])
-        for _ in range(times)
-    ]
+    commands: list[Command[Any]] = []
+    for verb, times, tokens, further in _OPERATION.iter_unpack(request[_HEADER.size :]):
+        for _ in range(times):
+            if verb == _RAISE:  # belongs to the one before it
+                cancel = commands.pop()
+                assert isinstance(cancel, Cancel)
+                commands.append(replace(cancel, surplus=(*cancel.surplus, (tokens, further))))
+            else:
+                commands.append(_command(verb, tokens, further))
     refilled = state.refilled(now)
     after, _ = Batch(tuple(commands)).decide(refilled, now)
     if after is None and before is None:
@@ -60,14 +67,14 @@ def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
     return Decision(True, codec.encode(after), _expiration(kind, duration).ttl_millis(after, now))
 
 
-def _command(verb: int, tokens: int, longest_wait: int) -> Command[Any]:
+def _command(verb: int, tokens: int, further: int) -> Command[Any]:
     match verb:
         case 1:
             return TryConsume(tokens)
         case 2:
             return ConsumeAsMuchAsPossible(tokens)
         case 3:
-            return Reserve(tokens, longest_wait)
+            return Reserve(tokens, further)
         case 4:
             return GiveBack(tokens)
         case 5:
@@ -76,6 +83,8 @@ def _command(verb: int, tokens: int, longest_wait: int) -> Command[Any]:
             return Reset()
         case 8:
             return Book(tokens)
+        case 11:
+            return Cancel(tokens, further)
     raise NotImplementedError(verb)
 
 

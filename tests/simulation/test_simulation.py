@@ -10,6 +10,7 @@ import pytest
 import ratelimit.exchange
 from ratelimit.core.commands import Command, TryConsume, execute
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import StoreError
 from ratelimit.exchange import Backend, Call, Target, exchange
@@ -51,7 +52,7 @@ def test_everything_does_go_wrong() -> None:
         assert f", {fault}" in told
     for event in (
         *("and has lost", "and is done", "and is decided", "is stopped", "is interrupted", "expires", "fails over"),
-        *("GiveBack", "ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
+        *("Cancel(", "ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
     ):
         assert event in told
 
@@ -188,7 +189,15 @@ def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Handle, "_give_back", lambda *_: iter(()))
+    patch.setattr(Handle, "_cancel", lambda *_, **__: iter(()))
+
+
+def a_wait_that_is_cancelled_at_the_expense_of_those_behind_it(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BucketState, "cancelled", lambda state, tokens, *_: state.given_back(tokens))
+
+
+def a_wait_under_several_limits_during_which_the_others_recover(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BucketState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ()))
 
 
 def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
@@ -219,6 +228,8 @@ MUTANTS: list[tuple[Mutant, str]] = [
     (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
     (a_client_that_tells_no_doubt, "tells no doubt"),
     (a_client_that_gives_nothing_back, "are not given back"),
+    (a_wait_that_is_cancelled_at_the_expense_of_those_behind_it, "has stored"),
+    (a_wait_under_several_limits_during_which_the_others_recover, "has stored"),
     (a_client_that_forgets_what_it_could_not_book, "has handed out"),
     (an_expiration_that_is_too_short, "tokens missing"),
 ]

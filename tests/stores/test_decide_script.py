@@ -20,6 +20,7 @@ from ratelimit.core.commands import (
     AddTokens,
     Batch,
     Book,
+    Cancel,
     Command,
     ConsumeAsMuchAsPossible,
     ConsumeIgnoringRateLimits,
@@ -54,6 +55,7 @@ SECOND = 10**9
 HOUR = 3600 * SECOND
 DAY = 24 * HOUR
 LONGEST_TTL = 2**53
+CONSUMED = 1_000_000  # tokens that a bucket has counted, often
 OLD_TTL = 10**12  # far from anything that the script sets
 
 # The script, telling also the time to live that it sets: -1 for none, -2 where it stores nothing.
@@ -205,6 +207,24 @@ def everyday_command(rng: random.Random, capacity: int) -> Command[Any]:
     return any_of_the_kinds(rng, tokens, log_uniform(rng, 10 * DAY))
 
 
+def noted(rng: random.Random, tokens: int) -> int:
+    """What a reservation has noted: mostly near to what is counted."""
+    if rng.random() < 0.1:
+        return edge(rng)
+    return max(MIN, min(MAX, CONSUMED + rng.choice([0, 0, tokens, -tokens, -1, -rng.randint(0, 100)])))
+
+
+def surplus(rng: random.Random) -> tuple[tuple[int, int], ...]:
+    """What a reservation has taken beside its tokens, perhaps under other limits than those of the bucket."""
+    if rng.random() < 0.3:
+        return ()
+    largest = rng.choice([10, 10**6, MAX])
+    return tuple(
+        (rng.choice([0, rng.randint(0, largest)]), rng.choice([0, rng.randint(0, rng.choice(EVERYDAY_PERIODS))]))
+        for _ in range(rng.choice([1, 2, 2, 3]))
+    )
+
+
 def any_of_the_kinds(rng: random.Random, tokens: int, longest_wait: int) -> Command[Any]:
     kinds: list[Command[Any]] = [
         TryConsume(tokens),
@@ -214,6 +234,7 @@ def any_of_the_kinds(rng: random.Random, tokens: int, longest_wait: int) -> Comm
         Reserve(tokens, longest_wait),
         ConsumeIgnoringRateLimits(tokens),
         GiveBack(tokens),
+        Cancel(tokens, noted(rng, tokens), surplus(rng)),
         AddTokens(tokens),
         ForceAddTokens(tokens),
         Reset(),
@@ -265,7 +286,8 @@ def everyday_case(rng: random.Random) -> Case:
     before, must_exist = None, False
     if rng.random() < 0.9:
         states = tuple(everyday_state(rng, bandwidth, now) for bandwidth in configuration)
-        before = codec.encode(BucketState(configuration, version, rng.randrange(10**9), states))
+        consumed = rng.choice([CONSUMED, rng.randrange(10**9)])
+        before = codec.encode(BucketState(configuration, version, consumed, states))
         must_exist = rng.random() < 0.1
         if rng.random() < 0.1:
             before += rng.randbytes(rng.randint(1, 20))
@@ -286,7 +308,8 @@ def edge_case(rng: random.Random) -> Case:
         states = tuple(state._replace(**{rng.choice(BandwidthState._fields): edge(rng)}) for state in states)
     states = tuple(BandwidthState(max(MIN, min(MAX, last)), *rest) for last, *rest in states)
     version = rng.choice([None, edge(rng), 5])
-    before = codec.encode(BucketState(configuration, version, edge(rng), states)) if rng.random() < 0.9 else None
+    consumed = rng.choice([CONSUMED, edge(rng)])
+    before = codec.encode(BucketState(configuration, version, consumed, states)) if rng.random() < 0.9 else None
     wanted = rng.choice([None, None, edge(rng), 4, 5, 6])
     rules = expiration(rng)
     if rng.random() < 0.1:
@@ -481,6 +504,9 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
         (ConsumeIgnoringRateLimits(1000), -997),
         (GiveBack(4), 7),
         (GiveBack(100), 10),
+        (Batch((Reserve(25), Cancel(25, 25))), 3),
+        (Batch((Reserve(25), Reserve(1), Cancel(25, 25))), -23),
+        (Batch((Reserve(1), TryConsume(1), Cancel(1, 1))), 2),
         (AddTokens(100), 10),
         (ForceAddTokens(100), 103),
         (Reset(), 10),
@@ -497,6 +523,18 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
 )
 def test_each_operation(client: redis.Redis, command: Command[Any], size: int) -> None:
     assert sizes(after(client, case("10/second", (NOW, 3, 0), command=command))) == [size]
+
+
+def test_a_reservation_that_waits_under_several_limits_is_undone_to_the_byte(client: redis.Redis) -> None:
+    limits = "1/second burst 1; 100/hour intervally"
+    before = case(limits, (NOW, 1, 0), (NOW, 0, 0))
+    reserved = after(client, before._replace(command=Reserve(2)))
+    assert reserved.bandwidth_states == (BandwidthState(NOW, -3600, 0), BandwidthState(NOW, -2, 0))
+    _, answer = execute(Reserve(2), before.plan, codec.decode(before.before or b""), NOW)
+    assert answer.noted is not None
+    cancel = Cancel(2, answer.noted, answer.surplus)
+    undone = after(client, before._replace(before=codec.encode(reserved), command=cancel))
+    assert codec.encode(undone) == before.before
 
 
 @pytest.mark.parametrize(

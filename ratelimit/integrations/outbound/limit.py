@@ -23,7 +23,7 @@ from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.commands import Reserve, Verbose
+from ratelimit.core.commands import Reserve, Reserved, Verbose
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_seconds
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.results import VerboseResult
@@ -247,10 +247,10 @@ class OutboundLimit(OfThisProcess):
         longest = NEVER if self._max_wait is None else self._max_wait
         if rest > longest:
             raise RateLimitExceeded(key, to_seconds(rest))
-        result: VerboseResult[int] = yield from handle.run(Verbose(Reserve(cost, longest)), handle.call())
-        if result.value == NEVER:
+        result: VerboseResult[Reserved] = yield from handle.run(Verbose(Reserve(cost, longest)), handle.call())
+        if result.value.wait == NEVER:
             raise RateLimitExceeded(key, to_seconds(_wait_of(result, cost)))
-        return to_seconds(max(result.value, rest)) or 0
+        return to_seconds(max(result.value.wait, rest)) or 0
 
     def _learned(self, key: Key | None, status: int, headers: Mapping[str, str], *, asynchronous: bool) -> Steps[None]:
         if key is None:
