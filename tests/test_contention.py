@@ -41,6 +41,7 @@ from ratelimit.core.commands import (
     Plan,
     ReplaceConfiguration,
     Reserve,
+    Reserved,
     Reset,
     TakeSnapshot,
     TryConsume,
@@ -97,7 +98,7 @@ class Verb(NamedTuple):
         """What the verb makes of the answer of its command."""
         if isinstance(value, VerboseResult):
             return replace(value, value=self.answer(value.value))
-        return value != NEVER if self.name == "consume" else value
+        return value.wait != NEVER if isinstance(value, Reserved) else value
 
 
 def verb(command: Command[Any], name: str, *arguments: Any, **keywords: Any) -> Verb:
