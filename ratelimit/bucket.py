@@ -92,7 +92,7 @@ class Bucket(OfThisProcess):
             answer is False at once, and nothing is taken.
         :raises ReservationOverflowError: without a timeout, where the wait would never end.
 
-        A wait that is interrupted gives its tokens back.
+        A wait that is interrupted gives its tokens back, unless others wait behind it: they keep their times.
         """
         return drive(self._handle.consume(tokens, timeout))
 
@@ -113,7 +113,11 @@ class Bucket(OfThisProcess):
         self._handle.answer(ForceAddTokens(token_count(tokens)), timeout)
 
     def give_back(self, tokens: int, *, timeout: Duration | None = None) -> None:
-        """Undo a consumption of which nothing has come: the tokens are there again, up to the capacity."""
+        """Undo a consumption of which nothing has come: the tokens are there again, up to the capacity.
+
+        They are there for newcomers at once, also where others wait who were given times before. By as many tokens more
+        may then be admitted than the limits allow.
+        """
         self._handle.answer(GiveBack(token_count(tokens)), timeout)
 
     def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> None:

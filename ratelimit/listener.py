@@ -52,7 +52,7 @@ class Listener(Protocol):
         ...
 
     def on_interrupted(self, key: Key, tokens: int, error: BaseException) -> None:
-        """A wait of ``consume`` was cut short, and its tokens are given back."""
+        """A wait of ``consume`` was cut short; its tokens are given back, unless others wait behind it."""
         ...
 
 

@@ -23,7 +23,9 @@ from ratelimit import (
     BucketConfiguration,
     Expiration,
     MemoryStore,
+    OnError,
     ProxyManager,
+    StoreUnavailableError,
 )
 from ratelimit.core.state import BucketState
 from ratelimit.stores.protocol import Lost
@@ -350,3 +352,45 @@ async def test_when_all_who_wait_leave_it_is_as_if_nobody_had_come(limits: str) 
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(end, asyncio.CancelledError) for end in ends), ends
         assert await bucket.snapshot() == await alone.snapshot()
+
+
+class Broken(SwappingStore):
+    """A store that can be reached or not."""
+
+    down = False
+
+    def get(self, key: Any) -> bytes | None:
+        self.fail()
+        return super().get(key)
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        self.fail()
+        return super().swap(key, before, after, ttl_millis)
+
+    def fail(self) -> None:
+        if self.down:
+            raise StoreUnavailableError(b"", "the store is down")
+
+
+@pytest.mark.parametrize("recovers", [False, True])
+async def test_a_wait_for_a_local_bucket_is_cancelled_there(recovers: bool) -> None:
+    clock = LoopClock()
+    store = Broken(clock=clock)
+    store.down = True
+    manager = AsyncProxyManager(AsyncMemoryStore(store), "1/second", clock=clock, on_error=OnError.local(1))
+    tasks = [asyncio.create_task(manager.consume("key", tokens)) for tokens in (1, 2, 3)]
+    await settle()
+    first, second, third = tasks
+    assert await first
+    second.cancel()  # before the third, which keeps its time
+    await settle()
+    await clock.until(BEGIN + 5 * SECOND - 1)
+    assert not third.done()
+    store.down = not recovers
+    third.cancel()
+    await settle()
+    assert [task.cancelled() for task in tasks] == [False, True, True]
+    store.down = False
+    assert not await manager.try_consume("key")  # charges what was used, and only that
+    snapshot = await manager.snapshot("key")
+    assert (snapshot.available_tokens, snapshot.consumed_tokens) == (0, 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from ratelimit import (
     NEVER,
@@ -75,6 +76,18 @@ def test_durations_are_taken_and_refused_as_recorded(case: dict[str, Any]) -> No
 
 def test_the_recordings_are_complete() -> None:
     assert (len(RECORDED["cases"]), len(RECORDED["construction"])) == (80, 20)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(10**6, 10**12), st.integers(1, 10**6), st.booleans())
+def test_a_bucket_is_not_forgotten_before_it_is_full(
+    capacity: int, refill: int, period: int, taken: int, intervally: bool
+) -> None:
+    limit = Bandwidth(capacity=capacity, refill_tokens=refill, refill_period_nanos=period, refill_intervally=intervally)
+    state = BucketState.initial(BucketConfiguration(limit), None, NOW).consumed(taken)
+    ttl = Expiration.after_refill().ttl_millis(state, NOW) * NANOS_PER_MILLISECOND
+    # The time to fill up is rounded down to a nanosecond.
+    assert state.refilled(NOW + ttl + 1).available_tokens == capacity
+    assert ttl == NANOS_PER_MILLISECOND or state.refilled(NOW + ttl - NANOS_PER_MILLISECOND).available_tokens < capacity
 
 
 @pytest.mark.parametrize("duration", ["5", None, True, float("nan"), -1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ratelimit import NEVER, Bandwidth, BandwidthState, BucketConfiguration, TokensInheritance
 from ratelimit.core.commands import (
+    Cancel,
     ConsumeIgnoringRateLimits,
     EstimateAbilityToConsume,
     Plan,
@@ -26,7 +28,8 @@ from ratelimit.core.state import BucketState
 from tests.strategies import anything_64_bit, states
 
 BEGIN = 1_700_000_000 * 10**9
-MINUTE = 60 * 10**9
+SECOND = 10**9
+MINUTE = 60 * SECOND
 
 ordinary = st.integers(1, 1_000_000)
 
@@ -243,3 +246,57 @@ def test_tokens_are_inherited_as_documented(inheritance: TokensInheritance, toke
     after = replaced(state, BucketConfiguration.parse("100/hour"), inheritance, BEGIN)
     assert after.available_tokens == tokens
     assert after.consumed_tokens == 6
+
+
+def reserved(state: BucketState, tokens: int, now: int = BEGIN) -> tuple[BucketState, Cancel]:
+    after, answer = Reserve(tokens).decide(state.refilled(now), now)
+    assert after is not None
+    assert answer.noted is not None
+    return after, Cancel(tokens, answer.noted, answer.surplus)
+
+
+@given(
+    st.lists(bandwidths(), min_size=1, max_size=3), st.integers(0, 50), st.integers(1, 10**6), st.integers(0, 10**13)
+)
+def test_the_last_reservation_is_undone_as_if_it_had_not_been_made(
+    limits: list[Bandwidth], taken: int, tokens: int, elapsed: int
+) -> None:
+    limits = [replace(limit, initial_tokens=limit.capacity, id=str(place)) for place, limit in enumerate(limits)]
+    before = BucketState.initial(BucketConfiguration(*limits), None, BEGIN).refilled(BEGIN).consumed(taken)
+    after, cancel = reserved(before, tokens)
+    undone, is_undone = execute(cancel, Plan(before.configuration), after, BEGIN + elapsed)
+    assert is_undone
+    assert undone == before.refilled(BEGIN + elapsed)
+
+
+def test_a_place_with_others_behind_it_stays_empty_until_they_have_left_too() -> None:
+    state = BucketState.initial(BucketConfiguration.parse("1/second burst 2; 9/minute"), None, BEGIN).refilled(BEGIN)
+    one, cancel_one = reserved(state, 4)
+    two, cancel_two = reserved(one, 1)
+    assert cancel_one.decide(two, BEGIN) == (None, False)
+    assert cancel_two.decide(two, BEGIN) == (one, True)
+    assert cancel_one.decide(one, BEGIN) == (state, True)
+
+
+def test_where_nobody_waits_no_more_comes_back_than_can_be_there() -> None:
+    full = BucketState.initial(BucketConfiguration.parse("10/second"), None, BEGIN).refilled(BEGIN)
+    one, cancel = reserved(full, 4)
+    later = one.refilled(BEGIN + SECOND)  # full once more, as if the four had never been taken
+    assert later.available_tokens == 10
+    after, _ = cancel.decide(later.consumed(3), BEGIN + SECOND)
+    assert after is not None
+    assert (after.available_tokens, after.consumed_tokens) == (7, 3)
+    at_once, _ = cancel.decide(one.consumed(3), BEGIN)
+    assert at_once == full.consumed(3)
+
+
+def test_a_part_of_a_token_does_not_come_on_top_of_the_capacity() -> None:
+    state = BucketState.initial(BucketConfiguration.parse("1/second"), None, BEGIN).consumed(1)
+    later = state.refilled(BEGIN + SECOND * 9 // 10)
+    assert later.given_back(1).bandwidth_states == (BandwidthState(BEGIN + SECOND * 9 // 10, 1, 0),)
+
+
+def test_a_penalty_under_several_limits_is_not_a_wait() -> None:
+    state = BucketState.initial(BucketConfiguration.parse("1/second; 9/hour intervally"), None, BEGIN).refilled(BEGIN)
+    after, _ = ConsumeIgnoringRateLimits(12).decide(state, BEGIN)
+    assert after == state.consumed(12)

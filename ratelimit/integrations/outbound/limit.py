@@ -145,7 +145,8 @@ class OutboundLimit(OfThisProcess):
         :param request: what a callable ``key`` or ``cost`` is given.
         :raises RateLimitExceeded: at once, where the wait would be longer than ``max_wait``; nothing is taken then.
 
-        A wait that is interrupted gives its tokens back. Errors of the store are as the manager's ``on_error`` says.
+        A wait that is interrupted gives its tokens back, unless others wait behind it. Errors of the store are as the
+        manager's ``on_error`` says.
         """
         return drive(self._admitted(request, asynchronous=False))
 
