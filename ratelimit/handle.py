@@ -161,6 +161,7 @@ class Handle:
             raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
         if wait == NEVER and call.interruption is None:
             return answer
+        until = self.backend.monotonic() + wait / NANOS_PER_SECOND if wait > 0 else 0.0
         if call.interruption is None and wait > 0:
             try:
                 yield self.backend.sleep(wait)
@@ -171,26 +172,25 @@ class Handle:
         if call.interruption is not None:
             if reserved.noted is not None and call.charged:
                 cancel = Cancel(tokens, reserved.noted, reserved.surplus)
-                yield from self._cancel(cancel, wait, call.interruption, degraded=call.degraded)
+                yield from self._cancel(Place(cancel, until), call.interruption, degraded=call.degraded)
             raise call.interruption
         return answer
 
-    def _cancel(self, cancel: Cancel, wait: int, interruption: BaseException, *, degraded: bool) -> Steps[None]:
-        """Undo a reservation, as far as nobody counts on its place.
+    def _cancel(self, place: Place, interruption: BaseException, *, degraded: bool) -> Steps[None]:
+        """Undo a reservation, unless others count on its place.
 
         :param degraded: whether it was made in a local bucket.
         """
+        tokens = place.cancel.tokens
         if self.guard is not None:
-            self.guard.interrupted(self.target.key, cancel.tokens, interruption)
+            self.guard.interrupted(self.target.key, tokens, interruption)
             if degraded:
-                self.guard.cancel_locally(self.target, cancel)
+                self.guard.cancel_locally(self.target, place.cancel)
                 return
         try:
-            yield from self._cancelled(Place(cancel, self.backend.monotonic() + wait / NANOS_PER_SECOND))
+            yield from self._cancelled(place)
         except RateLimitError as error:  # the interruption is what the caller must hear of
-            _logger.warning(
-                "%d tokens of a wait that was interrupted could not be given back: %s", cancel.tokens, error
-            )
+            _logger.warning("%d tokens of a wait that was interrupted could not be given back: %s", tokens, error)
 
     def _cancelled(self, place: Place) -> Steps[None]:
         """Undo a reservation, and then those before it that were cancelled earlier and are the last ones now."""
