@@ -6,7 +6,7 @@ own waits; so where the waits of several processes alternate, places stay empty 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import insort
 from typing import Final, NamedTuple
 
 from ratelimit import forks
@@ -26,18 +26,19 @@ class Place(NamedTuple):
     until: float
 
 
-@dataclass(slots=True)
-class _Bucket:
+def _order(place: Place) -> int:
+    return place.cancel.noted
+
+
+class _Bucket(NamedTuple):
     """What is known of one bucket.
 
     :param places: that are empty, in the order of their reservations.
-    :param asking: how many requests about it are under way.
-    :param undone: how often the end of its queue has moved.
+    :param moved: when the end of its queue has moved last, by the count of :meth:`CancelledWaits.moved`.
     """
 
-    places: list[Place] = field(default_factory=list)
-    asking: int = 0
-    undone: int = 0
+    places: list[Place]
+    moved: int
 
 
 class CancelledWaits:
@@ -46,38 +47,45 @@ class CancelledWaits:
     def __init__(self) -> None:
         self._buckets: dict[bytes, _Bucket] = {}
         self._count = 0
+        self._moved = 0
         self._lock = forks.lock()
         forks.call_in_child(self._forget)
 
-    def begin(self, key: bytes) -> int:
-        """Note that the store will be asked, and return how often reservations have been undone."""
-        with self._lock:
-            bucket = self._buckets.setdefault(key, _Bucket())
-            bucket.asking += 1
-            return bucket.undone
+    def moved(self) -> int:
+        """Return how often the end of some queue has moved so far; to be read before the store is asked."""
+        return self._moved
 
     def end(self, key: bytes, begun: int, asked: list[Place], answers: list[bool], now: float) -> list[Place]:
         """Keep the places that stay empty, and return those to ask for next, the last reservation first.
 
-        :param begun: what :meth:`begin` has returned.
+        There are some to ask for where the end of the queue has moved since the store was asked: by these answers, or
+        by those to another thread or task.
+
+        :param begun: what :meth:`moved` has returned.
         :param answers: of the store, for each place that it was asked for; none where it has failed.
         """
         with self._lock:
-            bucket = self._buckets.setdefault(key, _Bucket())
-            bucket.asking = max(0, bucket.asking - 1)
-            bucket.undone += any(answers)
-            left = [place for place, answer in zip(asked, answers, strict=False) if not answer]
-            places = [place for place in bucket.places + left if place.until > now]
-            places.sort(key=lambda place: place.cancel.noted)
+            known = self._buckets.pop(key, None)
+            if any(answers):
+                self._moved += 1
+            moved = self._moved if known is None or any(answers) else known.moved
+            places = [] if known is None else known.places
+            count = len(places)
+            for place, answer in zip(asked, answers, strict=False):
+                if not answer:
+                    insort(places, place, key=_order)
+            over = 0
+            while over < len(places) and places[over].until <= now:  # who has reserved first is due first
+                over += 1
+            del places[:over]
             following: list[Place] = []
-            if bucket.undone != begun:
+            if moved > begun:
                 following = places[-_MOST_AT_ONCE:][::-1]
                 del places[len(places) - len(following) :]
-            self._count += len(places) - len(bucket.places)
-            bucket.places = places
-            if not (places or bucket.asking):
-                del self._buckets[key]
-            if self._count > _MOST_PLACES:
+            if places or following:
+                self._buckets[key] = _Bucket(places, moved)
+            self._count += len(places) - count
+            if max(self._count, len(self._buckets)) > _MOST_PLACES:
                 self._forget()
             return following
 

@@ -197,7 +197,7 @@ class Handle:
         waits, key, monotonic = self.backend.cancelled, self.target.stored_key, self.backend.monotonic
         places = [place]
         while places:
-            begun, answers = waits.begin(key), []
+            begun, answers = waits.moved(), []
             try:
                 answers = yield from self.run(Batch(tuple([place.cancel for place in places])), self.call())
             finally:

@@ -27,6 +27,8 @@ from ratelimit import (
     ProxyManager,
     StoreUnavailableError,
 )
+from ratelimit.cancelled import CancelledWaits, Place
+from ratelimit.core.commands import Cancel
 from ratelimit.core.state import BucketState
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
@@ -256,7 +258,7 @@ class SyncWorld:
 
 
 @pytest.mark.parametrize("first", range(0, WORLDS, 500))
-def test_threads_in_any_world_keep_within_each_limit(first: int) -> None:
+def test_sync_calls_in_any_world_keep_within_each_limit(first: int) -> None:
     for seed in range(first, first + 500):
         SyncWorld(seed).run()
 
@@ -394,3 +396,26 @@ async def test_a_wait_for_a_local_bucket_is_cancelled_there(recovers: bool) -> N
     assert not await manager.try_consume("key")  # charges what was used, and only that
     snapshot = await manager.snapshot("key")
     assert (snapshot.available_tokens, snapshot.consumed_tokens) == (0, 1)
+
+
+def test_places_that_stay_empty_are_bounded_and_asked_for_from_the_last() -> None:
+    waits = CancelledWaits()
+    places = [Place(Cancel(1, noted), until=5.0) for noted in range(10_000)]
+    for place in places:
+        assert waits.end(b"key", waits.moved(), [place], [False], now=0.0) == []
+    last = Place(Cancel(1, 10_000), until=5.0)
+    asked = waits.end(b"key", waits.moved(), [last], [True], now=0.0)
+    assert asked == places[: -100 - 1 : -1]
+    assert waits.end(b"key", waits.moved(), asked, [False] * 100, now=0.0) == []
+    assert waits.end(b"other", waits.moved(), [last], [False], now=0.0) == []  # one too many: all is forgotten
+    assert waits.end(b"key", waits.moved(), [last], [True], now=0.0) == []
+
+
+def test_a_place_is_asked_for_once_more_where_another_task_has_left_meanwhile() -> None:
+    waits = CancelledWaits()
+    first, second = (Place(Cancel(1, noted), until=5.0) for noted in (1, 2))
+    begun = waits.moved()
+    assert waits.end(b"key", begun, [second], [True], now=0.0) == []
+    assert waits.end(b"key", begun, [first], [False], now=0.0) == [first]
+    assert waits.end(b"key", waits.moved(), [first], [False], now=0.0) == []
+    assert waits.end(b"key", waits.moved(), [second], [True], now=6.0) == []  # the time of the first is over
