@@ -1,4 +1,4 @@
-"""Whatever waits and whoever leaves: those who go on, taken together, keep within each limit by itself.
+"""Whichever calls wait or are cancelled: those that go on, taken together, keep within each limit by itself.
 
 Worlds at random, in virtual time: calls that wait, calls that do not, and waits that are cancelled. All goes through
 the public verbs. What is held to the bounds is when each call goes on.

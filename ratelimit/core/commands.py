@@ -166,7 +166,7 @@ class Reserved(NamedTuple):
     """The answer to a reservation: the wait, and by what it is undone if the wait is cancelled.
 
     :param wait: in nanoseconds; NEVER: nothing was reserved.
-    :param noted: what the bucket has counted as consumed right after the reservation; None: it was made of no bucket.
+    :param noted: what the bucket has counted as consumed right after the reservation; None: no bucket was charged.
     :param surplus: what was taken beside the tokens, by bandwidth; empty: nothing.
     """
 

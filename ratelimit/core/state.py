@@ -103,7 +103,7 @@ class BucketState(NamedTuple):
         """Return the state less these tokens, which are not used before this wait is over, and what else was taken.
 
         One of several bandwidths may make the others wait. What those gain meanwhile above their capacity would be lost
-        if the tokens were taken at the end of the wait; in debt nothing is lost. So it is taken here as well.
+        if the tokens were taken at the end of the wait, but is not lost to a bandwidth in debt. So it is taken as well.
 
         :returns: the state, and what was taken beside the tokens, by bandwidth; empty: nothing.
         """
@@ -124,8 +124,8 @@ class BucketState(NamedTuple):
     def cancelled(self, tokens: int, noted: int, surplus: tuple[Surplus, ...]) -> BucketState | None:
         """Return the state as if a reservation had not been made; None where its place stays empty.
 
-        Whoever has reserved later counts on this place being taken. While anybody may wait, only the last reservation
-        is undone. Where nobody waits, no more comes back than can be there beside what was consumed later.
+        Reservations that were made later count on this place being taken. While any of them may wait, only the last one
+        is undone. Where none waits, no more comes back than can be there beside what was consumed later.
 
         :param noted: what was counted as consumed right after the reservation.
         :param surplus: what was taken beside the tokens, by bandwidth.
