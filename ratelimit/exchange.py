@@ -2,7 +2,8 @@
 
 It computes from what the manager remembers, swaps, and computes again from the winner's bytes whenever another writer
 got there first. Where that happens twice, the store is asked to decide by itself, if it can; and it is asked at once
-for as long as others are seen to write the bucket in between. Thus no decision takes more than three round trips.
+for as long as others are seen to write the bucket in between. Thus no decision takes more than three round trips: one
+read or swap, one more swap, and then the store's own decision or, if the reply to that swap was lost, its repetition.
 
 The loop is about contention; the one failure that it repairs is a reply that was lost. Four rules hold it together:
 
@@ -190,7 +191,12 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
                 now = backend.now(key)
                 # It is asked for only where no read has brought it.
                 now = yield asked(backend, store.now_nanos, call, key) if now is None else now
-            if may_delegate and (lost >= _LOST_BEFORE_DELEGATION or call.round_trips >= _TRIPS_BEFORE_DELEGATION):
+            if (
+                may_delegate
+                and (lost >= _LOST_BEFORE_DELEGATION or call.round_trips >= _TRIPS_BEFORE_DELEGATION)
+                # What only reads is answered from its read, unless that shows a bucket to be made or to be replaced.
+                and (attempts or not command.only_reads)
+            ):
                 may_delegate = False
                 arguments = request(command, plan, target.expiration, now, must_exist=must_exist)
                 if arguments is not None:
@@ -313,7 +319,7 @@ def _explained(  # noqa: PLR0917  # all that an exchange is about
     undisturbed = seen.undisturbed + 1 if before == seen.state else 0
     lost = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else _LOST_BEFORE_DELEGATION
     backend.remembered.put(target.stored_key, Seen(stored, after or state, lost, undisturbed))
-    if state is None:
+    if state is None or (after is not None and state.configuration_version != after.configuration_version):
         target.made = True
     return answer
 

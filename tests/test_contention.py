@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -38,6 +39,8 @@ from ratelimit.core.commands import (
     EstimateAbilityToConsume,
     ForceAddTokens,
     GetAvailableTokens,
+    GiveBack,
+    HoldBack,
     Plan,
     ReplaceConfiguration,
     Reserve,
@@ -51,6 +54,8 @@ from ratelimit.core.commands import (
 )
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.state import BucketState
+from ratelimit.drive import Steps
+from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.testing import ManualClock
 from tests.faces import settled
 from tests.monitors import Monitor, monitored
@@ -64,6 +69,8 @@ from tests.workers import (
     Workers,
     contend_by_tasks,
     contend_by_threads,
+    do_many_verbs_by_tasks,
+    do_many_verbs_by_threads,
     patient,
 )
 
@@ -75,6 +82,7 @@ GREEDY = BucketConfiguration(Bandwidth.greedy(100, 60))
 TWO = BucketConfiguration(
     Bandwidth.greedy(100, 60, id="burst"), Bandwidth.intervally(1000, 3600, initial_tokens=500, id="quota")
 )
+OTHERS = BucketConfiguration(Bandwidth.greedy(70, 30), Bandwidth.intervally(7000, 3600, id="quota"))
 FOREIGN_COMMANDS = ("GETRANGE", "PSETEX", "UNLINK", "TIME")  # of the other writers, and what a command brings along
 HUGE = 10**7
 
@@ -120,6 +128,9 @@ VERBS = [
     verb(AddTokens(5), "add_tokens", 5),
     verb(ForceAddTokens(500), "force_add_tokens", 500),
     verb(Reset(), "reset"),
+    verb(GiveBack(7), "give_back", 7),
+    verb(HoldBack(3600 * SECOND), "hold_back", 3600),
+    *(verb(ReplaceConfiguration(OTHERS, one), "replace_configuration", OTHERS, one) for one in TokensInheritance),
     verb(EstimateAbilityToConsume(3), "estimate_ability_to_consume", 3),
     verb(GetAvailableTokens(), "available_tokens"),
     verb(TakeSnapshot(), "snapshot"),
@@ -237,77 +248,164 @@ class Disturbance:
         self.left = self._scene.stored(self._key)
 
 
+async def disturbed(  # all that a decision depends on
+    scene: Scene, verb: Verb, plan: Plan, limits: BucketConfiguration, number: int, *, must_exist: bool = False
+) -> None:
+    """Let others write a bucket of these limits before each request of a decision, and check what that takes.
+
+    :param number: its bits say whether the verb is the verbose one, the bucket is known to the manager, there is one,
+        and the others remove it now and then.
+    """
+    verbose, known, exists, removes = (bool(number >> bit & 1) for bit in range(4))
+    key = f"key {plan.inheritance} {number}"
+    manager = scene.manager = scene.make(
+        plan.configuration,
+        configuration_version=plan.version,
+        inheritance=plan.inheritance,
+        recovery=Recovery.RAISE if must_exist else Recovery.RECONSTRUCT,
+    )
+    bucket = manager.bucket(key)
+    if exists:
+        scene.take_one(key, limits)
+    if known:
+        await settled(bucket.try_consume())
+        scene.clock.advance(1)
+    disturbance = Disturbance(scene, key, limits, removes=removes, times=NEVER)
+    scene.tap.taken()
+    scene.commands()
+    scene.tap.before = disturbance
+    answer, missing = None, False
+    try:
+        answer = await verb.asked(bucket.verbose if verbose else bucket)
+    except BucketNotFoundError:
+        missing = True
+    finally:
+        scene.tap.before = lambda _: None
+
+    round_trips = scene.tap.taken()
+    assert 1 <= len(round_trips) <= 3, round_trips
+    assert len(scene.commands()) == len(round_trips)
+    if missing:
+        assert must_exist
+        assert scene.stored(key) is None
+        return
+    command: Command[Any] = Verbose(verb.command) if verbose else verb.command
+    before = None if disturbance.left is None else codec.decode(disturbance.left)
+    after, value = execute(command, plan, before, scene.clock.now_nanos())
+    assert answer == verb.answer(value)
+    assert scene.stored(key) == (disturbance.left if after is None else codec.encode(after))
+    assert scene.remembered(key) == scene.stored(key)
+
+
 @pytest.mark.parametrize("limits", [GREEDY, TWO], ids=["one limit", "two limits"])
 @pytest.mark.parametrize("verb", VERBS, ids=str)
 async def test_a_decision_takes_three_round_trips_at_most_and_is_exact(
     scene: Scene, verb: Verb, limits: BucketConfiguration
 ) -> None:
     for number in range(16):
-        verbose, known, exists, removes = (bool(number >> bit & 1) for bit in range(4))
-        key = f"key {number}"
-        manager = scene.manager = scene.make(limits)
-        if exists:
-            scene.take_one(key, limits)
-        if known:
-            await settled(manager.try_consume(key))
-            scene.clock.advance(1)
-        disturbance = Disturbance(scene, key, limits, removes=removes, times=NEVER)
-        scene.tap.taken()
-        scene.commands()
-        scene.tap.before = disturbance
-        bucket = manager.bucket(key)
-        answer = await verb.asked(bucket.verbose if verbose else bucket)
-        scene.tap.before = lambda _: None
+        await disturbed(scene, verb, Plan(limits), limits, number)
 
-        round_trips = scene.tap.taken()
-        assert 1 <= len(round_trips) <= 3, round_trips
-        assert len(scene.commands()) == len(round_trips)
-        command: Command[Any] = Verbose(verb.command) if verbose else verb.command
-        before = None if disturbance.left is None else codec.decode(disturbance.left)
-        after, value = execute(command, Plan(limits), before, scene.clock.now_nanos())
-        assert answer == verb.answer(value)
-        assert scene.stored(key) == (disturbance.left if after is None else codec.encode(after))
-        assert scene.remembered(key) == scene.stored(key)
+
+@pytest.mark.parametrize("verb", VERBS, ids=str)
+async def test_so_does_one_that_replaces_the_limits_by_a_raised_version(scene: Scene, verb: Verb) -> None:
+    for number in range(16):
+        inheritance = TokensInheritance((number + number // 4) % 4)
+        await disturbed(scene, verb, Plan(TWO, 2, inheritance), GREEDY, number)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=str)
+async def test_so_does_one_whose_bucket_must_exist(scene: Scene, verb: Verb) -> None:
+    for number in range(16):
+        version = 2 if (number + number // 4) % 2 else None
+        await disturbed(scene, verb, Plan(TWO, version), TWO, number, must_exist=True)
 
 
 @pytest.mark.parametrize("removes", [False, True])
-async def test_what_the_server_leaves_to_swaps_ends_when_others_do(scene: Scene, removes: bool) -> None:
-    replacement = ReplaceConfiguration(TWO, TokensInheritance.AS_IS)
+async def test_a_server_that_has_forgotten_its_scripts_costs_one_round_trip_more(scene: Scene, removes: bool) -> None:
+    for times in range(4):
+        key = f"key {times}"
+        scene.others.script_flush()
+        scene.tap.taken()
+        scene.tap.before = Disturbance(scene, key, GREEDY, removes=removes, times=NEVER)
+        await settled(scene.manager.try_consume(key))
+        scene.tap.before = lambda _: None
+        assert len(scene.tap.taken()) <= 4
+
+
+async def test_what_has_no_command_takes_one_round_trip(scene: Scene) -> None:
+    for expected, ask in (("get", scene.manager.configuration), ("delete", scene.manager.remove)):
+        scene.take_one()
+        scene.tap.before = Disturbance(scene, "key", GREEDY, removes=False, times=NEVER)
+        scene.tap.taken()
+        await settled(ask("key"))
+        assert scene.tap.taken() == [expected]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=str)
+def test_a_store_that_loses_every_swap_is_asked_three_times(verb: Verb, redis_url: str) -> None:
+    class Losing(RedisStore):
+        trips = 0
+
+        def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:
+            self.trips += 1
+            return super().get(key, deadline=deadline)
+
+        def swapping(
+            self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
+        ) -> Steps[Lost | None]:
+            self.trips += 1
+            return Lost((yield super().get(key)))
+
+        def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
+            self.trips += 1
+            return (yield from super().deciding(key, arguments, deadline))
+
+    with redis.Redis.from_url(redis_url) as client:
+        for version, verbose in product((None, 1, 2), (False, True)):
+            store = Losing(client)
+            ProxyManager(RedisStore(client), GREEDY, configuration_version=1).bucket(f"{version}").reset()
+            manager = ProxyManager(store, TWO, configuration_version=version, clock=ManualClock(NOW))
+            bucket = manager.bucket(f"{version}")
+            for _ in range(3):
+                store.trips = 0
+                asyncio.run(verb.asked(bucket.verbose if verbose else bucket))
+                assert 1 <= store.trips <= 3
+
+
+def of_no_capacity(taken: int) -> BucketState:
+    """A bucket that only other software can have made; the script hands it back."""
+    limits = BucketConfiguration(Bandwidth.unchecked(0, 1, SECOND, 5, False, None, False, None))
+    return BucketState.initial(limits, None, NOW).consumed(taken)
+
+
+async def test_what_the_server_leaves_to_swaps_ends_when_others_do(scene: Scene) -> None:
+    manager = scene.make(GREEDY)
+    object.__setattr__(manager._backend, "pause", lambda _: None)
     for times in range(8):
-        for raised in (False, True):
-            key = f"key {times} {raised}"
-            plan = Plan(TWO, 2, TokensInheritance.AS_IS) if raised else Plan(GREEDY)
-            manager = scene.make(plan.configuration, configuration_version=plan.version, inheritance=plan.inheritance)
-            object.__setattr__(manager._backend, "pause", lambda _: None)
-            scene.take_one(key)
-            scene.tap.taken()
-            disturbance = Disturbance(scene, key, GREEDY, removes=removes, times=times)
-            scene.tap.before = disturbance
-            if raised:
-                await settled(manager.try_consume(key))
-            else:
-                await settled(manager.replace_configuration(key, replacement.configuration, TokensInheritance.AS_IS))
-            scene.tap.before = lambda _: None
-            commands: list[Command[Any]] = [replacement, TryConsume(1)]
-            command = commands[raised]
-            before = None if disturbance.left is None else codec.decode(disturbance.left)
-            after, _ = execute(command, plan, before, NOW)
-            assert after is not None
-            assert scene.stored(key) == codec.encode(after)
-            tried = raised and times >= 2 and not removes  # where it is removed, the first swap is won
-            assert ("decide" in scene.tap.taken()) == tried
+        key = f"key {times}"
+        scene.write(of_no_capacity(0), key)
+        scene.tap.taken()
+        states = [of_no_capacity(taken) for taken in range(times, 0, -1)]
+
+        def disturb(_kind: str, key: str = key, states: list[BucketState] = states) -> None:
+            if states:
+                scene.write(states.pop(), key)
+
+        scene.tap.before = disturb
+        await settled(manager.bucket(key).force_add_tokens(1))
+        scene.tap.before = lambda _: None
+        assert scene.state(key) == of_no_capacity(times).force_added(1)
+        assert ("decide" in scene.tap.taken()) == (times >= 2)
 
 
 async def test_what_the_server_leaves_to_swaps_is_bounded_by_attempts(scene: Scene) -> None:
     manager = scene.make(GREEDY, max_attempts=7)
     object.__setattr__(manager._backend, "pause", lambda _: None)
-    scene.take_one()
-    scene.tap.before = Disturbance(scene, "key", GREEDY, removes=False, times=NEVER)
+    states = count()
+    scene.tap.before = lambda _: scene.write(of_no_capacity(next(states)))
     with pytest.raises(ContentionError):
-        await settled(manager.replace_configuration("key", TWO, TokensInheritance.AS_IS))
+        await settled(manager.bucket("key").force_add_tokens(1))
     assert scene.tap.taken().count("swap") == 7
-    assert await settled(manager.try_consume("key"))
-    assert scene.tap.taken() == ["decide"]
 
 
 async def test_after_two_lost_swaps_the_server_decides_at_once(scene: Scene) -> None:
@@ -457,15 +555,14 @@ async def test_foreign_bytes_under_a_contended_key_are_left_alone(scene: Scene) 
     assert await scene.try_consume()
 
 
-async def test_a_state_that_only_this_library_reads_is_decided_by_swaps(scene: Scene) -> None:
-    """Such as one with an id that is not ASCII, which the script hands back."""
+async def test_a_state_with_an_id_of_any_characters_is_decided_by_the_server(scene: Scene) -> None:
     limits = BucketConfiguration(Bandwidth.greedy(100, 60, id="größe"))
     manager = scene.make(limits)
     scene.take_one(limits=limits)
     scene.tap.before = Disturbance(scene, "key", limits, removes=False, times=3)
     probe = await settled(manager.try_consume_and_return_remaining("key"))
     assert (probe.consumed, probe.remaining_tokens) == (True, 95)
-    assert scene.tap.taken() == ["swap", "swap", "decide", "swap"]
+    assert scene.tap.taken() == ["swap", "swap", "decide"]
     scene.take_one(limits=limits)
     assert not await settled(manager.try_consume("key", 1000))
     assert scene.tap.taken() == ["decide"]  # which has told all that the answer needs
@@ -557,3 +654,14 @@ def test_nobody_starves(workers: Workers, redis_url: str, contend: Callable[...,
     if not workers.way.merging or contend is contend_by_threads:  # tasks that go together have no round trip of theirs
         round_trips = sum(decision.round_trips for decision in decisions)
         assert round_trips <= len(commands) <= round_trips + probes
+
+
+@pytest.mark.parametrize("workers", [Way(), Way(merging=False)], ids=str, indirect=True)
+@pytest.mark.parametrize("do_many_verbs", [do_many_verbs_by_threads, do_many_verbs_by_tasks])
+def test_no_verb_takes_more_than_three_round_trips_while_processes_compete(
+    workers: Workers, redis_url: str, do_many_verbs: Callable[..., list[list[tuple[str, int]]]]
+) -> None:
+    access = Access(patient(redis_url), BucketConfiguration.parse("1000000/second; 10000000/hour"))
+    callers = workers.do(do_many_verbs, access, 4)
+    assert len(callers) == PROCESSES * CALLERS
+    assert {(verb, trips) for caller in callers for verb, trips in caller if trips > 3} == set()

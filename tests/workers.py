@@ -18,7 +18,15 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import redis
 import redis.asyncio
 
-from ratelimit import AsyncProxyManager, AsyncRedisStore, BucketConfiguration, ProxyManager, RedisStore, StoreError
+from ratelimit import (
+    AsyncProxyManager,
+    AsyncRedisStore,
+    BucketConfiguration,
+    ProxyManager,
+    RedisStore,
+    StoreError,
+    TokensInheritance,
+)
 from ratelimit.manager import Settings
 from tests.faces import Manager, settled
 from tests.ways import By, Tap, Way, decide_by
@@ -289,6 +297,62 @@ async def _contend(manager: Manager, key: str, times: int) -> list[Decision]:
         _round_trips.set(round_trips)
         decisions.append(Decision(await settled(manager.try_consume(key)), len(round_trips)))
     return decisions
+
+
+MANY_VERBS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("try_consume", (1,), {}),
+    ("try_consume_and_return_remaining", (1,), {}),
+    ("try_consume_as_much_as_possible", (2,), {}),
+    ("consume", (1,), {"timeout": 1e-9}),
+    ("consume_ignoring_rate_limits", (1,), {}),
+    ("estimate_ability_to_consume", (1,), {}),
+    ("available_tokens", (), {}),
+    ("add_tokens", (3,), {}),
+    ("force_add_tokens", (3,), {}),
+    ("give_back", (1,), {}),
+    ("hold_back", (1e-9,), {}),
+    ("reset", (), {}),
+    ("snapshot", (), {}),
+    *(("replace_configuration", (f"{10**6}/second; 10000000/hour", one), {}) for one in TokensInheritance),
+]
+"""Of a bucket, none of which waits for anybody but the store."""
+
+
+async def _do_many_verbs(manager: Manager, key: str, times: int) -> list[tuple[str, int]]:
+    """Let others write the bucket at any moment; what was done, and the round trips that it took."""
+    done = []
+    for number in range(times):
+        for name, arguments, keywords in MANY_VERBS:
+            raised = number % 2 == 1
+            bucket = manager.bucket(
+                key,
+                configuration_version=time.time_ns() if raised else None,
+                inheritance=random.choice(list(TokensInheritance)),
+            )
+            verbose = random.random() < 0.3
+            round_trips: list[str] = []
+            _round_trips.set(round_trips)
+            await settled(getattr(bucket.verbose if verbose else bucket, name)(*arguments, **keywords))
+            done.append((f"{name}{' verbose' * verbose}{' raised' * raised}", len(round_trips)))
+    return done
+
+
+def do_many_verbs_by_threads(_number: int, access: Access, times: int) -> list[list[tuple[str, int]]]:
+    """Do all verbs one after another in each thread, and with raised versions every other time."""
+    with access.manager() as manager, ThreadPoolExecutor(CALLERS) as threads:
+        Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+        return list(threads.map(lambda _: asyncio.run(_do_many_verbs(manager, access.key, times)), range(CALLERS)))
+
+
+def do_many_verbs_by_tasks(_number: int, access: Access, times: int) -> list[list[tuple[str, int]]]:
+    """The same by tasks."""
+
+    async def main() -> list[list[tuple[str, int]]]:
+        async with access.amanager() as manager:
+            Tap(manager._store).before = lambda kind: _round_trips.get().append(kind)
+            return await asyncio.gather(*(_do_many_verbs(manager, access.key, times) for _ in range(CALLERS)))
+
+    return asyncio.run(main())
 
 
 class Wait(NamedTuple):

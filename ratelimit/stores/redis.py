@@ -111,7 +111,7 @@ class _RedisSteps(OfThisProcess):
                 return None
             if not isinstance(reply, NoScriptError):
                 return Lost(_state(reply, key))
-            node.scripts.discard(script.sha)
+            node.scripts.clear()
         reply = yield from self._run(node, script, key, arguments[1:], deadline)
         return None if reply == 1 else Lost(_state(reply, key))
 
@@ -135,6 +135,8 @@ class _RedisSteps(OfThisProcess):
                 (reply,) = yield self._channel.send(key, (command,), deadline)
             if not isinstance(reply, NoScriptError):
                 return _checked(reply, key)
+            # A server that was restarted has forgotten all of them. Trying each would cost a round trip for each.
+            node.scripts.clear()
         reply = yield from self._accompanied(
             self._questions(node, key), node, key, ("EVAL", script.text, 1, key, *arguments), deadline
         )

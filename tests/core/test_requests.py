@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,7 +42,8 @@ from ratelimit.core.state import BucketState
 NOW = 1_700_000_000_000_000_000
 CONFIGURATION = BucketConfiguration.parse("10/second; 100/hour")
 AUTOMATIC = Expiration.automatic()
-REPLACE = ReplaceConfiguration(CONFIGURATION, TokensInheritance.AS_IS)
+TEMPLATE = codec.encode(BucketState.initial(CONFIGURATION, None, 0))
+OTHERS = [BucketConfiguration.parse(text) for text in ("5/minute", "7/minute id a")]
 
 Operation = tuple[int, int, int, int]
 
@@ -50,6 +53,7 @@ def operations(command: Command[Any]) -> list[Operation] | None:
     arguments = request(command, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     if arguments is None:
         return None
+    assert arguments[0] == TEMPLATE
     assert arguments[1][18:26] == struct.pack(">q", NOW)
     return list(struct.iter_unpack(">BIqq", arguments[1][26:]))
 
@@ -68,6 +72,8 @@ def operations(command: Command[Any]) -> list[Operation] | None:
         (ForceAddTokens(3), (6, 1, 3, 0)),
         (Reset(), (7, 1, 0, 0)),
         (Book(3), (8, 1, 3, 0)),
+        (HoldBack(3), (9, 1, 3, 0)),
+        *((ReplaceConfiguration(OTHERS[0], one), (10, 1, one.value, 0)) for one in TokensInheritance),
     ],
 )
 def test_each_command_is_an_operation(command: Command[Any], expected: Operation) -> None:
@@ -81,9 +87,9 @@ def test_what_was_taken_beside_the_tokens_follows_their_cancellation() -> None:
 
 
 @pytest.mark.parametrize("command", [GetAvailableTokens(), EstimateAbilityToConsume(1), TakeSnapshot()])
-def test_what_only_reads_is_no_request_and_leaves_no_trace_in_a_batch(command: Command[Any]) -> None:
-    assert operations(command) is None
-    assert operations(Verbose(command)) is None
+def test_what_only_reads_leaves_no_trace(command: Command[Any]) -> None:
+    assert operations(command) == []
+    assert operations(Verbose(command)) == []
     assert operations(Batch((command,))) == []
     assert operations(Batch((TryConsume(1), Verbose(command), TryConsume(1)))) == [(1, 2, 1, 0)]
 
@@ -92,7 +98,49 @@ def test_tokens_are_booked_before_what_is_done_besides() -> None:
     assert operations(Synchronize(3, Verbose(TryConsume(1)), booking=True)) == [(8, 1, 3, 0), (1, 1, 1, 0)]
     assert operations(Synchronize(3, TakeSnapshot(), booking=True)) == [(8, 1, 3, 0)]
     assert operations(Synchronize(0, TryConsume(1), booking=True)) == [(1, 1, 1, 0)]
-    assert operations(Synchronize(3, TakeSnapshot(), booking=False)) is None
+    assert operations(Synchronize(3, TakeSnapshot(), booking=False)) == []
+
+
+def every_command(of: type[Command[Any]] = Command) -> Iterator[type[Command[Any]]]:
+    for command in of.__subclasses__():
+        module = sys.modules[command.__module__]
+        if getattr(module, command.__name__, None) is command:  # of one with slots there is an earlier class as well
+            if module.__name__.startswith("ratelimit."):
+                yield command
+            yield from every_command(command)
+
+
+EXAMPLES: dict[type[Command[Any]], tuple[Any, ...]] = {
+    EstimateAbilityToConsume: (1,),
+    HoldBack: (1,),
+    ReplaceConfiguration: (OTHERS[0], TokensInheritance.AS_IS),
+    Batch: ((Reset(), GetAvailableTokens()),),
+    Verbose: (Reset(),),
+    Synchronize: (1, Reset()),
+    Reset: (),
+    GetAvailableTokens: (),
+    TakeSnapshot: (),
+}
+"""Arguments of the commands that take others than a number of tokens."""
+
+
+@pytest.mark.parametrize("kind", list(every_command()))
+def test_every_command_of_the_library_is_known_to_the_script(kind: type[Command[Any]]) -> None:
+    keywords = {"booking": True} if kind is Synchronize else {}
+    command = kind(*EXAMPLES.get(kind, (1,)), **keywords)
+    assert operations(command) is not None
+    assert operations(Batch((Verbose(command), TryConsume(1)))) is not None
+
+
+def test_the_limits_that_replace_others_go_along_once_each() -> None:
+    first, second = (ReplaceConfiguration(limits, TokensInheritance.ADDITIVE) for limits in OTHERS)
+    batch = Batch((first, TryConsume(1), second, second, first, first))
+    arguments = request(batch, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
+    assert arguments is not None
+    template, _, must_exist, *states = arguments
+    assert (template, must_exist) == (TEMPLATE, b"0")
+    assert states == [codec.encode(BucketState.initial(limits, None, NOW)) for limits in OTHERS]
+    assert operations(batch) == [(10, 1, 3, 0), (1, 1, 1, 0), (10, 2, 3, 1), (10, 2, 3, 0)]
 
 
 class TryConsumeTwice(TryConsume):
@@ -101,7 +149,10 @@ class TryConsumeTwice(TryConsume):
 
 @pytest.mark.parametrize(
     "command",
-    [REPLACE, HoldBack(1), TryConsumeTwice(1), TryConsume(-1), Reserve(-1), TryConsume(MAX + 1), Reserve(1, MAX + 1)],
+    [
+        *(TryConsumeTwice(1), TryConsume(-1), Reserve(-1), HoldBack(-1), TryConsume(MAX + 1), Reserve(1, MAX + 1)),
+        HoldBack(MAX + 1),
+    ],
 )
 def test_an_unknown_command_is_no_request_wherever_it_stands(command: Command[Any]) -> None:
     assert operations(command) is None
@@ -116,19 +167,21 @@ def test_equal_neighbours_are_one_operation_with_a_count() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expiration", "version", "expected"),
+    ("expiration", "version", "inheritance", "expected"),
     [
-        (Expiration.none(), None, (0, 0, 0, 0)),
-        (Expiration.fixed(2), 7, (1, 2000, 1, 7)),
-        (Expiration.after_refill(3), -1, (2, 3000, 1, -1)),
-        (AUTOMATIC, 0, (3, 0, 1, 0)),
+        (Expiration.none(), None, TokensInheritance.ADDITIVE, (0, 0, 0, 0)),
+        (Expiration.fixed(2), 7, TokensInheritance.PROPORTIONALLY, (1, 2000, 1, 7)),
+        (Expiration.after_refill(3), -1, TokensInheritance.RESET, (2, 3000, 3, -1)),
+        (Expiration.after_refill(3), -1, TokensInheritance.AS_IS, (2, 3000, 2, -1)),
+        (AUTOMATIC, 0, TokensInheritance.ADDITIVE, (3, 0, 4, 0)),
     ],
 )
 def test_the_expiration_and_the_wanted_version(
-    expiration: Expiration, version: int | None, expected: tuple[int, ...]
+    expiration: Expiration, version: int | None, inheritance: TokensInheritance, expected: tuple[int, ...]
 ) -> None:
     for _ in range(2):  # the second time from the cache
-        arguments = request(TryConsume(1), Plan(CONFIGURATION, version), expiration, NOW, must_exist=False)
+        plan = Plan(CONFIGURATION, version, inheritance)
+        arguments = request(TryConsume(1), plan, expiration, NOW, must_exist=False)
         assert arguments is not None
         assert struct.unpack(">BqBq", arguments[1][:18]) == expected
 
@@ -157,10 +210,10 @@ def test_initial_tokens_that_adapt_to_the_time_are_those_of_this_time() -> None:
         assert arguments[0] == codec.encode(BucketState.initial(configuration, None, now))
 
 
-def test_a_bucket_that_must_exist_is_made_from_nothing() -> None:
+def test_a_bucket_that_must_exist_is_said_to() -> None:
     arguments = request(TryConsume(1), Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=True)
     assert arguments is not None
-    assert arguments[0] == b""
+    assert (arguments[0], *arguments[2:]) == (TEMPLATE, b"1")
 
 
 def test_numbers_of_more_than_64_bits_are_no_request() -> None:

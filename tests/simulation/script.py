@@ -37,9 +37,9 @@ class Decision(NamedTuple):
 
 
 def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
-    template, request = arguments
+    template, request, *rest = arguments
     kind, duration, _, _, now = _HEADER.unpack_from(request)
-    if before is None and not template:
+    if before is None and rest == [b"1"]:
         return Decision(done=False)
     state = codec.decode(before or template)
     if before is None:

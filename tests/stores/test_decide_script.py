@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -27,7 +27,9 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GetAvailableTokens,
     GiveBack,
+    HoldBack,
     Plan,
+    ReplaceConfiguration,
     Reserve,
     Reset,
     Synchronize,
@@ -36,6 +38,7 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import MAX, MIN
 from ratelimit.core.requests import request
 from ratelimit.core.state import BucketState
@@ -113,9 +116,6 @@ def by_the_core(case: Case) -> Outcome | None:
             state = codec.decode(case.before)
         except CorruptStateError:
             return None
-        version, wanted = state.configuration_version, case.plan.version
-        if wanted is not None and (version is None or version < wanted):
-            return None
     try:
         after, _ = execute(case.command, case.plan, state, case.now)
         if after is None:
@@ -136,6 +136,7 @@ EVERYDAY_PERIODS = [
 ]
 IDS = [None, "", "a", "limit", "~\x01\x7f"]
 ODD_IDS = [*IDS, "\0", "é", "€", "\U0001f600", "\ud800"]
+INHERITANCES = list(TokensInheritance)
 
 
 def edge(rng: random.Random, smallest: int = MIN) -> int:
@@ -239,6 +240,7 @@ def any_of_the_kinds(rng: random.Random, tokens: int, longest_wait: int) -> Comm
         ForceAddTokens(tokens),
         Reset(),
         Book(tokens),
+        HoldBack(rng.choice([max(1, tokens), max(1, longest_wait)])),
         Synchronize(tokens, TryConsume(tokens), booking=True),
     ]
     return rng.choice(kinds)
@@ -278,6 +280,36 @@ def ids(rng: random.Random, count: int, *, odd: bool) -> list[str | None]:
     return rng.sample(ODD_IDS if odd and rng.random() < 0.2 else IDS, count)
 
 
+def other_limits(
+    rng: random.Random, configuration: BucketConfiguration, bandwidth: Callable[[str | None], Bandwidth], *, odd: bool
+) -> BucketConfiguration:
+    """Limits to put in the place of others: some of their ids stay, some go, and some come."""
+    kept = [one.id for one in configuration if rng.random() < 0.8]
+    come = [id for id in ids(rng, rng.choice([1, 1, 2]), odd=odd) if id is None or id not in kept]
+    id_of = kept + come if not kept or rng.random() < 0.3 else kept
+    rng.shuffle(id_of)
+    if rng.random() < 0.3:  # with the numbers of old ones, but for one perhaps
+        old = {one.id: one for one in configuration}
+        limits = [old[id] if id in old and rng.random() < 0.7 else bandwidth(id) for id in id_of or [None]]
+    else:
+        limits = [bandwidth(id) for id in id_of or [None]]
+    return BucketConfiguration(*limits)
+
+
+def replacing(rng: random.Random, command: Command[Any], limits: Callable[[], BucketConfiguration]) -> Command[Any]:
+    """A command that puts limits in the place of others, alone or among what else is done."""
+    parts: list[Command[Any]] = [
+        ReplaceConfiguration(limits(), rng.choice(INHERITANCES)) for _ in range(rng.choice([1, 1, 1, 2]))
+    ]
+    if rng.random() < 0.4:
+        return parts[0] if rng.random() < 0.7 else Verbose(parts[0])
+    if rng.random() < 0.5:
+        parts.append(command)
+    parts = [part for part in parts for _ in range(rng.choice([1, 1, 2]))]
+    rng.shuffle(parts)
+    return Batch((command, *parts))
+
+
 def everyday_case(rng: random.Random) -> Case:
     now = NOW + rng.randrange(DAY) if rng.random() < 0.5 else (NOW + rng.randrange(DAY)) // MILLISECOND * MILLISECOND
     count = rng.choice([1, 1, 1, 2, 3])
@@ -293,6 +325,14 @@ def everyday_case(rng: random.Random) -> Case:
             before += rng.randbytes(rng.randint(1, 20))
     plan = Plan(configuration, rng.choice([None, version]))
     command = everyday_command(rng, configuration.bandwidths[0].capacity)
+
+    def others() -> BucketConfiguration:
+        return other_limits(rng, configuration, lambda name: everyday_bandwidth(rng, now, name), odd=False)
+
+    if rng.random() < 0.2:
+        plan = Plan(others(), rng.choice([1, 7, 8, 9]), rng.choice(INHERITANCES))
+    if rng.random() < 0.1:
+        command = replacing(rng, command, others)
     return Case(before, command, plan, expiration(rng), now, must_exist, everyday=True)
 
 
@@ -315,7 +355,20 @@ def edge_case(rng: random.Random) -> Case:
     if rng.random() < 0.1:
         rules = replace(rules, duration_millis=edge(rng))
     command = edge_command(rng) if rng.random() < 0.5 else everyday_command(rng, 1000)
-    return Case(before, command, Plan(configuration, wanted), rules, now, rng.random() < 0.1, everyday=False)
+
+    def others() -> BucketConfiguration:
+        return other_limits(
+            rng,
+            configuration,
+            lambda name: edge_bandwidth(rng, name) if rng.random() < 0.5 else everyday_bandwidth(rng, NOW, name),
+            odd=True,
+        )
+
+    if rng.random() < 0.2:
+        command = replacing(rng, command, others)
+    limits = configuration if rng.random() < 0.7 else others()
+    plan = Plan(limits, wanted, rng.choice(INHERITANCES))
+    return Case(before, command, plan, rules, now, rng.random() < 0.1, everyday=False)
 
 
 def garbled_case(rng: random.Random) -> Case:
@@ -424,7 +477,7 @@ def after(client: redis.Redis, case: Case) -> BucketState:
 
 
 def case(
-    bandwidth: Bandwidth | str,
+    bandwidth: BucketConfiguration | Bandwidth | str,
     *numbers: tuple[int, int, int],
     command: Command[Any] | None = None,
     expiration: Expiration | None = None,
@@ -511,6 +564,8 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
         (ForceAddTokens(100), 103),
         (Reset(), 10),
         (Book(1000), -997),
+        (HoldBack(2 * SECOND), -19),
+        (Batch((HoldBack(SECOND), HoldBack(2 * SECOND), HoldBack(SECOND))), -19),
         (Synchronize(4, Verbose(TryConsume(1)), booking=True), -1),
         (Synchronize(2, TryConsume(1), booking=True), 0),
         (TryConsume(4), 3),
@@ -624,9 +679,49 @@ def test_a_missing_bucket_that_must_exist_is_handed_back(client: redis.Redis) ->
     assert client.exists("key") == 0
 
 
+@pytest.mark.parametrize("inheritance", INHERITANCES)
 @pytest.mark.parametrize(("version", "wanted"), [(None, 1), (1, 2), (-(2**60), 1 - 2**60), (2**60, 2**60 + 1)])
-def test_a_configuration_to_be_replaced_is_handed_back(client: redis.Redis, version: int | None, wanted: int) -> None:
-    assert_handed_back(client, case("10/second", (NOW, 3, 0), version=version, wanted=wanted))
+def test_a_configuration_of_a_lower_version_is_replaced(
+    client: redis.Redis, version: int | None, wanted: int, inheritance: TokensInheritance
+) -> None:
+    lower = case("10/second", (NOW, 3, 0), version=version)
+    state = after(client, lower._replace(plan=Plan(BucketConfiguration.parse("100/second"), wanted, inheritance)))
+    left = {"RESET": 99, "AS_IS": 2, "ADDITIVE": 92, "PROPORTIONALLY": 29}
+    assert (sizes(state), state.configuration_version) == ([left[inheritance.name]], wanted)
+    assert str(state.configuration) == "100/second"
+
+
+@pytest.mark.parametrize("inheritance", INHERITANCES)
+def test_a_verb_replaces_the_configuration_and_keeps_the_version(
+    client: redis.Redis, inheritance: TokensInheritance
+) -> None:
+    command = Batch((TryConsume(1), ReplaceConfiguration(BucketConfiguration.parse("100/second"), inheritance)))
+    state = after(client, case("10/second", (NOW, 3, 0), version=7, command=command))
+    left = {"RESET": 100, "AS_IS": 2, "ADDITIVE": 92, "PROPORTIONALLY": 20}
+    assert (sizes(state), state.configuration_version) == ([left[inheritance.name]], 7)
+
+
+@pytest.mark.parametrize("limits", ["é", "\ud800", "\0\U0001f600"])
+def test_ids_of_any_characters_find_their_bandwidths_again(client: redis.Redis, limits: str) -> None:
+    old = BucketConfiguration(Bandwidth.greedy(10, 1, id=limits), Bandwidth.greedy(50, 1))
+    new = BucketConfiguration(
+        Bandwidth.greedy(30, 1), Bandwidth.greedy(20, 1, id=limits), Bandwidth.greedy(5, 1, id="5")
+    )
+    state = after(
+        client,
+        case(old, (NOW, 3, 0), (NOW, 9, 0), command=ReplaceConfiguration(new, TokensInheritance.AS_IS)),
+    )
+    assert sizes(state) == [9, 3, 5]
+
+
+@pytest.mark.parametrize("nanos", [1, SECOND // 10, SECOND, 365 * DAY, 2**53, MAX])
+def test_nobody_gets_a_token_of_what_is_held_back(client: redis.Redis, nanos: int) -> None:
+    limits = "10/second; 100/hour; 1000/day intervally"
+    held = case(limits, *[(NOW, 3, 7)] * 2, (NOW - HOUR, 5, 0), command=HoldBack(nanos))
+    state = after(client, held)
+    assert state.nanos_until(1, NOW, check_capacity=False) >= nanos
+    again = held._replace(before=codec.encode(state), now=NOW + 1)
+    assert sizes(after(client, again._replace(command=HoldBack(max(1, nanos - 1))))) == sizes(state)
 
 
 @pytest.mark.parametrize(("version", "wanted"), [(1, None), (None, None), (2, 1), (2**60, 2**60), (2**60 + 1, 2**60)])
@@ -662,14 +757,20 @@ def test_garbage_is_handed_back(client: redis.Redis) -> None:
         assert_handed_back(client, case("10/second", (NOW, 3, 0))._replace(before=garbage))
 
 
-@pytest.mark.parametrize("ids", [("é",), ("\0",), ("same", "same")])
-def test_ids_that_might_be_written_differently_or_clash_are_handed_back(
-    client: redis.Redis, ids: tuple[str, ...]
-) -> None:
-    bandwidths = [Bandwidth.greedy(10, 1, id=f"{id}{place}") for place, id in enumerate(ids)]
-    configuration = BucketConfiguration(*bandwidths)
-    states = tuple(BandwidthState(NOW, 3, 0) for _ in ids)
-    before = codec.encode(BucketState(configuration, None, 0, states)).replace(b"same1", b"same0")
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *([b"\0\0\0"], [b"\xc1\x81a"], [b"\xe0\x80\x80"], [b"\xe0\x9f\xbf"], [b"\xc3aa"], [b"aa\xc3"], [b"\x80aa"]),
+        *([b"\xf0\x9f\x98"], [b"\xe2a\x82"], [b"aa\xe2"], [b"\xc3\xc3\xa9"], [b"same", b"same"]),
+    ],
+)
+def test_ids_that_would_be_written_differently_or_clash_are_handed_back(client: redis.Redis, ids: list[bytes]) -> None:
+    configuration = BucketConfiguration(
+        *(Bandwidth.greedy(10, 1, id=f"{place}" * len(id)) for place, id in enumerate(ids))
+    )
+    before = codec.encode(BucketState(configuration, None, 0, (BandwidthState(NOW, 3, 0),) * len(ids)))
+    for place, id in enumerate(ids):
+        before = before.replace(f"{place}".encode() * len(id), id)
     assert_handed_back(client, case("10/second", (NOW, 3, 0))._replace(before=before))
 
 
