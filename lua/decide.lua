@@ -289,16 +289,6 @@ local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low, 
   unpack('>Bi4I4Bi4I4i4I4', request)
 local now = whole(now_high, now_low)
 
--- Whether each character of an id is valid, and could not be written with fewer bytes. No byte that begins a character
--- can continue one, so that what is put in the place of one character makes no other.
-local function is_shortest_form(id)
-  if id:find('[^\1-\127]') then
-    id = id:gsub('\192\128', '.'):gsub('[\194-\223][\128-\191]', '.')
-    id = id:gsub('\224[\160-\191][\128-\191]', '.'):gsub('[\225-\239][\128-\191][\128-\191]', '.')
-  end
-  return not id:find('[^\1-\127]')
-end
-
 -- The state, or nil where it cannot be read. A bandwidth holds its numbers too; the configuration stays in bytes.
 local function decode(bytes)
   local length, position = #bytes, 13
@@ -335,7 +325,14 @@ local function decode(bytes)
     if has_id == 1 then
       local id_end = length > position and position + 1 + unpack('>I2', bytes, position)
       local id = id_end and id_end <= length and bytes:sub(position + 2, id_end)
-      if not id or ids[id] or not is_shortest_form(id) then
+      local characters = id
+      if id and id:find('[^\1-\127]') then
+        -- Each valid character that could not be written in fewer bytes becomes one letter. No byte that begins a
+        -- character can continue one, so that a letter never completes another character.
+        characters = id:gsub('\192\128', 'x'):gsub('[\194-\223][\128-\191]', 'x')
+        characters = characters:gsub('\224[\160-\191][\128-\191]', 'x'):gsub('[\225-\239][\128-\191][\128-\191]', 'x')
+      end
+      if not id or ids[id] or characters:find('[^\1-\127]') then
         return nil
       end
       ids[id] = true
@@ -696,114 +693,119 @@ local function reset()
   return true
 end
 
--- Holding back multiplies what has 64 bits, and compares the products. Its numbers have 144 bits: six digits to the base
--- 2^24, the lowest first, negative where the highest digit is 2^23 or more. No sum of products of digits reaches 2^53.
-local WIDE = {}
-
-local function wide_from(digits)  -- digits of any size, or below 0; what exceeds 144 bits is cut off
-  local carry = 0
-  for i = 1, 6 do
-    local digit = digits[i] + carry
-    carry = floor(digit / 2^24)
-    digits[i] = digit - carry * 2^24
-  end
-  return setmetatable(digits, WIDE)
-end
-
-local function wide(x)  -- from a pair, or from any integer that a double holds
-  if type(x) == 'table' then
-    return wide_from({x[2], x[1] * 2^8, 0, 0, 0, 0})
-  end
-  return wide_from({x, 0, 0, 0, 0, 0})
-end
-
-local function narrow(x)  -- within 64 bits
-  local above = floor(x[2] / 2^8)
-  return whole(x[3] * 2^16 + above, (x[2] - above * 2^8) * 2^24 + x[1])
-end
-
-local function is_negative(x)
-  return x[6] >= 2^23
-end
-
-function WIDE.__add(x, y)
-  return wide_from({x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6]})
-end
-
-function WIDE.__sub(x, y)
-  return wide_from({x[1] - y[1], x[2] - y[2], x[3] - y[3], x[4] - y[4], x[5] - y[5], x[6] - y[6]})
-end
-
-function WIDE.__mul(x, y)
-  local digits = {0, 0, 0, 0, 0, 0}
-  for i = 1, 6 do
-    for j = 1, 7 - i do
-      digits[i + j - 1] = digits[i + j - 1] + x[i] * y[j]
-    end
-  end
-  return wide_from(digits)
-end
-
-function WIDE.__lt(x, y)
-  return is_negative(x - y)
-end
-
-local function nearly(x)  -- as a double
-  local double = is_negative(x) and x[6] - 2^24 or x[6]
-  for i = 5, 1, -1 do
-    double = double * 2^24 + x[i]
-  end
-  return double
-end
-
--- x / y rounded down, and what is left; y is above 0. As in divided(), each round divides what was wrong with the last.
-local function floor_divided(x, y)
-  local quotient, left = wide(0), x
-  while is_negative(left) or not (left < y) do
-    local estimate = floor(nearly(left) / nearly(y))
-    estimate = wide(estimate == 0 and 1 or estimate)
-    quotient = quotient + estimate
-    left = left - estimate * y
-  end
-  return quotient, left
-end
-
-local LARGEST_DEBT = wide(sum(MIN, 2))
-
--- The wait that a bandwidth can make of a wanted one, in how long it regains what that takes, its size and its error.
-local function way_to_hold_back(bandwidth, nanos)
-  local period, tokens = wide(bandwidth.period), wide(bandwidth.tokens)
-  local size, rounding_error = wide(bandwidth.size), wide(bandwidth.rounding_error)
-  local wait, new_size, new_error = nanos, size, rounding_error
-  if bandwidth.intervally then
-    local to_next_refill = wide(bandwidth.last) + period - wide(now)
-    local periods = wide(0) - floor_divided(to_next_refill - nanos, period)
-    if is_negative(periods) then
-      periods = wide(0)
-    end
-    wait = to_next_refill + periods * period
-    local debt = wide(0) - periods * tokens
-    if debt < size then
-      new_size = debt
-    end
-    if new_size < LARGEST_DEBT then
-      new_size = LARGEST_DEBT
-    end
-  else
-    local level, highest = size * period + rounding_error, period - nanos * tokens
-    new_size, new_error = floor_divided(highest < level and highest or level, period)
-    if new_size < LARGEST_DEBT then
-      new_size, new_error = LARGEST_DEBT, wide(0)
-    end
-  end
-  local taken = (size - new_size) * period + rounding_error - new_error
-  return wait, floor_divided(taken, tokens), new_size, new_error
-end
+-- In what follows functions are within functions: to make them all for each decision would take as long as the decision.
 
 local function hold_back(nanos)
   if not less(largest_wait(wait_until, 1), nanos) then
     return false
   end
+
+  -- Holding back multiplies what has 64 bits, and compares the products. Its numbers have 144 bits: six digits to the
+  -- base 2^24, the lowest first, negative where the highest digit is 2^23 or more. No sum of products of digits reaches
+  -- 2^53.
+  local WIDE = {}
+
+  local function wide_from(digits)  -- digits of any size, or below 0; what exceeds 144 bits is cut off
+    local carry = 0
+    for i = 1, 6 do
+      local digit = digits[i] + carry
+      carry = floor(digit / 2^24)
+      digits[i] = digit - carry * 2^24
+    end
+    return setmetatable(digits, WIDE)
+  end
+
+  local function wide(x)  -- from a pair, or from any integer that a double holds
+    if type(x) == 'table' then
+      return wide_from({x[2], x[1] * 2^8, 0, 0, 0, 0})
+    end
+    return wide_from({x, 0, 0, 0, 0, 0})
+  end
+
+  local function narrow(x)  -- within 64 bits
+    local above = floor(x[2] / 2^8)
+    return whole(x[3] * 2^16 + above, (x[2] - above * 2^8) * 2^24 + x[1])
+  end
+
+  local function is_negative(x)
+    return x[6] >= 2^23
+  end
+
+  function WIDE.__add(x, y)
+    return wide_from({x[1] + y[1], x[2] + y[2], x[3] + y[3], x[4] + y[4], x[5] + y[5], x[6] + y[6]})
+  end
+
+  function WIDE.__sub(x, y)
+    return wide_from({x[1] - y[1], x[2] - y[2], x[3] - y[3], x[4] - y[4], x[5] - y[5], x[6] - y[6]})
+  end
+
+  function WIDE.__mul(x, y)
+    local digits = {0, 0, 0, 0, 0, 0}
+    for i = 1, 6 do
+      for j = 1, 7 - i do
+        digits[i + j - 1] = digits[i + j - 1] + x[i] * y[j]
+      end
+    end
+    return wide_from(digits)
+  end
+
+  function WIDE.__lt(x, y)
+    return is_negative(x - y)
+  end
+
+  local function nearly(x)  -- as a double
+    local double = is_negative(x) and x[6] - 2^24 or x[6]
+    for i = 5, 1, -1 do
+      double = double * 2^24 + x[i]
+    end
+    return double
+  end
+
+  -- x / y rounded down, and what is left; y is above 0. As in divided(), each round divides what was wrong with the
+  -- last.
+  local function floor_divided(x, y)
+    local quotient, left = wide(0), x
+    while is_negative(left) or not (left < y) do
+      local estimate = floor(nearly(left) / nearly(y))
+      estimate = wide(estimate == 0 and 1 or estimate)
+      quotient = quotient + estimate
+      left = left - estimate * y
+    end
+    return quotient, left
+  end
+
+  local LARGEST_DEBT = wide(sum(MIN, 2))
+
+  -- The wait that a bandwidth can make of a wanted one, in how long it regains what that takes, its size and its error.
+  local function way_to_hold_back(bandwidth, nanos)
+    local period, tokens = wide(bandwidth.period), wide(bandwidth.tokens)
+    local size, rounding_error = wide(bandwidth.size), wide(bandwidth.rounding_error)
+    local wait, new_size, new_error = nanos, size, rounding_error
+    if bandwidth.intervally then
+      local to_next_refill = wide(bandwidth.last) + period - wide(now)
+      local periods = wide(0) - floor_divided(to_next_refill - nanos, period)
+      if is_negative(periods) then
+        periods = wide(0)
+      end
+      wait = to_next_refill + periods * period
+      local debt = wide(0) - periods * tokens
+      if debt < size then
+        new_size = debt
+      end
+      if new_size < LARGEST_DEBT then
+        new_size = LARGEST_DEBT
+      end
+    else
+      local level, highest = size * period + rounding_error, period - nanos * tokens
+      new_size, new_error = floor_divided(highest < level and highest or level, period)
+      if new_size < LARGEST_DEBT then
+        new_size, new_error = LARGEST_DEBT, wide(0)
+      end
+    end
+    local taken = (size - new_size) * period + rounding_error - new_error
+    return wait, floor_divided(taken, tokens), new_size, new_error
+  end
+
   local held, least_wait, least_regaining, its_size, its_error
   for _, bandwidth in ipairs(state.bandwidths) do
     local wait, regaining, size, rounding_error = way_to_hold_back(bandwidth, wide(nanos))
@@ -815,60 +817,58 @@ local function hold_back(nanos)
   return true
 end
 
--- Replacing the limits. What comes of one bandwidth under another is computed in the order that the format gives, as
--- doubles round differently in another one.
-
-local function inherit_proportionally(old, new)
-  if not less(old.size, old.capacity) then
-    return fill(new)
-  end
-  local held = rounded(old.size) + rounded(old.rounding_error) / rounded(old.period)
-  local exact = held * (rounded(new.capacity) / rounded(old.capacity))
-  local size = truncated(exact)
-  if not less(size, new.capacity) then
-    return fill(new)
-  end
-  local fraction = exact - rounded(size)
-  if size == MIN then
-    fraction = 0
-  elseif exact < 0 and fraction ~= 0 then  -- round the debt up, and keep the part of a token
-    size = difference(size, 1)
-    fraction = fraction + 1
-  end
-  new.size = size
-  new.rounding_error = new.intervally and 0 or truncated(fraction * rounded(new.period))
-end
-
-local function inherit_tokens(old, new, additively)
-  local grown = 0
-  if additively and less(old.capacity, new.capacity) then
-    grown = difference(new.capacity, old.capacity)
-  end
-  if not less(old.size, difference(new.capacity, grown)) then  -- the sum might not fit into 64 bits
-    return fill(new)
-  end
-  new.size = sum(old.size, grown)
-  if old.intervally or new.intervally then
-    new.rounding_error = 0
-    return
-  end
-  local scaled = product(truncated(rounded(new.period) / rounded(old.period)), old.rounding_error)
-  local most = difference(new.period, 1)
-  new.rounding_error = less(scaled, most) and scaled or most
-end
-
-local function has_several_without_id(limits)
-  local count = 0
-  for _, bandwidth in ipairs(limits.bandwidths) do
-    if not bandwidth.id then
-      count = count + 1
-    end
-  end
-  return count > 1
-end
-
--- Gives the bucket the configuration and the bandwidths of another state, which it keeps.
+-- Gives the bucket the configuration and the bandwidths of another state, which it keeps. What comes of one bandwidth
+-- under another is computed in the order that the format gives, as doubles round differently in another one.
 local function replace(new, inheritance)
+  local function inherit_proportionally(old, new)
+    if not less(old.size, old.capacity) then
+      return fill(new)
+    end
+    local held = rounded(old.size) + rounded(old.rounding_error) / rounded(old.period)
+    local exact = held * (rounded(new.capacity) / rounded(old.capacity))
+    local size = truncated(exact)
+    if not less(size, new.capacity) then
+      return fill(new)
+    end
+    local fraction = exact - rounded(size)
+    if size == MIN then
+      fraction = 0
+    elseif exact < 0 and fraction ~= 0 then  -- round the debt up, and keep the part of a token
+      size = difference(size, 1)
+      fraction = fraction + 1
+    end
+    new.size = size
+    new.rounding_error = new.intervally and 0 or truncated(fraction * rounded(new.period))
+  end
+
+  local function inherit_tokens(old, new, additively)
+    local grown = 0
+    if additively and less(old.capacity, new.capacity) then
+      grown = difference(new.capacity, old.capacity)
+    end
+    if not less(old.size, difference(new.capacity, grown)) then  -- the sum might not fit into 64 bits
+      return fill(new)
+    end
+    new.size = sum(old.size, grown)
+    if old.intervally or new.intervally then
+      new.rounding_error = 0
+      return
+    end
+    local scaled = product(truncated(rounded(new.period) / rounded(old.period)), old.rounding_error)
+    local most = difference(new.period, 1)
+    new.rounding_error = less(scaled, most) and scaled or most
+  end
+
+  local function has_several_without_id(limits)
+    local count = 0
+    for _, bandwidth in ipairs(limits.bandwidths) do
+      if not bandwidth.id then
+        count = count + 1
+      end
+    end
+    return count > 1
+  end
+
   local match_without_id = not has_several_without_id(state) and not has_several_without_id(new)
   local predecessors = {}
   for _, bandwidth in ipairs(state.bandwidths) do
@@ -947,13 +947,9 @@ local function ttl_millis()
   return full + (same_when_new() and MARGIN_MILLIS or IDLE_MILLIS)
 end
 
-local function refill_all()
-  for _, bandwidth in ipairs(state.bandwidths) do
-    refill(bandwidth)
-  end
+for _, bandwidth in ipairs(state.bandwidths) do
+  refill(bandwidth)
 end
-
-refill_all()
 local changed = not before
 if before and wanted ~= 0 and (not state.version or less(state.version, whole(wanted_high, wanted_low))) then
   local template = decode_template(ARGV[1])
@@ -962,7 +958,9 @@ if before and wanted ~= 0 and (not state.version or less(state.version, whole(wa
   end
   replace(template, wanted - 1)
   state.version = template.version
-  refill_all()
+  for _, bandwidth in ipairs(state.bandwidths) do
+    refill(bandwidth)
+  end
   changed = true
 end
 for position = 27, #request, 21 do
