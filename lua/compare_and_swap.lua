@@ -4,11 +4,12 @@
 -- ARGV[1]  expected state
 -- ARGV[2]  new state
 --
--- Reply: 1 when the new state was stored, else the state that is there instead, nil where there is none.
+-- Reply: 1 when the new state was stored, else the state that is there instead (its first 16385 bytes: no
+--        state is that long); nil where there is none, or an empty value.
 
-local current = redis.call('GET', KEYS[1])
+local current = redis.call('GETRANGE', KEYS[1], '0', '16384')
 if current == ARGV[1] then
   redis.call('SET', KEYS[1], ARGV[2])
   return 1
 end
-return current
+return current ~= '' and current

@@ -16,10 +16,11 @@
 --
 -- Reply: {1, before} when the operations were run on the state `before`; nil: on a new bucket;
 --        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, or its
---        bytes are not those of a state as they would be written again (another format or length, a flag other than 0
---        and 1, a count of numbers that is not three per bandwidth, a character of an id that is written in a longer
---        form than needed), or are but have two equal ids, or a capacity, period or number of refill tokens below 1.
---        No bucket that was made from valid limits is among them.
+--        bytes (the first 16385 of them, if there are more) are not those of a state as they would be written again:
+--        another format or length, more than 16384 bytes or 64 bandwidths, a flag other than 0 and 1, a count of
+--        numbers that is not three per bandwidth, a character of an id that is written in a longer form than needed;
+--        or they are, but have two equal ids, or a capacity, period or number of refill tokens below 1. No bucket that
+--        was made from valid limits is among them.
 --
 -- As in ARGV, numbers are big-endian. What is stored after `before` follows from it and from the arguments: the state
 -- with all operations applied, if one of them has changed it or if the bucket is new, and else still `before`.
@@ -37,16 +38,17 @@ local INHERIT_PROPORTIONALLY, INHERIT_NOTHING, INHERIT_ADDITIVELY = 0, 2, 3  -- 
 local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2  -- and 3, automatic
 local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000  -- kept by an automatic expiration: as new when full, or not
 local LONGEST_TTL = 2^53  -- a server adds it to the present time
+local LONGEST_STATE, MOST_BANDWIDTHS = '16384', 64
 local NANOS_PER_MILLISECOND = 1000000
 
 local key, request = KEYS[1], ARGV[2]
 local unpack, pack, floor, ceil = struct.unpack, struct.pack, math.floor, math.ceil
 
-local before = redis.call('GET', key)
+local before = redis.call('GETRANGE', key, '0', LONGEST_STATE)  -- a byte more than a state may have
 
 -- The everyday case: tokens that are consumed if they are there, from one greedy bandwidth without id.
 
-if before and (#before == 107 or #before == 116) and #request == 47 then
+if (#before == 107 or #before == 116) and #request == 47 then
   local expiration, duration, wanted, wanted_version, now_high, now_low, verb, times, tokens =
     unpack('>Bi8Bi8i4I4BI4i8', request)
   local state_format, configuration_format, bandwidths, bandwidth_format,
@@ -147,6 +149,10 @@ if before and (#before == 107 or #before == 116) and #request == 47 then
 end
 
 -- Every other case. First the arithmetic of doubles and pairs.
+
+if before == '' then
+  before = false  -- missing; or empty, which is found when a new bucket is not stored
+end
 
 -- An operator on a pair gives not-a-number, so that one comparison finds both what is too large and what is a pair.
 local function not_a_number()
@@ -292,11 +298,11 @@ local now = whole(now_high, now_low)
 -- The state, or nil where it cannot be read. A bandwidth holds its numbers too; the configuration stays in bytes.
 local function decode(bytes)
   local length, position = #bytes, 13
-  if length < position - 1 then
+  if length < position - 1 or length > tonumber(LONGEST_STATE) then
     return nil
   end
   local state_format, configuration_format, n = unpack('>i4i4i4', bytes)
-  if state_format < 1 or state_format > 2 or configuration_format ~= 1 or n < 1 then
+  if state_format < 1 or state_format > 2 or configuration_format ~= 1 or n < 1 or n > MOST_BANDWIDTHS then
     return nil
   end
   local bandwidths, ids = {}, {}
@@ -343,7 +349,8 @@ local function decode(bytes)
   end
   local configuration = bytes:sub(5, position - 1)
 
-  if length < position + 12 + 24 * n + 12 - 1 then
+  -- Where there is no version there has to be room for one.
+  if length < position + 12 + 24 * n + 12 - 1 or position + 12 + 24 * n + 12 + 8 > tonumber(LONGEST_STATE) then
     return nil
   end
   local arithmetic, numbers_format, count = unpack('>i4i4i4', bytes, position)
@@ -983,10 +990,15 @@ if changed then
   if not less(ttl, LONGEST_TTL) then
     ttl = LONGEST_TTL
   end
+  local after, condition = encode(state), before and 'XX' or 'NX'
+  local stored
   if less(0, ttl) then
-    redis.call('SET', key, encode(state), 'PX', string.format('%.0f', ttl))
+    stored = redis.call('SET', key, after, 'PX', string.format('%.0f', ttl), condition)
   else
-    redis.call('SET', key, encode(state))
+    stored = redis.call('SET', key, after, condition)
+  end
+  if not stored then
+    return {0, ''}
   end
 end
 return {1, before}

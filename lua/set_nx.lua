@@ -3,9 +3,10 @@
 -- KEYS[1]  key of the bucket
 -- ARGV[1]  new state
 --
--- Reply: 1 when the new state was stored, else the state that is there instead.
+-- Reply: 1 when the new state was stored, else the state that is there instead (its first 16385 bytes: no
+--        state is that long).
 
 if redis.call('SET', KEYS[1], ARGV[1], 'NX') then
   return 1
 end
-return redis.call('GET', KEYS[1])
+return redis.call('GETRANGE', KEYS[1], '0', '16384')

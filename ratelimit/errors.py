@@ -105,7 +105,10 @@ class ContentionError(RateLimitError):
 
 
 class CorruptStateError(RateLimitError):
-    """What is stored under ``key`` is not a bucket; ``state`` holds the bytes, which are left as they are."""
+    """What is stored under ``key`` is not a bucket; ``state`` holds the bytes, which are left as they are.
+
+    Redis may have been asked for no more of them than a bucket can have, and one: ``state`` has 16,385 bytes then.
+    """
 
     def __init__(self, key: Key, state: bytes, reason: str = "not the state of a bucket") -> None:
         super().__init__(key, state, reason)

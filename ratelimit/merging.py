@@ -3,7 +3,8 @@
 Callers of one process that want the same bucket at once would only lose swaps to each other, more of them the more they
 are. Here the first runs its exchange. Those who come meanwhile queue; when it is done, all that wait are decided by one
 command, in order, and each gets its answer. Nobody waits for more than the exchange in flight and the one that carries
-its own command, and every answer is the one that the caller would have had in that order, one by one.
+its own command, unless hundreds of different commands wait, which are carried in parts. Every answer is the one that
+the caller would have had in that order, one by one.
 
 Of threads, the one that can wait longest leads the others: it runs the exchange of all. For tasks, one of the merger's
 own does that, so that a caller is woken once, by its answer, and nobody's cancellation touches the others.
@@ -35,6 +36,10 @@ from ratelimit.exchange import Backend, Call, Target, exchange
 
 T = TypeVar("T")
 
+_MOST_STEPS: Final = 256
+"""Different commands in a row, times bandwidths, that one exchange carries: a server that decides them is busy with
+them for about a millisecond. Not less than the most bandwidths of a configuration."""
+
 
 def _go_together(one: _Queued[Any] | _Entry[Any], other: _Queued[Any] | _Entry[Any]) -> bool:
     """Whether one exchange may carry the commands of both."""
@@ -44,6 +49,26 @@ def _go_together(one: _Queued[Any] | _Entry[Any], other: _Queued[Any] | _Entry[A
         and mine.expiration == its.expiration
         and (mine.must_exist_once_made and mine.made) == (its.must_exist_once_made and its.made)
     )
+
+
+def _count_together(queue: Sequence[_Queued[Any]] | deque[_Entry[Any]]) -> int:
+    """Return how many from the head of a queue one exchange is to carry, which is one at least."""
+    first = queue[0]
+    target = first.target
+    room = _MOST_STEPS // len(first.plan.configuration.bandwidths)
+    previous: Command[Any] | None = None
+    count = 0
+    for queued in queue:
+        if queued.target is not target and not _go_together(queued, first):
+            break
+        command = queued.command
+        if command is not previous:  # commands that are asked for over and over are one object, and one step
+            if room == 0:
+                break
+            room -= 1
+            previous = command
+        count += 1
+    return count
 
 
 def _copied(error: Exception, key: Key) -> Exception:
@@ -224,13 +249,7 @@ _new = tuple.__new__  # of a named tuple: without the function that would only n
 
 def _next_of(queue: list[_Queued[Any]]) -> list[_Queued[Any]]:
     """Take from a queue who goes together; who was cancelled does not go."""
-    first = queue[0]
-    target = first.target
-    count = 0
-    for queued in queue:
-        if queued.target is not target and not _go_together(queued, first):
-            break
-        count += 1
+    count = _count_together(queue)
     together = [queued for queued in queue[:count] if not queued.answer.done()]
     del queue[:count]
     return together
@@ -435,9 +454,7 @@ class ThreadMerger:
             if not queue:
                 del self._queues[place]
                 return
-            led = [queue.popleft()]
-            while queue and _go_together(queue[0], led[0]):
-                led.append(queue.popleft())
+            led = [queue.popleft() for _ in range(_count_together(queue))]
             for entry in led:
                 entry.queued, entry.call.carried = False, True
             leader = max(led, key=_deadline)

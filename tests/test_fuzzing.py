@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import struct
 import time
 import tracemalloc
 from collections.abc import Callable, Generator
@@ -21,8 +22,9 @@ from ratelimit import Bandwidth, BucketConfiguration, CorruptStateError, Invalid
 from ratelimit.core import codec
 from ratelimit.core.duration import to_nanos
 from ratelimit.core.state import BucketState
-from tests.fuzzing import check_limits, check_state, check_url, check_verbs
+from tests.fuzzing import KEY, NOW, VERBS, check_limits, check_message, check_state, check_url, check_verbs
 from tests.strategies import configurations, states
+from tests.ways import By, deciding_by
 
 ONE = codec.encode(BucketState.initial(BucketConfiguration.parse("10/minute id abc; 5/s"), None, 0))
 HALF_A_MEGABYTE = 2**19
@@ -80,6 +82,10 @@ def test_a_bucket_of_any_bytes_answers_or_is_left_alone(data: bytes) -> None:
 
 
 FOUND = {
+    "a period below zero": (
+        "00000001000000010000000100000001000000000000000a000000000000000afffffffffffffffd01000000000000000080000000000000"
+        "00000000000003000000010000000317979cfdfa8f360000000000000000000000000000000000000000010000000000000000"
+    ),
     "a rate of zero": (
         "00000001000000010000000200000001000000000000087f000000000000087f0000000000000063000000000000006301000000080befbf"
         "ff00000000000100000000000000100000000000000010000000000000015900000000000000001080000000000000000000000000030000"
@@ -113,32 +119,105 @@ def test_a_length_that_is_not_there_costs_no_memory(place: slice, first: int) ->
         codec.decode(bytes(state))
 
 
-def many_limits(count: int) -> bytes:
-    limits = BucketConfiguration(*(Bandwidth.greedy(5, 1, id=f"{i}") for i in range(count)))
-    return codec.encode(BucketState.initial(limits, None, 0))
+def many_limits(count: int, id: bytes | None = None) -> bytes:
+    """The state of a bucket with so many limits, each with an id of its own that begins like this."""
+    limit = struct.pack(">iqqqqBqBB", 1, 2**60, 2**60, 86_400 * 10**9, 7, 0, -(2**63), 0, id is not None)
+    ids = [b""] * count
+    if id is not None:
+        ids = [struct.pack(">H", len(id) + 4) + id + b"%04d" % place for place in range(count)]
+    numbers = struct.pack(">qqq", NOW - 10**9, 2**59, 5) * count
+    configuration = struct.pack(">ii", 1, count) + b"".join(limit + one for one in ids)
+    return (
+        struct.pack(">i", 1) + configuration + struct.pack(">iii", 3, 1, 3 * count) + numbers + struct.pack(">iq", 1, 0)
+    )
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"x" * HALF_A_MEGABYTE,
-        bytes(HALF_A_MEGABYTE),
-        ONE[:8] + (2**31 - 1).to_bytes(4, "big") + ONE[64:111] * (HALF_A_MEGABYTE // 47),
-        ONE + bytes(HALF_A_MEGABYTE),
-        many_limits(HALF_A_MEGABYTE // 75),
-        ONE.replace(b"\0\3abc", b"\xff\xff" + b"a" * 65_535),
-        ONE.replace(b"\0\3abc", b"\xff\xff" + b"\0" * 65_535),
-    ],
-    ids=["text", "zeros", "limits without end", "a long tail", "many limits", "a long id", "an id that would grow"],
-)
-def test_a_long_state_costs_memory_and_time_like_its_length(data: bytes) -> None:
-    with within(32):
+TOO_LONG = {
+    "text": b"x" * HALF_A_MEGABYTE,
+    "zeros": bytes(HALF_A_MEGABYTE),
+    "limits without end": ONE[:8] + (2**31 - 1).to_bytes(4, "big") + ONE[64:111] * (HALF_A_MEGABYTE // 47),
+    "a long tail": ONE + bytes(HALF_A_MEGABYTE),
+    "many limits": many_limits(HALF_A_MEGABYTE // 71),
+    "many limits with ids": many_limits(5000, b""),
+    "one limit too many": many_limits(65),
+    "a long id": ONE.replace(b"\0\3abc", b"\xff\xff" + b"a" * 65_535),
+    "an id that would grow": many_limits(1, b"\0" * 8_300),
+    "ids that are long together": many_limits(64, b"x" * 200),
+    "a byte too many": ONE + bytes(16_385 - len(ONE)),
+}
+"""States that are longer than any, or have more limits, or would when they are written again."""
+
+LONGEST = {
+    "limits": many_limits(64),
+    "ids": many_limits(64, "é".encode() * 80),
+    "an id": many_limits(1, "€".encode() * 5_400),
+    "a tail": ONE + bytes(16_384 - len(ONE)),
+}
+
+
+@pytest.mark.parametrize("data", TOO_LONG.values(), ids=TOO_LONG)
+def test_a_state_that_is_too_long_is_refused(data: bytes) -> None:
+    codec.decode(ONE)
+    with within(4), pytest.raises(CorruptStateError) as caught:
+        codec.decode(data, KEY)
+    check_message(caught.value)
+    check_verbs(data)
+
+
+@pytest.mark.parametrize("data", LONGEST.values(), ids=LONGEST)
+def test_the_longest_state_costs_milliseconds(data: bytes) -> None:
+    check_verbs(data)
+    with within(16):
         check_state(data)
+        begin = time.process_time()
+        for number in range(10):
+            codec.decode(data[:-1] + bytes([number]))
+        assert time.process_time() - begin < 2
 
 
-def test_an_id_that_fits_only_in_a_shorter_form_than_javas_is_corrupt() -> None:
-    with pytest.raises(CorruptStateError, match="an id of more than 65535 bytes"):
-        codec.decode(ONE.replace(b"\0\3abc", b"\xff\xff" + b"\0" * 65_535))
+@pytest.mark.redis
+@pytest.mark.parametrize("by", [By.SWAPS, By.SCRIPT], ids=str)
+@pytest.mark.parametrize(
+    "data", [*TOO_LONG.values(), many_limits(100_000)], ids=[*TOO_LONG, "a hundred thousand limits"]
+)
+def test_a_state_that_is_too_long_blocks_nobody(data: bytes, by: By, redis_url: str) -> None:
+    """Neither a script nor a reply is busy with more of it than a state may have."""
+    with (
+        deciding_by(by),
+        redis.Redis.from_url(redis_url) as client,
+        ProxyManager.from_url(redis_url, "10/minute") as one,
+    ):
+        one.try_consume("another")
+        client.set(KEY, data)
+        client.config_resetstat()
+        for verb in VERBS:
+            with pytest.raises(CorruptStateError) as caught:
+                verb(one)
+            check_message(caught.value)
+            assert caught.value.state in (data, data[:16_385])
+        assert client.get(KEY) == data
+        sent = client.info("stats")["total_net_output_bytes"]
+        assert sent < (len(VERBS) + 2) * 40_000 + len(data)  # of the GET here
+        stats = client.info("commandstats")
+        busiest = max(
+            stats[f"cmdstat_{name}"]["usec_per_call"] for name in ("evalsha", "eval") if f"cmdstat_{name}" in stats
+        )
+        assert busiest < 50_000
+
+
+def test_limits_of_more_than_64_bandwidths_or_with_ids_too_long_are_refused() -> None:
+    limits = [Bandwidth.greedy(5, 1, id=f"{place:0182}") for place in range(64)]
+    assert len(codec.encode(BucketState.initial(BucketConfiguration(*limits), 1, 0))) == 16_365
+    with pytest.raises(InvalidConfigurationError, match="bandwidths must be at most 64; got 65"):
+        BucketConfiguration(*limits, Bandwidth.greedy(5, 1))
+    with pytest.raises(InvalidConfigurationError, match="ids must be short enough"):
+        BucketConfiguration(*limits[1:], Bandwidth.greedy(5, 1, id="x" * 202))
+    BucketConfiguration(*limits[1:], Bandwidth.greedy(5, 1, id="x" * 201))
+    with pytest.raises(InvalidConfigurationError, match="id must be at most 1024 bytes"):
+        Bandwidth.greedy(5, 1, id="é" * 513)
+    Bandwidth.greedy(5, 1, id="é" * 512)
+    with pytest.raises(InvalidConfigurationError, match="at most 64"):
+        BucketConfiguration.parse(";".join(["1/s"] * 65))
 
 
 # Limits

@@ -125,7 +125,7 @@ async def test_a_read_whose_reply_is_lost_is_an_error_without_doubt_about_tokens
     face: Settled, proxy: Proxy, witness: ProxyManager
 ) -> None:
     assert await face.try_consume("key")
-    proxy.about = b"GET"
+    proxy.about = b"GETRANGE"
     proxy.lose_replies = 1
     with pytest.raises(StoreUnavailableError):
         await face.available_tokens("key")

@@ -341,6 +341,24 @@ async def test_other_limits_go_in_a_swap_of_their_own(tasks: Tasks) -> None:
     assert (str(snapshot.configuration), snapshot.consumed_tokens) == ("7/hour", 8)
 
 
+@pytest.mark.parametrize(("limits", "different"), [("9/hour", 256), ("9/hour; 80/day", 128)])
+async def test_hundreds_of_different_commands_go_in_parts_and_equal_ones_at_once(
+    tasks: Tasks, limits: str, different: int
+) -> None:
+    first = await tasks.hold()
+    bucket = tasks.manager.bucket("key", configuration=limits)
+    calls = [asyncio.ensure_future(bucket.consume_ignoring_rate_limits(1)) for _ in range(2 * different + 1)]
+    calls += [asyncio.ensure_future(bucket.try_consume(1000)) for _ in range(1000)]
+    await asyncio.sleep(0)
+    tasks.store.gate.set()
+    assert await first
+    async with asyncio.timeout(10):
+        await asyncio.gather(*calls)
+    assert tasks.store.swaps == 2 + 3
+    assert await tasks.consumed() == 2 + 2 * different + 1
+    assert tasks.idle()
+
+
 async def test_reads_do_not_queue(tasks: Tasks) -> None:
     first = await tasks.hold()
     reading = asyncio.create_task(tasks.manager.available_tokens("key"))

@@ -87,7 +87,7 @@ async def test_a_rejection_costs_one_on_top_of_what_is_known(
     monitor.sent()
     for _ in range(3):
         assert not await face.try_consume("key")
-        assert monitor.sent() == ["GET"]
+        assert monitor.sent() == ["GETRANGE"]
     other.try_consume("full", 3)
     monitor.sent()
     assert not await face.try_consume("full")  # never seen: tried as absent, and the reply shows that it is empty
@@ -100,7 +100,7 @@ async def test_reading_costs_one(face: Settled, monitor: Monitor) -> None:
     await face.available_tokens("key")
     await face.snapshot("key")
     await face.configuration("key")
-    assert monitor.sent() == ["GET"] * 3
+    assert monitor.sent() == ["GETRANGE"] * 3
 
 
 async def test_a_first_decision_asks_for_the_time_and_tries_the_native_swap(
@@ -108,7 +108,7 @@ async def test_a_first_decision_asks_for_the_time_and_tries_the_native_swap(
 ) -> None:
     with ProxyManager.from_url(redis_url, LIMITS) as manager:
         manager.try_consume("key")
-        assert monitor.sent() == ["TIME", "GET", "TIME", "SET", "EVAL"]  # two round trips
+        assert monitor.sent() == ["TIME", "GETRANGE", "TIME", "SET", "EVAL"]  # two round trips
         manager.try_consume("key")
         swap = "SET" if native_swaps else "EVAL"  # of another script than the first
         assert monitor.sent() == ["TIME", swap]  # as long as few replies have told the time

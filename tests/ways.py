@@ -111,4 +111,4 @@ def _kind(command: RedisCommand) -> str:
     name = str(command[0])
     if name in ("EVAL", "EVALSHA"):
         return "decide" if command[1] in (_DECIDE.sha, _DECIDE.text) else "swap"
-    return {"SET": "swap", "GET": "get", "DEL": "delete", "TIME": "time"}[name]
+    return {"SET": "swap", "GETRANGE": "get", "DEL": "delete", "TIME": "time"}[name]

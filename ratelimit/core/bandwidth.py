@@ -6,12 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from ratelimit.core import limit_text, modified_utf8
 from ratelimit.core.duration import Duration, to_nanos
 from ratelimit.core.int64 import MAX
 from ratelimit.errors import InvalidConfigurationError, brief
+
+# They bound the work that stored bytes can cause, in a process and on the server: lua/ has the same numbers.
+MOST_BANDWIDTHS: Final = 64  # of a configuration
+LONGEST_STATE: Final = 16_384  # bytes
+
+_LONGEST_ID: Final = 1_024  # bytes
+_BYTES_OF_A_BANDWIDTH: Final = 71
+_OTHER_BYTES: Final = 45
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -32,7 +40,8 @@ class Bandwidth:
         the calendar; None: the periods begin when the bucket is made.
     :param adaptive_initial_tokens: with aligned periods, a new bucket holds only the share of the tokens that is due
         for what is left of the present period.
-    :param id: tells the bandwidths of a bucket apart, and finds a bandwidth again when a configuration is replaced.
+    :param id: tells the bandwidths of a bucket apart, and finds a bandwidth again when a configuration is replaced; at
+        most 1,024 bytes of UTF-8.
     :raises InvalidConfigurationError: naming the value that is wrong, and what is allowed.
     """
 
@@ -210,11 +219,12 @@ class Bandwidth:
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class BucketConfiguration:
-    """The limits of a bucket, one bandwidth or several; a token must be there in all of them.
+    """The limits of a bucket, one bandwidth or up to 64; a token must be there in all of them.
 
     Frozen, hashable and comparable; the order of the bandwidths counts.
 
-    :raises InvalidConfigurationError: without a bandwidth, or with two of the same id.
+    :raises InvalidConfigurationError: without a bandwidth, with more than 64, with two of the same id, or with ids that
+        make the state of a bucket longer than 16,384 bytes.
     """
 
     bandwidths: tuple[Bandwidth, ...]
@@ -228,6 +238,10 @@ class BucketConfiguration:
     def __init__(self, *bandwidths: Bandwidth) -> None:
         if not bandwidths:
             raise InvalidConfigurationError("a configuration needs at least one bandwidth", "bandwidths")
+        if len(bandwidths) > MOST_BANDWIDTHS:
+            raise InvalidConfigurationError(
+                f"bandwidths must be at most {MOST_BANDWIDTHS}; got {len(bandwidths)}", "bandwidths"
+            )
         for bandwidth in bandwidths:
             if not isinstance(bandwidth, Bandwidth):
                 raise InvalidConfigurationError(f"bandwidths must be Bandwidth, not {brief(bandwidth)}", "bandwidths")
@@ -237,9 +251,13 @@ class BucketConfiguration:
                 raise InvalidConfigurationError(f"two bandwidths have the id {brief(bandwidth.id)}", "id")
             if bandwidth.id is not None:
                 ids.add(bandwidth.id)
+        if ids and _OTHER_BYTES + sum(map(_bytes_needed, bandwidths)) > LONGEST_STATE:
+            raise InvalidConfigurationError(
+                f"ids must be short enough for a state of {LONGEST_STATE} bytes; got too many bytes in all", "id"
+            )
+        starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
         object.__setattr__(self, "bandwidths", bandwidths)
         object.__setattr__(self, "_hash", hash(bandwidths))
-        starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
         object.__setattr__(self, "starts_full", starts_full)
         object.__setattr__(self, "only_greedy", _greedy(bandwidths[0]) if len(bandwidths) == 1 else None)
 
@@ -298,6 +316,11 @@ class BucketConfiguration:
         except InvalidConfigurationError:
             pass
         return f"BucketConfiguration({', '.join(map(repr, self.bandwidths))})"
+
+
+def _bytes_needed(bandwidth: Bandwidth) -> int:
+    """Return how many bytes of a state are about this bandwidth."""
+    return _BYTES_OF_A_BANDWIDTH + (0 if bandwidth.id is None else 2 + len(modified_utf8.encode(bandwidth.id)))
 
 
 def _greedy(bandwidth: Bandwidth) -> tuple[int, int, int] | None:
@@ -369,5 +392,7 @@ def _check_bool(name: str, value: object) -> None:
 def _check_id(id: object) -> None:
     if not isinstance(id, str):
         raise InvalidConfigurationError(f"id must be a str, not {brief(id)}", "id")
-    if len(modified_utf8.encode(id)) > modified_utf8.LONGEST:
-        raise InvalidConfigurationError(f"id must fit into {modified_utf8.LONGEST} bytes of modified UTF-8", "id")
+    if len(id) > _LONGEST_ID or len(modified_utf8.encode(id)) > _LONGEST_ID:
+        raise InvalidConfigurationError(
+            f"id must be at most {_LONGEST_ID} bytes of modified UTF-8; got {brief(id)}", "id"
+        )

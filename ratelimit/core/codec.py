@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Final, NoReturn
 
 from ratelimit.core import modified_utf8
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.bandwidth import LONGEST_STATE, MOST_BANDWIDTHS, Bandwidth, BucketConfiguration
 from ratelimit.core.int64 import MIN
 from ratelimit.core.state import BandwidthState, BucketState
 from ratelimit.errors import CorruptStateError, InvalidConfigurationError, Key, UnsupportedStateError
@@ -91,7 +91,7 @@ def decode(state: bytes, key: Key = "") -> BucketState:
     :param key: where the bytes were found, for the error.
     :raises CorruptStateError: where the bytes hold none; UnsupportedStateError for a format that is not known.
     """
-    if len(state) > _BANDWIDTHS_AT and state[_BANDWIDTHS_AT] > 0:
+    if _BANDWIDTHS_AT < len(state) <= LONGEST_STATE and state[_BANDWIDTHS_AT] > 0:
         has_version = state[_FORMAT_AT] == _FORMAT_WITH_VERSION
         tail = _NUMBERS_OF_ONE * state[_BANDWIDTHS_AT] + _STATISTICS.size + (_VERSION.size if has_version else 0)
         known = _known_prefixes.get(state[:-tail])
@@ -107,6 +107,8 @@ def decode(state: bytes, key: Key = "") -> BucketState:
 
 def _decode(state: bytes, key: Key) -> BucketState:
     reader = _Reader(state, key)
+    if len(state) > LONGEST_STATE:
+        reader.fail(f"it has more than {LONGEST_STATE} bytes")
     format = reader.format("a state", latest=_FORMAT_WITH_VERSION)
     begin = reader.position
     bandwidths = reader.skip_configuration()
@@ -177,6 +179,8 @@ class _Reader:
         (bandwidths,) = self.read(_INT)
         if bandwidths < 1:
             self.fail(f"a configuration of {bandwidths} bandwidths")
+        if bandwidths > MOST_BANDWIDTHS:
+            self.fail(f"a configuration of {bandwidths} bandwidths, where {MOST_BANDWIDTHS} are the most")
         for _ in range(bandwidths):  # ends at the end of the data at the latest, however large the number
             format, *_, has_id = self.read(_BANDWIDTH)
             self.check_format("a bandwidth", format)
@@ -206,8 +210,6 @@ def _decode_configuration(data: bytes) -> BucketConfiguration | str:
                 id = modified_utf8.decode(data[begin : reader.position])
             except ValueError as error:
                 return str(error)
-            if len(modified_utf8.encode(id)) > modified_utf8.LONGEST:  # it was written in a shorter form than Java's
-                return f"an id of more than {modified_utf8.LONGEST} bytes"
         first_refill = None if first == _NOT_ALIGNED else first
         bandwidths.append(
             Bandwidth.unchecked(capacity, tokens, period, initial, bool(intervally), first_refill, bool(adaptive), id)

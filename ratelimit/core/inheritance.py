@@ -66,7 +66,7 @@ def _plus(old: Bandwidth, state: BandwidthState, new: Bandwidth, grown: int) -> 
         return BandwidthState(last, size, 0)
     # Bucket4j truncates the ratio of the periods before it multiplies: 1.9 counts as 1, and a shorter period as 0.
     scaled = wrap(truncated(float(new.refill_period_nanos) / float(old.refill_period_nanos)) * error)
-    return BandwidthState(last, size, min(scaled, new.refill_period_nanos - 1))
+    return BandwidthState(last, size, min(scaled, wrap(new.refill_period_nanos - 1)))
 
 
 def _proportionally(old: Bandwidth, state: BandwidthState, new: Bandwidth) -> BandwidthState:

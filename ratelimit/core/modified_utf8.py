@@ -6,14 +6,9 @@ three bytes each. Lone surrogates are possible.
 
 from __future__ import annotations
 
-from typing import Final
-
-LONGEST: Final = 65_535
-"""Bytes that the stored length can tell."""
-
 
 def encode(text: str) -> bytes:
-    """The bytes of any Python string; not limited to ``LONGEST``."""
+    """The bytes of any Python string, of any length."""
     pairs = text.encode("utf-16-be", "surrogatepass")
     units = "".join(chr(pairs[i] << 8 | pairs[i + 1]) for i in range(0, len(pairs), 2))
     return units.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")

@@ -370,6 +370,8 @@ def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int
     """The wait that this bandwidth can make of a wanted one, in how long it regains what that takes, and its state."""
     last, size, error = state
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if tokens < 1 or period < 1:  # stored bytes may say so, and what follows would exceed 64 bits
+        raise ArithmeticError("a bandwidth that loses tokens with time")
     if bandwidth.refill_intervally:
         to_next_refill = last + period - now
         periods = max(0, -((to_next_refill - nanos) // period))

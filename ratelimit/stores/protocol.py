@@ -36,7 +36,10 @@ class Store(Protocol):
     """
 
     def get(self, key: bytes) -> bytes | None:
-        """The state under the key; None where there is none."""
+        """The state under the key; None where there is none, or an empty value.
+
+        The beginning will do of a value that is longer than any state, as it will in ``Lost`` and ``Decided``.
+        """
         ...
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:

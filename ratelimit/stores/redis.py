@@ -12,6 +12,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from ratelimit.clock import MONOTONIC_IS_FINE, elapsed_ns
 from ratelimit.copies import OfThisProcess
+from ratelimit.core.bandwidth import LONGEST_STATE
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, StoreUnavailableError
@@ -29,6 +30,9 @@ _COMPARE_AND_SWAP: Final = load("compare_and_swap")
 _COMPARE_AND_SWAP_PX: Final = load("compare_and_swap_px")
 
 _DECIDE: Final = load("decide")
+
+_LAST_BYTE_READ: Final = b"%d" % LONGEST_STATE
+"""Of a value that is too long for a state, one byte more than a state may have: a server is not to send 512 MB."""
 
 _TIME: Final = ("TIME",)
 _PROBE: Final = (b"", "IFEQ", secrets.token_bytes(32), "GET")  # of what follows SET and the key
@@ -76,7 +80,9 @@ class _RedisSteps(OfThisProcess):
     def _read(self, key: bytes, deadline: float | None) -> Steps[bytes | None]:
         node = self._node_of(key)
         questions = (_TIME,) * (self._monotonic() >= node.time.stale_at)  # a probe would be a write
-        return _state((yield from self._accompanied(questions, node, key, ("GET", key), deadline)), key)
+        command = ("GETRANGE", key, b"0", _LAST_BYTE_READ)
+        # Empty where there is none. A value that is empty is found when a bucket is not made there.
+        return _state((yield from self._accompanied(questions, node, key, command, deadline)), key) or None
 
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None

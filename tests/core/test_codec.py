@@ -119,7 +119,7 @@ def test_an_absurd_number_of_bandwidths_or_numbers_costs_no_memory() -> None:
     whole = bytes.fromhex(RECORDED["initial"][0]["hex"])
     state = bytearray(whole)
     state[8:12] = (2**31 - 1).to_bytes(4, "big")  # the number of bandwidths
-    with pytest.raises(CorruptStateError, match="a bandwidth in format"):
+    with pytest.raises(CorruptStateError, match="2147483647 bandwidths"):
         codec.decode(bytes(state))
     state = bytearray(whole)
     state[67:71] = (2**31 - 1).to_bytes(4, "big")  # the count of numbers
