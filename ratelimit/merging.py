@@ -38,7 +38,8 @@ T = TypeVar("T")
 
 _MOST_STEPS: Final = 256
 """Different commands in a row, times bandwidths, that one exchange carries: a server that decides them is busy with
-them for about a millisecond. Not less than the most bandwidths of a configuration."""
+them for about a millisecond, or for ten if all of them hold back. Not less than the most bandwidths of a
+configuration."""
 
 
 def _go_together(one: _Queued[Any] | _Entry[Any], other: _Queued[Any] | _Entry[Any]) -> bool:

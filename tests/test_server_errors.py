@@ -166,7 +166,7 @@ CASES = [
 
 
 def make_user(server: RedisServer) -> None:
-    commands = ("get", "set", "del", "time", "eval", "evalsha")
+    commands = ("getrange", "set", "del", "time", "eval", "evalsha")
     ask(server, "ACL SETUSER", "limiter", "reset", "on", f">{PASSWORD}", "~*", *(f"+{command}" for command in commands))
 
 
