@@ -112,6 +112,7 @@ def every_command(of: type[Command[Any]] = Command) -> Iterator[type[Command[Any
 
 EXAMPLES: dict[type[Command[Any]], tuple[Any, ...]] = {
     EstimateAbilityToConsume: (1,),
+    Cancel: (1, 1, ((1, 1),)),
     HoldBack: (1,),
     ReplaceConfiguration: (OTHERS[0], TokensInheritance.AS_IS),
     Batch: ((Reset(), GetAvailableTokens()),),
