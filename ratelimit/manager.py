@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, SupportsIndex, TypedDict, TypeVar, Unpack
 from weakref import WeakMethod
 
+from ratelimit import threads
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep, has_unique_readings
 from ratelimit.copies import OfThisProcess
@@ -595,7 +595,7 @@ def _pause(nanos: int) -> None:
 
 
 def _spawn(steps: Steps[None]) -> None:
-    threading.Thread(target=drive, args=(steps,), name="ratelimit-charge", daemon=True).start()
+    threads.start(partial(drive, steps), "ratelimit-charge")
 
 
 _spawned: set[asyncio.Task[None]] = set()  # event loops do not keep their tasks alive

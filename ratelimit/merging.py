@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from ratelimit import forks
+from ratelimit import forks, threads
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
 from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
@@ -339,11 +339,11 @@ class ThreadMerger:
         leads = False
         try:  # already here, for an exception may come from a signal at any moment
             with self._lock:
-                if place in self._queues:
-                    entry = self._enqueued(place, _Entry(target, plan, command, call))
-                else:
+                if place not in self._queues:
                     leads = True
                     self._queues[place] = _NOBODY
+                elif not threads.block_greenlets():  # else nobody waits, and each does an exchange
+                    entry = self._enqueued(place, _Entry(target, plan, command, call))
             if entry is None:
                 return (yield from exchange(backend, target, plan, command, call))
         finally:

@@ -7,10 +7,17 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from ratelimit import threads
+
 T = TypeVar("T")
 
 
-def within(deadline: float | None, work: Callable[[], T], late: Callable[[T], Any] = lambda _: None) -> T:
+def within(
+    deadline: float | None,
+    work: Callable[[], T],
+    late: Callable[[T], Any] = lambda _: None,
+    at_end: Callable[[float], T] | None = None,
+) -> T:
     """Do some work in a thread of its own, and wait for it until the deadline, on the clock of ``time.monotonic``.
 
     There is no other way to put an end to all that connecting may wait for: names are resolved by the system, and
@@ -18,15 +25,22 @@ def within(deadline: float | None, work: Callable[[], T], late: Callable[[T], An
 
     :param deadline: None: do it here, however long it takes.
     :param late: gets what comes when nobody waits for it any more; what is raised then is dropped.
+    :param at_end: does the work here, until the deadline, where no thread can be started any more, as the interpreter
+        ends; None: it is not done then.
     :raises TimeoutError: where the work has not ended by then. It goes on.
+    :raises ConnectionError: where it is not done.
     """
     if deadline is None:
         return work()
     job = _Job(work, late)
     try:
         try:
-            threading.Thread(target=job.run, name="ratelimit-connect", daemon=True).start()
-        except RuntimeError:  # there are too many, or the interpreter is about to end
+            threads.start(job.run, "ratelimit-connect")
+        except threads.EndingError:
+            if at_end is None:
+                raise ConnectionError("the interpreter is about to end") from None
+            return at_end(deadline)
+        except RuntimeError:  # there are too many
             return work()
         return job.result(deadline)
     except BaseException:  # the time is over, or a signal came: also while the thread was started
@@ -39,7 +53,7 @@ class _Job(Generic[T]):
         self._work = work
         self._late = late
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._ended = threads.event()
         self._abandoned = False
         self._result: list[T] = []
         self._error: BaseException | None = None

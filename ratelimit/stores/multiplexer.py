@@ -25,6 +25,7 @@ from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.stores.circuit import Circuit
+from ratelimit.stores.connecting import CONNECTS_ONCE
 from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
 from ratelimit.stores.redis_errors import FOREIGN, translated
 
@@ -172,18 +173,21 @@ class _Link:
             self._transport.write(packed)
 
     async def _connect(self, connection: Any) -> None:
+        CONNECTS_ONCE.set(True)  # it counts in this task only
         try:
             await connection.connect()
             await self._take_over(connection)
         except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
-            self.end(error)
+            if not self._loop.is_closed():  # else its tasks were forgotten, and nobody waits any more
+                self.end(error)
         except asyncio.CancelledError:
             self._closed_here = True
             self.end(exceptions.ConnectionError(_CLOSED_HERE))
             raise
         finally:
             if self.ended:
-                await connection.disconnect(nowait=True)
+                with contextlib.suppress(RuntimeError):  # the loop was closed without an end to its tasks
+                    await connection.disconnect(nowait=True)
 
     async def _take_over(self, connection: Any) -> None:
         stream, writer, parser = connection._reader, connection._writer, connection._parser  # noqa: SLF001

@@ -270,8 +270,8 @@ class RedisStore(_RedisSteps):
     """Buckets in Redis, over a client that the caller made and closes.
 
     :param client: a ``redis.Redis`` (also one that Sentinel's ``master_for`` gives) or a ``redis.RedisCluster``. Its
-        settings count (timeouts, TLS, authentication, retries while connecting), but for ``decode_responses``, which
-        does not matter, and for retries of commands, which would charge twice: those are done here.
+        settings count (timeouts, TLS, authentication), but for ``decode_responses``, which does not matter, and for
+        its retries: those of commands would charge twice, and are done here; those of connecting outlast a decision.
     :param circuit_breaker: when a server that fails is left alone; None: never.
     :param monotonic: the local clock that follows the server's, in nanoseconds; for tests.
     """

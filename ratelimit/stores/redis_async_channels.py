@@ -23,6 +23,7 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseErr
 
 from ratelimit.errors import StoreError
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.connecting import limit_retries
 from ratelimit.stores.multiplexer import Multiplexer
 from ratelimit.stores.redis_channels import Command, Replies, check_time_left, options_of
 from ratelimit.stores.redis_errors import FOREIGN, translated
@@ -67,6 +68,7 @@ class AsyncPoolChannel:
 
     def _make_connection(self) -> Any:
         client, *sentinels = self._clients
+        limit_retries(client.connection_pool)
         connection = client.connection_pool.make_connection()
         if sentinels:
             connection.register_connect_callback(self._leave_sentinels)

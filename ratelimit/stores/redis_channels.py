@@ -8,6 +8,7 @@ the client's own connections; connecting is left to redis-py with all its settin
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import math
 import os
@@ -17,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard
 
 import hiredis
 import redis
@@ -26,9 +27,10 @@ from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.cluster import ClusterNode
 
-from ratelimit import forks
+from ratelimit import forks, threads
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.deadlines import within
 from ratelimit.stores.redis_errors import FOREIGN, tells_of_server, translated
 
@@ -143,29 +145,68 @@ class _KeptConnections:
         try:
             if _is_exhausted(self.pool):  # perhaps of what is kept here
                 self.clear()
-            with self._lock:
-                if self._connecting >= _MOST_CONNECTING:
-                    raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
-                self._connecting += 1
-            connection = within(deadline, self._connect, late=partial(self._take_back, self._closed))
+            connection = None
+            while connection is None:
+                self._await_room(deadline)
+                connection = self._connected_within(deadline)
         except TimeoutError as error:
             if isinstance(self.pool, redis.BlockingConnectionPool) and self.pool.pool.empty():
                 raise exceptions.TimeoutError("No connection available") from error
-            raise
+            raise exceptions.TimeoutError("no connection by the deadline") from error
         finally:
             with self._lock:
                 self._waiting -= 1
         return _Kept(connection)
 
+    def _await_room(self, deadline: float | None) -> None:
+        """Wait until the pool has a connection, where its queue would stop the greenlets that are to give one back."""
+        while self._stops_greenlets():
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError
+            threads.pause()
+
+    def _stops_greenlets(self) -> bool:
+        """Return whether to ask the pool for a connection now would stop all greenlets."""
+        return (
+            isinstance(self.pool, redis.BlockingConnectionPool)
+            and _is_exhausted(self.pool)
+            and threads.block_greenlets()
+        )
+
+    def _connected_within(self, deadline: float | None) -> Any:
+        """Return a connection of the pool; None where other greenlets have taken the last one meanwhile."""
+        with self._lock:
+            if self._connecting >= _MOST_CONNECTING:
+                raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
+            self._connecting += 1
+        late = partial(self._take_back, self._closed)
+        return within(deadline, self._connect, late=late, at_end=self._connect_at_end)
+
     def _connect(self) -> Any:
+        once = CONNECTS_ONCE.set(True)
         try:
-            return self.pool.get_connection()
+            limit_retries(self.pool)
+            return None if self._stops_greenlets() else self.pool.get_connection()
         finally:
+            CONNECTS_ONCE.reset(once)
             with self._lock:
                 self._connecting -= 1
 
+    def _connect_at_end(self, deadline: float) -> Any:
+        """Connect in this thread, with timeouts for each step; they stay, as nobody uses the pool for long any more."""
+        shorten_timeouts(self.pool, max(deadline - time.monotonic(), _SHORTEST))
+        try:
+            return self._connect()
+        except FOREIGN:
+            raise
+        except Exception as error:
+            # redis-py imports modules while it connects, which fails once the interpreter takes them apart.
+            raise exceptions.ConnectionError("the interpreter is about to end") from error
+
     def _take_back(self, closed: int, connection: Any) -> None:
         """A connection that comes when nobody waits for it any more."""
+        if connection is None:
+            return
         if closed != self._closed:
             connection.disconnect()
         self.pool.release(connection)
@@ -191,9 +232,9 @@ class _Kept:
     """A connection, when it came from its pool, and when it was last used.
 
     Two requests in a row go over the connection's socket and through its parser without what redis-py has around them,
-    which is most of its time, and which knows no deadline for several reads, where the parser is hiredis. A plain
-    socket blocks meanwhile, with the timeout in the hands of the system, as Python would otherwise ask it before each
-    call whether the socket is ready.
+    which is most of its time, and which knows no deadline for several reads, where the parser is hiredis. A socket of
+    the system blocks meanwhile, with the timeout in the hands of the system, as Python would otherwise ask it before
+    each call whether the socket is ready. Those of TLS, gevent and eventlet have timeouts of their own.
     """
 
     __slots__ = (
@@ -214,9 +255,9 @@ class _Kept:
         parser = getattr(connection, "_parser", None)
         if type(parser) is _HiredisParser and not connection.health_check_interval:
             own = getattr(connection, "_sock", None)
-            if isinstance(own, socket.socket):
+            if _is_socket(own):
                 self._socket, self._reader = own, parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-                self._is_plain = type(own) is socket.socket and _let_system_time_out(own, self._patience)
+                self._is_plain = _is_of_system(own) and _let_system_time_out(own, self._patience)
                 own.settimeout(None if self._is_plain else self._patience)
 
     def is_usable(self, now: float) -> bool:
@@ -226,7 +267,26 @@ class _Kept:
             return False
         if now - self.used_at < _LONGEST_PAUSE:
             return True
-        return own is not None and self._is_plain and not _has_something_to_read(own)
+        return own is not None and not self._has_something_to_read(own)
+
+    def _has_something_to_read(self, own: socket.socket) -> bool:
+        """Return whether the server has closed the connection, or has sent what nobody has asked for."""
+        try:
+            if self._is_plain:
+                own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                return True
+            # gevent and eventlet would wait in spite of MSG_DONTWAIT, and Windows has none.
+            own.settimeout(0.0)
+            try:
+                own.recv(1, socket.MSG_PEEK)
+            finally:
+                own.settimeout(self._patience)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError, TypeError):
+            # A socket with TLS refuses to peek, by a ValueError; that of eventlet, by a TypeError.
+            return True
+        return True
 
     def is_old(self, now: float) -> bool:
         """Whether it was kept for as long as may be."""
@@ -252,13 +312,13 @@ class _Kept:
                 self.outdated = True  # nobody has asked for it, and the next one would take it for his own
         except (BlockingIOError, TimeoutError) as error:
             raise exceptions.TimeoutError("Timeout reading from socket") from error
-        except OSError as error:
+        except (OSError, EOFError) as error:  # eventlet raises EOFError where another greenlet has closed the socket
             raise exceptions.ConnectionError(f"Error while reading from socket: {error}") from error
         return received
 
     def _request_by_client(self, packed: bytes, replies: int, deadline: float | None) -> Replies:
         own = getattr(self.connection, "_sock", None)
-        if deadline is None or not isinstance(own, socket.socket):
+        if deadline is None or not _is_socket(own):
             self.connection.send_packed_command([packed])
             return [_read(self.connection) for _ in range(replies)]
         # Its check of health would connect again, and wait for that.
@@ -322,17 +382,18 @@ class _Kept:
         """Leave the connection as the pool knows it."""
         if self._socket is not None and self.connection._sock is self._socket:  # noqa: SLF001  # still
             self._socket.settimeout(self.connection.socket_timeout)
+            if self._is_plain:
+                _let_system_time_out(self._socket, 0.0)  # never
 
 
-def _has_something_to_read(own: socket.socket) -> bool:
-    """Whether the server has closed the connection, or has sent what nobody has asked for."""
-    try:
-        own.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+def _is_socket(own: Any) -> TypeGuard[socket.socket]:
+    """Return whether it is a socket: of the standard library, or of a library that has replaced that one's."""
+    return isinstance(own, (socket.socket, _socket.socket))
+
+
+def _is_of_system(own: socket.socket) -> bool:
+    """Return whether its calls are those of the system, which stop the thread; ``socket.socket`` may be replaced."""
+    return all(getattr(type(own), name, None) is getattr(_socket.socket, name) for name in _CALLS)
 
 
 def _let_system_time_out(own: socket.socket, timeout: float) -> bool:
@@ -369,6 +430,7 @@ _LONGEST_KEPT: Final = 1.0
 _MOST_CONNECTING: Final = 1_000
 _FOR_EVER: Final = 1e8  # seconds
 _SHORTEST: Final = 0.001  # seconds; 0 would mean for ever
+_CALLS: Final = ("recv", "recv_into", "sendall", "settimeout")
 
 
 def _send_over(
@@ -558,7 +620,7 @@ class ClusterChannel:
             client.close()
 
     def _connect_once(self, deadline: float | None) -> redis.RedisCluster:
-        with self._lock:
+        with threads.taken(self._lock):
             if self._connected is None:
                 if deadline is not None and time.monotonic() >= deadline:
                     raise TimeoutError  # nobody waits any more, and others may come who do

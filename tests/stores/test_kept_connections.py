@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from ratelimit import ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores import redis_channels
@@ -120,6 +122,14 @@ def test_after_a_pause_a_connection_is_used_again_unless_the_server_has_closed_i
         other.execute_command("CLIENT", "KILL", "ID", used)
     assert connection_id(store) not in ids
     assert len(visits) == 2
+
+
+def test_a_connection_goes_back_without_the_time_limit_of_a_decision(server: RedisServer) -> None:
+    with server.client(max_connections=1, socket_timeout=None, retry=Retry(NoBackoff(), 0)) as client:
+        store = RedisStore(client)
+        ProxyManager(store, LIMITS, timeout=0.3).try_consume("anyone")
+        store.close()
+        assert client.blpop(["nothing"], timeout=0.6) is None
 
 
 def test_once_a_second_a_connection_in_constant_use_passes_through_the_pool(
