@@ -17,16 +17,26 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def gunicorn(program: str, directory: Path, *, redis_url: str) -> Generator[tuple[str, int]]:
-    """Serve ``application`` of a program by two processes of four threads; the address.
+def gunicorn(
+    program: str, directory: Path, *, redis_url: str, worker: str = "gthread", preload: bool = True
+) -> Generator[tuple[str, int]]:
+    """Serve ``application`` of a program by two processes, of four threads or of greenlets; the address.
 
-    The program runs before they are forked, so that they have whatever it has opened.
+    :param preload: whether the program runs before they are forked, so that they have whatever it has opened.
     """
     (directory / "served.py").write_text(program)
-    command = [sys.executable, "-m", "gunicorn", "--chdir", str(directory), "--bind", "127.0.0.1:0", "--preload"]
-    command += ["--workers", "2", "--threads", "4", "--worker-tmp-dir", str(directory), "served:application"]
+    command = [sys.executable, "-m", "gunicorn", "--chdir", str(directory), "--bind", "127.0.0.1:0"]
+    command += ["--preload"] * preload + ["--worker-class", worker, "--workers", "2", "--threads", "4"]
+    # A worker that is still starting does not hear of the end.
+    command += ["--graceful-timeout", "3", "--worker-tmp-dir", str(directory), "served:application"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(directory), "RATELIMIT_URL": redis_url}
-    log = directory / "log"
+    with served(command, directory / "log", environment) as address:
+        yield address
+
+
+@contextmanager
+def served(command: list[str], log: Path, environment: dict[str, str]) -> Generator[tuple[str, int]]:
+    """Run a server until the end of the block; it writes its address into its log, as gunicorn does."""
     with log.open("wb") as errors:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment)
     try:
@@ -47,8 +57,8 @@ def _address(server: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
     raise AssertionError(log.read_text())
 
 
-def statuses(address: tuple[str, int], path: str, requests: int) -> Counter[int]:
-    """The answers to so many requests, of which eight are under way at any time."""
+def statuses(address: tuple[str, int], path: str, requests: int, at_once: int = 8) -> Counter[int]:
+    """The answers to so many requests, of which so many are under way at any time."""
 
     def status(_: int) -> int:
         connection = HTTPConnection(*address, timeout=60)
@@ -58,5 +68,5 @@ def statuses(address: tuple[str, int], path: str, requests: int) -> Counter[int]
         finally:
             connection.close()
 
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(at_once) as threads:
         return Counter(threads.map(status, range(requests)))
