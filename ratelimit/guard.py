@@ -10,7 +10,6 @@ store may have it. A local bucket stays when the store is back, so that one that
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -54,6 +53,7 @@ from ratelimit.errors import (
 from ratelimit.exchange import Backend, Call, Exchange, Target
 from ratelimit.listener import Decision, Listener
 from ratelimit.on_error import RETRY_NANOS, ErrorPolicy, OnError
+from ratelimit.runtime.clock import monotonic, steady_clock
 
 T = TypeVar("T")
 
@@ -99,8 +99,8 @@ class LocalBuckets:
     """
 
     def __init__(self, now: Callable[[bytes], int] | None, limit_bytes: int) -> None:
-        begin = time.time_ns() - time.monotonic_ns()
-        self._now = now or (lambda _key: begin + time.monotonic_ns())
+        steady = steady_clock()
+        self._now = now or (lambda _key: steady())
         self._limit = limit_bytes
         self._size = 0
         self._buckets: OrderedDict[bytes, _Local] = OrderedDict()
@@ -305,7 +305,7 @@ class Guard:
         return answer
 
     def _log_degraded(self, key: Key, chosen: OnError, error: RateLimitError) -> None:
-        now = time.monotonic()
+        now = monotonic()
         with self._lock:
             if not self._degraded:
                 self._degraded_since = now
@@ -323,7 +323,7 @@ class Guard:
             )
 
     def _recovered(self, exchange: Exchange, backend: Backend) -> None:
-        now = time.monotonic()
+        now = monotonic()
         with self._lock:
             degraded, self._degraded = self._degraded, 0
             since = self._degraded_since

@@ -43,6 +43,7 @@ from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.on_error import ErrorPolicy, OnError
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
+from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
 from ratelimit.stores.urls import async_store_from_url, store_from_url
@@ -123,7 +124,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
             now=_by_clock(clock) if clock is not None else getattr(deciding, "known_now", store.now_nanos),
             sleep=_sleep(clock, asynchronous=iscoroutinefunction(pause)),
             pause=pause,
-            monotonic=time.monotonic,
+            monotonic=monotonic,
             timeout=seconds(timeout),
             remembered=Remembered(memory_limit_bytes),
             attempts=max_attempts,

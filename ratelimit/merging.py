@@ -19,7 +19,6 @@ import asyncio
 import copy
 import math
 import threading
-import time
 from asyncio import AbstractEventLoop
 from collections import deque
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
 from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
 from ratelimit.exchange import Backend, Call, Target, exchange
+from ratelimit.runtime.clock import monotonic
 
 T = TypeVar("T")
 
@@ -115,10 +115,10 @@ class _Place:
         if self.timer is not None:
             self.timer.cancel()
         self.due = deadline
-        self.timer = self.loop.call_later(deadline - time.monotonic(), self._on_deadline)
+        self.timer = self.loop.call_later(deadline - monotonic(), self._on_deadline)
 
     def _on_deadline(self) -> None:
-        now, next_due = time.monotonic(), math.inf
+        now, next_due = monotonic(), math.inf
         self.timer, self.due = None, math.inf
         for waiting, in_doubt in ((self.carried, True), (self.queue, False)):
             for target, _, _, call, answer in waiting:
@@ -376,7 +376,7 @@ class ThreadMerger:
         call = entry.call
         while True:
             try:
-                if entry.woken.wait(None if call.deadline is None else max(0.0, call.deadline - time.monotonic())):
+                if entry.woken.wait(None if call.deadline is None else max(0.0, call.deadline - monotonic())):
                     return
             except BaseException as error:
                 with self._lock:

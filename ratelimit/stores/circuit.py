@@ -8,7 +8,6 @@ caller tries the server; the others go on to fail until it has answered. Each tr
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from ratelimit import forks
 from ratelimit.errors import InvalidConfigurationError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime.clock import monotonic
 
 _SHORTEST_FAILURE = 0.1  # seconds
 
@@ -85,7 +85,7 @@ class Circuit:
         *("failures", "heard_at", "is_open"),
     )
 
-    def __init__(self, breaker: CircuitBreaker | None, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, breaker: CircuitBreaker | None, monotonic: Callable[[], float] = monotonic) -> None:
         self._breaker = breaker
         self._monotonic = monotonic
         self.failures = 0

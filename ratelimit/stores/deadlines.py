@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from ratelimit import threads
+from ratelimit.runtime.clock import monotonic
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class _Job(Generic[T]):
             self._late(self._result[0])
 
     def result(self, deadline: float) -> T:
-        if not self._ended.wait(max(0.0, deadline - time.monotonic())):
+        if not self._ended.wait(max(0.0, deadline - monotonic())):
             raise TimeoutError
         if self._error is not None:
             raise self._error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import time
 from typing import Final, TypeVar
 
 from ratelimit import forks
@@ -16,6 +15,7 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.state import BucketState
 from ratelimit.errors import Key
+from ratelimit.runtime.clock import steady_clock
 from ratelimit.stores.protocol import Lost
 
 T = TypeVar("T")
@@ -77,8 +77,7 @@ class MemoryStore(OfThisProcess):
     _advice = _ADVICE
 
     def __init__(self, *, clock: Clock | None = None) -> None:
-        begin = time.time_ns() - time.monotonic_ns()
-        self._now = clock.now_nanos if clock is not None else lambda: begin + time.monotonic_ns()
+        self._now = steady_clock() if clock is None else clock.now_nanos
         self.unique_readings: bool = MONOTONIC_IS_FINE if clock is None else has_unique_readings(clock)
         self._entries: dict[bytes, _Entry] = {}
         self._queue: list[tuple[int, bytes]] = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
@@ -24,6 +23,7 @@ from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
+from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit
 from ratelimit.stores.connecting import CONNECTS_ONCE
 from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
@@ -139,7 +139,7 @@ class _Link:
         self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
         self._timer: asyncio.TimerHandle | None = None
         self._due = math.inf  # when the timer goes off
-        self._heard = time.monotonic()
+        self._heard = monotonic()
         self._fails_since = math.inf  # since when nobody was answered in time
         self._transport: _Transport | None = None
         self._parser: Any = None
@@ -209,7 +209,7 @@ class _Link:
     def _begin(self) -> None:
         """Send what has waited for the connection, and let its time begin."""
         waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
-        self._heard = now = time.monotonic()
+        self._heard = now = monotonic()
         self._fails_since = math.inf
         self._patience = self._timeout
         self._waiters = deque(waiter._replace(since=now) for waiter, _ in waiting)
@@ -221,7 +221,7 @@ class _Link:
         return min(waiter.deadline, waiter.since + self._patience)
 
     def received(self, data: bytes) -> None:
-        self._heard = time.monotonic()
+        self._heard = monotonic()
         if self._circuit.failures:
             self._circuit.succeeded()
         try:
@@ -275,7 +275,7 @@ class _Link:
 
     def _on_deadline(self) -> None:
         """Fail whose time is over, and look when the next one's will be."""
-        now = time.monotonic()
+        now = monotonic()
         self._timer, self._due = None, math.inf
         sent = len(self._waiters) - len(self._unsent)
         next_due, failure = math.inf, None

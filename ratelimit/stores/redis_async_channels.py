@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
 
 from ratelimit.errors import StoreError
+from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.connecting import limit_retries
 from ratelimit.stores.multiplexer import Multiplexer
@@ -159,7 +159,7 @@ class AsyncClusterChannel:
         self._working.add(task)
         task.add_done_callback(self._ended)
         try:
-            done, _ = await asyncio.wait((task,), timeout=None if deadline is None else deadline - time.monotonic())
+            done, _ = await asyncio.wait((task,), timeout=None if deadline is None else deadline - monotonic())
         except asyncio.CancelledError:
             task.cancel()
             raise
@@ -184,7 +184,7 @@ class AsyncClusterChannel:
             circuit.failed(error)
             raise
         except asyncio.CancelledError:
-            if deadline is not None and time.monotonic() >= deadline:  # else it is the caller who was cancelled
+            if deadline is not None and monotonic() >= deadline:  # else it is the caller who was cancelled
                 circuit.failed(TimeoutError("the cluster did not answer in time"))
             raise
         circuit.succeeded()
@@ -298,7 +298,7 @@ class AsyncClusterChannel:
 
 def _until(deadline: float | None) -> asyncio.Timeout:
     """Cancel what is awaited in it at the deadline, and raise ``TimeoutError`` then."""
-    return asyncio.timeout(None if deadline is None else deadline - time.monotonic())
+    return asyncio.timeout(None if deadline is None else deadline - monotonic())
 
 
 def _connection_to(node: ClusterNode) -> Any:

@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import struct
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,6 +28,7 @@ from redis.cluster import ClusterNode
 
 from ratelimit import forks, threads
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.deadlines import within
@@ -107,7 +107,7 @@ class _KeptConnections:
         if broken or len(self._kept) >= self._most:
             self._release(kept)
             return
-        kept.used_at = time.monotonic()
+        kept.used_at = monotonic()
         self._kept.append(kept)
         if self._waiting and _is_exhausted(self.pool):  # looked at last, as those who wait look here last
             self.clear()
@@ -244,7 +244,7 @@ class _Kept:
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self.taken_at = self.used_at = time.monotonic()
+        self.taken_at = self.used_at = monotonic()
         self.outdated = False  # whether to connect again would be to connect to another server, or as another user
         self._socket: socket.socket | None = None
         self._is_plain = False
@@ -325,7 +325,7 @@ class _Kept:
         self.connection.send_packed_command([packed], check_health=False)
         received = []
         for _ in range(replies):
-            own.settimeout(self._left(deadline, time.monotonic()))
+            own.settimeout(self._left(deadline, monotonic()))
             received.append(_read(self.connection))
         own.settimeout(self.connection.socket_timeout)
         return received
@@ -355,7 +355,7 @@ class _Kept:
             reply = self._reader.gets(False)
             if reply is NOT_ENOUGH_DATA:
                 if deadline is not None:
-                    now = time.monotonic()
+                    now = monotonic()
                     if now >= deadline:
                         raise exceptions.TimeoutError("Timeout reading from socket")
                     self._be_patient(self._left(deadline, now))
@@ -491,7 +491,7 @@ def check_time_left(key: bytes, deadline: float | None) -> float:
 
     :raises StoreTimeoutError: where it does.
     """
-    now = time.monotonic()
+    now = monotonic()
     if deadline is not None and now >= deadline:
         raise StoreTimeoutError(key, "there was no time left to ask Redis")
     return now
@@ -622,7 +622,7 @@ class ClusterChannel:
     def _connect_once(self, deadline: float | None) -> redis.RedisCluster:
         with threads.taken(self._lock):
             if self._connected is None:
-                if deadline is not None and time.monotonic() >= deadline:
+                if deadline is not None and monotonic() >= deadline:
                     raise TimeoutError  # nobody waits any more, and others may come who do
                 self._connected = self._connect()
             return self._connected

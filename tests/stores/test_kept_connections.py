@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock that decides how long a connection is kept; it stands still."""
     clock = Clock()
-    monkeypatch.setattr(redis_channels, "time", SimpleNamespace(monotonic=clock.monotonic))
+    monkeypatch.setattr(redis_channels, "monotonic", clock.monotonic)
     return clock
 
 

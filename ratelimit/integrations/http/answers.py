@@ -23,6 +23,11 @@ TEMPORARY_REDUCED_CAPACITY: Final = "https://iana.org/assignments/http-problem-t
 Headers = list[tuple[str, str]]
 
 
+def _wall_clock() -> float:
+    # Looked up at each call, because tests that freeze time replace it.
+    return time.time()
+
+
 class HttpAnswer(NamedTuple):
     """An answer in the place of the application's."""
 
@@ -44,7 +49,7 @@ class Answers:
 
     standard: bool = True
     x_ratelimit: Literal["epoch", "delta"] | None = None
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = _wall_clock
 
     def __post_init__(self) -> None:
         if self.x_ratelimit not in (None, "epoch", "delta"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ratelimit.errors import InvalidConfigurationError, Key, brief
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.runtime.clock import monotonic
 
 _RENEWAL_SECONDS: Final = 5.0  # for which others go on with what is known, while one looks it up anew
 
@@ -91,7 +91,7 @@ class Plans(OfThisProcess):
         inheritance: TokensInheritance = TokensInheritance.PROPORTIONALLY,
         ttl: Duration = 60,
         size: int = 10_000,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._plans = {name: None if one is None else BucketConfiguration.of(one) for name, one in plans.items()}
         if default is not None and default not in self._plans:

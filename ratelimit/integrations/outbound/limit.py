@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +33,7 @@ from ratelimit.handle import nanos_of, token_count
 from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.runtime.clock import steady_clock
 
 RequestKey: TypeAlias = Key | Callable[[Any], Key | None]
 RequestCost: TypeAlias = int | Callable[[Any], int]
@@ -49,10 +49,10 @@ class _MachineClock(MonotonicSleep):
     """The wall clock as it was when this began, and the monotonic one since."""
 
     def __init__(self) -> None:
-        self._begin = time.time_ns() - time.monotonic_ns()
+        self._now = steady_clock()
 
     def now_nanos(self) -> int:
-        return self._begin + time.monotonic_ns()
+        return self._now()
 
 
 @dataclass(slots=True, eq=False)

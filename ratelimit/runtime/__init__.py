@@ -1,0 +1,1 @@
+"""What the interpreter and the system give, in one place each: clocks, and what a fork leaves behind."""
