@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import insort
 from typing import Final, NamedTuple
 
-from ratelimit import forks
 from ratelimit.core.commands import Cancel
+from ratelimit.runtime import fork_safety
 
 _MOST_PLACES: Final = 10_000  # of one manager
 _MOST_AT_ONCE: Final = 100  # in one request
@@ -48,8 +48,8 @@ class CancelledWaits:
         self._buckets: dict[bytes, _Bucket] = {}
         self._count = 0
         self._moved = 0
-        self._lock = forks.lock()
-        forks.call_in_child(self._forget)
+        self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._forget)
 
     def moved(self) -> int:
         """Return how often the end of some queue has moved so far; to be read before the store is asked."""

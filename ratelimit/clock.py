@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, Protocol, runtime_checkable
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
+from ratelimit.runtime.clock import monotonic_ns
 
 _DAY_NANOS = 86_400 * NANOS_PER_SECOND
 
@@ -46,7 +47,7 @@ def _elapsed_ns() -> Callable[[], int]:
     try:
         time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     except (AttributeError, OSError):  # not Linux, or a sandbox without that clock
-        return time.monotonic_ns
+        return monotonic_ns
     return partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
 
 

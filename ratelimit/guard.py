@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ratelimit import forks
 from ratelimit.core.commands import (
     Book,
     Cancel,
@@ -53,6 +52,7 @@ from ratelimit.errors import (
 from ratelimit.exchange import Backend, Call, Exchange, Target
 from ratelimit.listener import Decision, Listener
 from ratelimit.on_error import RETRY_NANOS, ErrorPolicy, OnError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic, steady_clock
 
 T = TypeVar("T")
@@ -104,8 +104,8 @@ class LocalBuckets:
         self._limit = limit_bytes
         self._size = 0
         self._buckets: OrderedDict[bytes, _Local] = OrderedDict()
-        self._lock = forks.lock()
-        forks.call_in_child(self.forget_debts)
+        self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self.forget_debts)
 
     def __bool__(self) -> bool:
         return bool(self._buckets)
@@ -210,7 +210,7 @@ class Guard:
         self._local = local
         self._spawn = spawn
         self._asynchronous = asynchronous
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
         self._sweeping = False
         self._swept_at = float("-inf")
         self._in_debt = False  # whether there may be something to sweep

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from ratelimit import forks
 from ratelimit.copies import OfThisProcess
 from ratelimit.errors import Key
+from ratelimit.runtime import fork_safety
 
 
 class Decision(NamedTuple):
@@ -81,7 +81,7 @@ class CountingListener(OfThisProcess):
         self.interrupted = 0
         self.degraded = 0
         self.failed = 0
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def on_decision(self, decision: Decision) -> None:
         """See :class:`Listener`."""

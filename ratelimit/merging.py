@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from ratelimit import forks, threads
+from ratelimit import threads
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
 from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
 from ratelimit.exchange import Backend, Call, Target, exchange
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 T = TypeVar("T")
@@ -323,8 +324,8 @@ class ThreadMerger:
 
     def __init__(self) -> None:
         self._queues: dict[bytes, deque[_Entry[Any]]] = {}
-        self._lock = forks.lock()
-        forks.call_in_child(self._begin_anew)
+        self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._begin_anew)
 
     def _begin_anew(self) -> None:
         """In a forked process: the threads that lead are missing there."""

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ratelimit import forks
 from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
@@ -41,6 +40,7 @@ from ratelimit.core.state import BucketState
 from ratelimit.drive import Steps
 from ratelimit.errors import RateLimitError, StoreError
 from ratelimit.exchange import Backend, Call, Exchange, Target
+from ratelimit.runtime import fork_safety
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ class Optimizer:
         self._limit = limit_bytes
         self._size = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def optimized(self, optimization: Optimization | None) -> Exchange:
         """An exchange that asks the store only where the optimization wants that; None: always."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
-from ratelimit import forks
 from ratelimit.core.state import BucketState
+from ratelimit.runtime import fork_safety
 
 _OVERHEAD_BYTES = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
 _BUCKET_BYTES = 150  # of a state that is kept as numbers as well, and as many for each of its bandwidths, roughly
@@ -43,7 +43,7 @@ class Remembered:
         self._limit = limit_bytes
         self._size = 0
         self._seen: OrderedDict[bytes, Seen] = OrderedDict()
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def get(self, key: bytes) -> Seen:
         """What was last seen."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from ratelimit import forks
 from ratelimit.errors import InvalidConfigurationError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 _SHORTEST_FAILURE = 0.1  # seconds
@@ -95,7 +95,7 @@ class Circuit:
         self._retry_at = 0.0
         self._trying = False
         self._last_error: str | None = None
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def admit(self, key: bytes, deadline: float | None = None) -> None:
         """Let a request through, if it is the one that tries the server.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from typing import Final, TypeVar
 
-from ratelimit import forks
 from ratelimit.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings
 from ratelimit.copies import OfThisProcess
 from ratelimit.core import codec
@@ -15,6 +14,7 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.state import BucketState
 from ratelimit.errors import Key
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import steady_clock
 from ratelimit.stores.protocol import Lost
 
@@ -82,7 +82,7 @@ class MemoryStore(OfThisProcess):
         self._entries: dict[bytes, _Entry] = {}
         self._queue: list[tuple[int, bytes]] = []
         self._queued: set[bytes] = set()
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""

@@ -26,8 +26,9 @@ from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.cluster import ClusterNode
 
-from ratelimit import forks, threads
+from ratelimit import threads
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
@@ -83,8 +84,8 @@ class _KeptConnections:
         self._waiting = 0
         self._connecting = 0  # in threads, which some of those who waited have left
         self._closed = 0  # how often
-        self._lock = forks.lock()
-        forks.call_in_child(self.forget)
+        self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self.forget)
 
     def take(self, now: float, deadline: float | None) -> _Kept:
         """A connection that is ready for a request."""
@@ -605,7 +606,7 @@ class ClusterChannel:
         self._failed: set[str] = set()
         self._closed = 0  # how often
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def _client(self, deadline: float | None) -> redis.RedisCluster:
         if self._connected is not None:

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 
-from ratelimit import forks
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos
@@ -18,6 +17,7 @@ from ratelimit.errors import InvalidConfigurationError, Key, brief
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 _RENEWAL_SECONDS: Final = 5.0  # for which others go on with what is known, while one looks it up anew
@@ -113,7 +113,7 @@ class Plans(OfThisProcess):
         self._size = size
         self._clock = clock
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """Pickle the plans, without the answers that this process has kept."""
@@ -181,7 +181,7 @@ class Plans(OfThisProcess):
 
 def _restored(cls: type[Plans], kept: dict[str, Any]) -> Plans:
     plans = cls.__new__(cls)
-    vars(plans).update(kept, _entries=OrderedDict(), _lock=forks.lock())
+    vars(plans).update(kept, _entries=OrderedDict(), _lock=fork_safety.lock())
     return plans
 
 

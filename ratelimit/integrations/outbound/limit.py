@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Final, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
 
-from ratelimit import forks
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep
 from ratelimit.copies import OfThisProcess
@@ -33,6 +32,7 @@ from ratelimit.handle import nanos_of, token_count
 from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import steady_clock
 
 RequestKey: TypeAlias = Key | Callable[[Any], Key | None]
@@ -133,7 +133,7 @@ class OutboundLimit(OfThisProcess):
         self._clock = _MachineClock() if clock is None else clock
         self._jitter = jitter
         self._holds: dict[Key, _Hold] = {}
-        self._lock = forks.lock()
+        self._lock = fork_safety.lock()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickle the arguments, without what this process knows of holds."""
