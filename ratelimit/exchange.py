@@ -47,6 +47,7 @@ from ratelimit.errors import (
     StoreUnavailableError,
 )
 from ratelimit.remembered import Remembered, Seen
+from ratelimit.runtime import fork_safety
 from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, Store
 
 T = TypeVar("T")
@@ -62,6 +63,8 @@ _UNDISTURBED_BEFORE_SWAPS: Final = 16  # decisions of the store
 _IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
+
+_chance = random.SystemRandom()  # processes that were forked in C would draw the same numbers from another generator
 
 
 class Call:
@@ -125,10 +128,12 @@ class Backend:
 
     def call(self, timeout: float | None = None, *, holds: bool = False) -> Call:
         """Begin a call of a verb."""
+        fork_safety.check()
         return Call(self.begin() + (self.timeout if timeout is None else timeout), holds)
 
     def own_call(self) -> Call:
         """Begin a call of the manager's own, also when it is closed."""
+        fork_safety.check()
         return Call(self.monotonic() + self.timeout)
 
     def close(self) -> None:
@@ -386,4 +391,4 @@ def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> 
 
 
 def _jittered_pause(retry: int) -> int:
-    return random.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))
+    return _chance.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))

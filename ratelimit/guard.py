@@ -211,6 +211,7 @@ class Guard:
         self._spawn = spawn
         self._asynchronous = asynchronous
         self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._end_sweep)
         self._sweeping = False
         self._swept_at = float("-inf")
         self._in_debt = False  # whether there may be something to sweep
@@ -348,6 +349,10 @@ class Guard:
             self._in_debt = True
         finally:
             self._sweeping = False
+
+    def _end_sweep(self) -> None:
+        """In a forked process the thread that sweeps is missing, and the debts were the parent's."""
+        self._sweeping = self._in_debt = False
 
     def charge_all(self, exchange: Exchange, backend: Backend) -> Steps[None]:
         """Charge what was consumed of all local buckets.

@@ -45,6 +45,7 @@ from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.merging import TaskMerger
 from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
+from ratelimit.runtime import fork_safety
 
 T = TypeVar("T")
 
@@ -116,6 +117,7 @@ class Handle:
 
         What every decision passes through is written out here, as in :meth:`awaited`: a call less each.
         """
+        fork_safety.check()
         plan = self.plan
         if plan is None or self.guard is not None:
             return drive(self.run(command, self.call(timeout)))
@@ -126,6 +128,7 @@ class Handle:
 
     def awaited(self, command: Command[T], timeout: Duration | None = None) -> Awaitable[T]:
         """The same for asyncio; who only waits for an exchange in flight awaits nothing but the answer."""
+        fork_safety.check()
         call = Call(self.backend.begin() + (self.timeout if timeout is None else seconds(timeout)))
         plan, merger = self.plan, self.merger
         if merger is None or plan is None:

@@ -43,6 +43,7 @@ from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.on_error import ErrorPolicy, OnError
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
@@ -228,6 +229,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
 
     def _told(self) -> Steps[None]:
         """The store, of all that was handed out without asking it."""
+        fork_safety.check()
         try:
             yield from self._optimizer.sync_all(self._backend)
         finally:

@@ -154,6 +154,7 @@ class Optimizer:
         self._size = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._forget_all)
 
     def optimized(self, optimization: Optimization | None) -> Exchange:
         """An exchange that asks the store only where the optimization wants that; None: always."""
@@ -164,13 +165,19 @@ class Optimizer:
         with self._lock:
             self._drop(key)
 
+    def _forget_all(self) -> None:
+        """Know nothing in a forked process: the tokens are the parent's to book, as are the exchanges in flight."""
+        self._entries.clear()
+        self._size = 0
+
     def sync(self, backend: Backend, key: bytes, call: Call | None = None) -> Steps[None]:
         """Tell the store what was handed out of a bucket, and learn what it holds; nothing where nothing is known."""
+        call = call or backend.own_call()
         with self._lock:
             entry = self._entries.get(key)
             begun = None if entry is None else _begin(entry, carrying=True)
         if begun is not None:
-            yield from self._ask(backend, begun, TakeSnapshot(), call or backend.own_call(), 0)
+            yield from self._ask(backend, begun, TakeSnapshot(), call, 0)
 
     def sync_all(self, backend: Backend) -> Steps[None]:
         """Tell the store all that was handed out and not told.

@@ -1,11 +1,13 @@
 """Programs of their own interpreter, for tests of how processes and event loops begin and end.
 
-``python -m tests.lifecycle NAME URL`` runs one of them; it prints "ended", nothing else, and ends with 0.
+``python -m tests.lifecycle NAME URL FORK`` runs one of them; it prints "ended", nothing else, and ends with 0.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -17,13 +19,34 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 from ratelimit import AsyncProxyManager, ProxyManager
+from ratelimit.runtime import fork_safety
 
 KEYS = [f"user:{number}" for number in range(20)]
+PATIENCE = 60
+"""Seconds for a decision on a busy machine."""
 KEPT: list[Any] = []
 """What is still there when the interpreter ends."""
+
+
+def _fork_in_c() -> int:
+    """Fork as uWSGI does, so that no hook of the interpreter runs."""
+    return int(ctypes.PyDLL(None).fork())
+
+
+def _fork_in_c_noticed_by_process_id() -> int:
+    """Fork so on a system whose memory says nothing of forks."""
+    fork_safety._page = fork_safety._PageByProcessId()
+    return _fork_in_c()
+
+
+FORKS: dict[str, Callable[[], int]] = {"os.fork": getattr(os, "fork", _fork_in_c), "C": _fork_in_c}
+FORKS["C, by process id"] = _fork_in_c_noticed_by_process_id
+fork_process = FORKS["os.fork"]
+"""How the programs fork."""
 
 
 def limits_of(key: Any) -> str:
@@ -54,13 +77,13 @@ async def ause(manager: AsyncProxyManager, times: int = 5) -> int:
 
 def taken(url: str) -> int:
     """Tokens that were ever taken of all keys."""
-    with ProxyManager.from_url(url, limits_of) as manager:
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
         return sum(manager.snapshot(key).consumed_tokens for key in KEYS)
 
 
-def fork(work: Callable[[], object]) -> int:
+def fork(work: Callable[[], object], how: Callable[[], int] | None = None) -> int:
     """Fork a process that does the work; what to wait for."""
-    child = os.fork()
+    child = (how or fork_process)()
     if child:
         return child
     status = 1
@@ -84,7 +107,7 @@ def all_ended_well(children: list[int]) -> None:
         assert status == 0
 
 
-def forked(work: Callable[[], Any]) -> Any:
+def forked(work: Callable[[], Any], how: Callable[[], int] | None = None) -> Any:
     """What a forked process has given; it is killed when it hangs."""
     reader, writer = os.pipe()
 
@@ -94,7 +117,7 @@ def forked(work: Callable[[], Any]) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-        child = fork(tell)
+        child = fork(tell, how)
     os.close(writer)
     with os.fdopen(reader, "rb") as answers:
         answer = answers.read()
@@ -105,7 +128,7 @@ def forked(work: Callable[[], Any]) -> Any:
 
 def prefork_of_threads(url: str) -> None:
     """Parent and children use what the parent has used, the children by threads, and all at once."""
-    with ProxyManager.from_url(url, limits_of) as manager:
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
         use(manager)
 
         def work() -> None:
@@ -121,7 +144,7 @@ def prefork_of_threads(url: str) -> None:
 
 def prefork_of_tasks(url: str) -> None:
     """The same by tasks: the parent's loop is closed, and the children have loops of their own."""
-    manager = AsyncProxyManager.from_url(url, limits_of)
+    manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
     asyncio.run(ause(manager))
     children = in_children(lambda: asyncio.run(ause(manager)))
     asyncio.run(ause(manager))
@@ -131,7 +154,7 @@ def prefork_of_tasks(url: str) -> None:
 
 def fork_beside_a_loop(url: str) -> None:
     """The parent's loop is open, and goes on; its connection is that of the children no less, who leave it alone."""
-    manager = AsyncProxyManager.from_url(url, limits_of)
+    manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
 
     async def use_and_close() -> None:
         await ause(manager)
@@ -148,13 +171,71 @@ def fork_beside_a_loop(url: str) -> None:
     assert taken(url) == 14 * 100
 
 
+def fork_with_a_loop(url: str) -> None:
+    """Children run the loop that the parent has made, while it rests; then the parent goes on with its connection."""
+    KEPT.append(manager := AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE))
+    runner = asyncio.Runner()
+    KEPT.append(runner)  # a child must not close it: the system has one list for all of what the loop waits for
+    runner.run(ause(manager))
+
+    def forget() -> None:
+        nonlocal manager
+        KEPT.remove(manager)
+        del manager
+        gc.collect()
+        runner.run(asyncio.sleep(0.1))
+
+    all_ended_well([fork(forget)])
+    runner.run(ause(manager))
+    all_ended_well(in_children(lambda: runner.run(ause(manager)), 1))
+    runner.run(ause(manager))
+    runner.run(manager.aclose())
+    runner.close()
+    assert taken(url) == 4 * 100
+
+
+def children_that_close(url: str) -> None:
+    """Children close what the parent has opened and goes on to use, some of them after they have used it."""
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
+
+        def use_and_close() -> None:
+            use(manager)
+            manager.close()
+
+        for work in (manager.close, use_and_close):
+            use(manager)
+            children = in_children(work)
+            use(manager)
+            all_ended_well(children)
+            use(manager)
+    assert taken(url) == 9 * 100
+
+
+def children_that_end_as_programs_do(url: str) -> None:
+    """Children end with all that the interpreter does at its end, one of them without any decision."""
+    manager = ProxyManager.from_url(url, limits_of, timeout=PATIENCE)
+    KEPT.append(manager)
+    for uses in (0, 1):
+        use(manager)
+        child = fork_process()
+        if not child:
+            if uses:
+                use(manager)
+            warnings.simplefilter("ignore", ResourceWarning)  # of the parent's socket, which is left as it is
+            sys.exit()
+        all_ended_well([child])
+        use(manager)
+    manager.close()
+    assert taken(url) == 5 * 100
+
+
 def _child(manager: ProxyManager) -> None:
     use(manager)
 
 
 def multiprocessing_fork(url: str) -> None:
     """Processes of ``multiprocessing``, whose ends run more of the interpreter's."""
-    with ProxyManager.from_url(url, limits_of) as manager:
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
         use(manager)
         processes = [get_context("fork").Process(target=_child, args=(manager,)) for _ in range(3)]
         for process in processes:
@@ -166,9 +247,39 @@ def multiprocessing_fork(url: str) -> None:
     assert taken(url) == 5 * 100
 
 
+def _child_by_url(url: str) -> None:
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
+        use(manager)
+
+
+def _processes_by_url(url: str, context: SpawnContext | ForkServerContext) -> None:
+    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
+        use(manager)
+        processes = [context.Process(target=_child_by_url, args=(url,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        use(manager)
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+    assert taken(url) == 4 * 100
+
+
+def multiprocessing_forkserver(url: str) -> None:
+    """Processes of ``multiprocessing`` that a server forks, which has imported the package."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["ratelimit"])
+    _processes_by_url(url, context)
+
+
+def multiprocessing_spawn(url: str) -> None:
+    """Processes of ``multiprocessing`` that begin with an interpreter of their own."""
+    _processes_by_url(url, get_context("spawn"))
+
+
 def parallel_loops(url: str) -> None:
     """Loops in threads of their own, one after the other in each."""
-    manager = AsyncProxyManager.from_url(url, limits_of)
+    manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
     with ThreadPoolExecutor(4) as threads:
         for _ in range(3):
             list(threads.map(lambda _: asyncio.run(ause(manager)), range(4)))
@@ -177,13 +288,13 @@ def parallel_loops(url: str) -> None:
 
 def left_open(url: str) -> None:
     """A manager that nobody closes."""
-    KEPT.append(manager := ProxyManager.from_url(url, limits_of))
+    KEPT.append(manager := ProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     use(manager)
 
 
 def left_open_by_threads(url: str) -> None:
     """The same, beside threads that are in the middle of it."""
-    KEPT.append(manager := ProxyManager.from_url(url, limits_of))
+    KEPT.append(manager := ProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     begun = threading.Event()
 
     def work() -> None:
@@ -198,13 +309,13 @@ def left_open_by_threads(url: str) -> None:
 
 def left_open_by_tasks(url: str) -> None:
     """The same by tasks."""
-    KEPT.append(manager := AsyncProxyManager.from_url(url, limits_of))
+    KEPT.append(manager := AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     asyncio.run(ause(manager))
 
 
 def left_in_flight(url: str) -> None:
     """A loop that was closed with requests in flight, and then is no more; the next one finds all in order."""
-    manager = AsyncProxyManager.from_url(url, limits_of)
+    manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
 
     async def leave() -> None:
         await ause(manager)
@@ -220,7 +331,8 @@ def left_in_flight(url: str) -> None:
 def main() -> None:
     """Run the program that is named."""
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # a busy machine is slow, which is no complaint
-    _, name, url = sys.argv
+    _, name, url, how = sys.argv
+    globals()["fork_process"] = FORKS[how]
     globals()[name](url)
     print("ended")
 

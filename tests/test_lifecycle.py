@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from ratelimit import AsyncProxyManager, CountingListener, OnError, Optimization, ProxyManager, StoreError
+from ratelimit.runtime import fork_safety
 from tests import lifecycle
-from tests.lifecycle import forked
+from tests.lifecycle import FORKS, forked
 from tests.servers import RedisServer, wait_until
 from tests.ways import Tap
 
@@ -31,26 +32,46 @@ ROOT = Path(__file__).parents[1]
 NAME = "lifecycle"
 PATIENCE = 60
 
-PROGRAMS = [
+FORKING = [
     lifecycle.prefork_of_threads,
     lifecycle.prefork_of_tasks,
     lifecycle.fork_beside_a_loop,
+    lifecycle.fork_with_a_loop,
+    lifecycle.children_that_close,
+    lifecycle.children_that_end_as_programs_do,
+]
+PROGRAMS = [
     lifecycle.multiprocessing_fork,
+    lifecycle.multiprocessing_forkserver,
+    lifecycle.multiprocessing_spawn,
     lifecycle.parallel_loops,
     lifecycle.left_open,
     lifecycle.left_open_by_threads,
     lifecycle.left_open_by_tasks,
     lifecycle.left_in_flight,
 ]
+by_all_forks = pytest.mark.parametrize("how", lifecycle.FORKS)
+
+
+def ends_well(program: Callable[[str], None], redis_url: str, how: str) -> None:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.lifecycle", program.__name__]
+    url = f"{redis_url}?socket_timeout={PATIENCE}"
+    command += [url, how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_process_ends_well_and_complains_of_nothing(program: Callable[[str], None], redis_url: str) -> None:
-    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.lifecycle", program.__name__]
-    url = f"{redis_url}?socket_timeout={PATIENCE}"
-    done = subprocess.run([*command, url], cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
-    assert (done.stdout, done.stderr, done.returncode) == ("ended\n", "", 0)
+    ends_well(program, redis_url, "os.fork")
+
+
+@by_all_forks
+@pytest.mark.parametrize("program", FORKING, ids=lambda program: program.__name__)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_and_those_forked_from_it_end_well(program: Callable[[str], None], redis_url: str, how: str) -> None:
+    ends_well(program, redis_url, how)
 
 
 def locks_of(root: object) -> list[Any]:
@@ -82,12 +103,18 @@ MAKES: dict[str, Callable[[str], ProxyManager]] = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@by_all_forks
 @pytest.mark.parametrize("name", MAKES)
-def test_a_fork_while_other_threads_hold_locks_leaves_none_of_them_locked(name: str, url: str) -> None:
+def test_a_fork_while_other_threads_hold_locks_leaves_none_of_them_locked(
+    name: str, how: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_safety, "_page", fork_safety._page)  # as it was, afterwards
     with MAKES[name](url) as manager:
         assert manager.try_consume("key")
         locks = locks_of(manager)
         assert len(locks) >= 2
+        if name != "memory":  # the client's own pool notices a fork only when it is asked for a connection
+            locks.append(manager._store._channel._connections.pool.pool.mutex)  # type: ignore[attr-defined]
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -101,7 +128,8 @@ def test_a_fork_while_other_threads_hold_locks_leaves_none_of_them_locked(name: 
         thread.start()
         try:
             assert held.wait(PATIENCE)
-            assert forked(lambda: [manager.try_consume("key"), manager.try_consume("another")]) == [True, True]
+            answers = forked(lambda: [manager.try_consume("key"), manager.try_consume("another")], FORKS[how])
+            assert answers == [True, True]
         finally:
             done.set()
             thread.join()

@@ -18,6 +18,7 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 _SHORTEST_FAILURE = 0.1  # seconds
+_chance = random.SystemRandom()  # processes that were forked in C would draw the same numbers from another generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Circuit:
             if self.is_open and not self._trying:  # it was on its way before: no news
                 return
             self._pause = min(self._pause * 2 or breaker.shortest_pause, breaker.longest_pause)
-            self._retry_at = self._monotonic() + self._pause * random.uniform(0.5, 1)
+            self._retry_at = self._monotonic() + self._pause * _chance.uniform(0.5, 1)
             self._trying = False
             self.is_open = True
 
@@ -155,6 +156,7 @@ class Circuit:
 
     def status(self) -> CircuitStatus:
         """How it is at present."""
+        fork_safety.check()
         with self._lock:
             is_left_alone = self.is_open and not self._trying
             left = max(0.0, self._retry_at - self._monotonic()) if is_left_alone else 0.0

@@ -86,17 +86,20 @@ class MemoryStore(OfThisProcess):
 
     def get(self, key: Key) -> bytes | None:
         """The state under the key; None where there is none."""
+        fork_safety.check()
         with self._lock:
             entry = self._live(_bytes(key), self._now())
             return None if entry is None else entry.as_bytes()
 
     def put(self, key: Key, state: bytes) -> None:
         """Store a state, whatever is there, without expiry: for tests."""
+        fork_safety.check()
         with self._lock:
             self._entries[_bytes(key)] = _Entry(state)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
+        fork_safety.check()
         with self._lock:
             now = self._now()
             entry = self._live(key, now)
@@ -150,6 +153,7 @@ class MemoryStore(OfThisProcess):
 
     def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
+        fork_safety.check()
         with self._lock:
             self._entries.pop(key, None)
 

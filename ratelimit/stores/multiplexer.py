@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
@@ -23,6 +24,7 @@ from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit
 from ratelimit.stores.connecting import CONNECTS_ONCE
@@ -52,6 +54,15 @@ class Multiplexer:
         self._make_connection = make_connection
         self.circuit = Circuit(None) if circuit is None else circuit
         self._links: dict[AbstractEventLoop, _Link] = {}
+        fork_safety.call_in_child(self._forget)
+
+    def _forget(self) -> None:
+        """Connect anew in a forked process, also in a loop that the parent has made.
+
+        A connection of the parent stays as it is: its end would remove it from what the parent's loop waits for.
+        """
+        fork_safety.leave(self._links)
+        self._links = {}
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Future[Replies]:
         """Send commands next to each other; to be awaited for their replies.
@@ -198,7 +209,7 @@ class _Link:
             self._transport = writer.transport
         else:
             self._transport = _Turns(self, connection)
-        self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
+        self._end_of_loop = _aborted_with_its_loop(self._transport, writer, os.getpid())
         await anext(self._end_of_loop)
         if self._parser is not None:
             self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
@@ -349,18 +360,20 @@ def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bo
     future.set_exception(ours)
 
 
-async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> AsyncGenerator[None, None]:
+async def _aborted_with_its_loop(transport: _Transport, _writer: object, process_id: int) -> AsyncGenerator[None, None]:
     """Close a connection when its loop is shut down, or when this generator is forgotten, and its link with it.
 
     An event loop ends the asynchronous generators that were begun in it. Those that are collected it ends itself, in
     its own thread.
 
     :param _writer: is to live as long; it complains of an open transport otherwise.
+    :param process_id: whose connection it is; a forked process that ends leaves it alone.
     """
     try:
         yield
     finally:
-        transport.abort()
+        if process_id == os.getpid():
+            transport.abort()
 
 
 def _run_to_the_end(generator: AsyncGenerator[None, None]) -> None:

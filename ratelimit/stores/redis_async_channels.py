@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
@@ -21,6 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
 
 from ratelimit.errors import StoreError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.connecting import limit_retries
@@ -113,6 +114,16 @@ class AsyncClusterChannel:
         self._working: set[asyncio.Task[Any]] = set()  # what the client is doing
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turn = asyncio.Lock()
+        fork_safety.call_in_child(self._forget)
+
+    def _forget(self) -> None:
+        """Let go of what belongs to the parent, and to a loop of it, in a forked process."""
+        self._loop = self._renewing = None
+        fork_safety.leave(self._multiplexers, self._working)
+        self._multiplexers, self._working = {}, set()
+        for node in self._known_nodes():  # a sync client compares process ids by itself
+            fork_safety.leave(node._connections, node._free)  # noqa: SLF001
+            node._connections, node._free = [], deque(maxlen=node.max_connections)  # noqa: SLF001
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot; empty before the cluster is known."""
@@ -273,13 +284,15 @@ class AsyncClusterChannel:
             self._multiplexers.pop(name).close()
         self._failed &= present
 
+    def _known_nodes(self) -> list[Any]:
+        return [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
+
     async def _enter_loop(self) -> None:
         before, self._loop = self._loop, asyncio.get_running_loop()
         self._turn = asyncio.Lock()
         if before is not None and before.is_closed():
-            known: list[Any] = [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
             async with self._turn:  # or it would close what others of this loop have opened meanwhile
-                for node in known:
+                for node in self._known_nodes():
                     with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
                         await node.disconnect()
 

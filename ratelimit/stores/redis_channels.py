@@ -80,6 +80,7 @@ class _KeptConnections:
     def __init__(self, pool: Any, most: float) -> None:
         self.pool = pool
         self._most = most
+        self._process_id = os.getpid()
         self._kept: list[_Kept] = []
         self._waiting = 0
         self._connecting = 0  # in threads, which some of those who waited have left
@@ -128,15 +129,20 @@ class _KeptConnections:
 
     def close(self) -> None:
         """As clear, at the end; connections that are being made for somebody are closed when they are there."""
+        fork_safety.check()
         self._closed += 1
         self.clear()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # the interpreter may be about to end
-            self.clear()
+        try:
+            if self._process_id == os.getpid():  # there may be no weak reference left to call forget by
+                self.clear()
+        except Exception:  # noqa: BLE001, S110  # the interpreter may be about to end, and have no names any more
+            pass
 
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
+        self._process_id = os.getpid()
         self._kept = []
         self._waiting = self._connecting = 0
 
@@ -151,7 +157,7 @@ class _KeptConnections:
                 self._await_room(deadline)
                 connection = self._connected_within(deadline)
         except TimeoutError as error:
-            if isinstance(self.pool, redis.BlockingConnectionPool) and self.pool.pool.empty():
+            if isinstance(self.pool, redis.BlockingConnectionPool) and _is_exhausted(self.pool):
                 raise exceptions.TimeoutError("No connection available") from error
             raise exceptions.TimeoutError("no connection by the deadline") from error
         finally:
@@ -224,7 +230,8 @@ def _is_exhausted(pool: Any) -> bool:
     and so on, until nobody kept anything any more.
     """
     if isinstance(pool, redis.BlockingConnectionPool):
-        return bool(pool.pool.empty())
+        # Its method would take a lock of the queue, which may be locked in a forked process until the pool notices.
+        return not pool.pool.queue
     made, most = getattr(pool, "_created_connections", math.inf), getattr(pool, "max_connections", 0)
     return not getattr(pool, "_available_connections", ()) and bool(made >= most)
 
@@ -492,6 +499,7 @@ def check_time_left(key: bytes, deadline: float | None) -> float:
 
     :raises StoreTimeoutError: where it does.
     """
+    fork_safety.check()
     now = monotonic()
     if deadline is not None and now >= deadline:
         raise StoreTimeoutError(key, "there was no time left to ask Redis")
@@ -607,6 +615,16 @@ class ClusterChannel:
         self._closed = 0  # how often
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._forget)
+
+    def _forget(self) -> None:
+        """Connect again in a forked process, where locks of the parent's client may be locked.
+
+        The client of a caller is kept, as there is no way to make another one.
+        """
+        if self._owned:
+            fork_safety.leave(self._connected)
+            self._connected = None
 
     def _client(self, deadline: float | None) -> redis.RedisCluster:
         if self._connected is not None:
@@ -630,6 +648,7 @@ class ClusterChannel:
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot, as far as the client knows; empty before it is there."""
+        fork_safety.check()
         if self._connected is None:
             return ""
         try:
@@ -691,6 +710,7 @@ class ClusterChannel:
 
     def close(self) -> None:
         """Give all connections back to their pools, and close the client where it is owned, if it was ever made."""
+        fork_safety.check()
         for connections in list(self._connections.values()):
             connections.close()
         self._closed += 1

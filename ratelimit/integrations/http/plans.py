@@ -122,11 +122,13 @@ class Plans(OfThisProcess):
 
     def forget(self, key: Key) -> None:
         """Look a key up anew at its next use, in this process."""
+        fork_safety.check()
         with self._lock:
             self._entries.pop(key, None)
 
     def limits_of(self, request: HttpRequest, key: Key) -> Steps[PlanLimits]:
         """The limits of a request that has this key by its rule: by the look-up, or by its last answer."""
+        fork_safety.check()
         if self._by is not None:
             looked_up: Any = yield from answer_of(self._by(request))
             if looked_up is None:

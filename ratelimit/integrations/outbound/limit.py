@@ -101,7 +101,7 @@ class OutboundLimit(OfThisProcess):
         prefix: str = "outbound:",
         manager: ProxyManager | AsyncProxyManager | str | None = None,
         clock: Clock | None = None,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = random.SystemRandom().random,  # noqa: B008  # it has no state
     ) -> None:
         arguments: dict[str, Any] = {
             "key": key,
@@ -278,6 +278,7 @@ class OutboundLimit(OfThisProcess):
 
     def _noted(self, key: Key, nanos: int) -> _Hold:
         """The hold of a key after one that begins now: that one, or another that is longer."""
+        fork_safety.check()
         with self._lock:
             now = self._clock.now_nanos()
             known = self._holds.get(key)
