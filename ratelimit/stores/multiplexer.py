@@ -127,7 +127,8 @@ class _Link:
     the connection, or if nobody was answered in time for a second, it is retired: it gets no more commands, and ends
     with the last of those who still wait.
 
-    All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it.
+    All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it, but for
+    tests that freeze the one of the loop.
 
     :param before: the connection whose place it takes.
     """
@@ -167,7 +168,11 @@ class _Link:
         future: Future[Replies] = loop.create_future()
         self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
         due = min(now + self._patience, deadline)
-        if due < self._due:
+        if now >= self._due:
+            # The timer is late; or it was set while a test had frozen the loop's clock, and stands in the far future.
+            self._watch(math.inf, now)
+            self._on_deadline()
+        elif due < self._due:
             self._watch(due, now)
         return future
 
