@@ -230,8 +230,11 @@ def serve_together(address: tuple[str, int], url: str) -> None:
         assert manager.snapshot("all").consumed_tokens == manager.snapshot("/").consumed_tokens == 300
 
 
+UWSGI_OPTIONS = [(), ("--enable-threads", "--threads", "4"), ("--lazy-apps",), ("--py-call-osafterfork",)]
+
+
 @pytest.mark.redis
-@pytest.mark.parametrize("options", [(), ("--enable-threads", "--threads", "4"), ("--lazy-apps",)], ids=" ".join)
+@pytest.mark.parametrize("options", UWSGI_OPTIONS, ids=" ".join)
 def test_workers_of_uwsgi_admit_together_what_the_limit_says(
     options: tuple[str, ...], redis_url: str, tmp_path: Path
 ) -> None:

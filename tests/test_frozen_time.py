@@ -28,8 +28,10 @@ from ratelimit import (
     StoreTimeoutError,
     SystemClock,
 )
+from ratelimit.integrations.http import Answers, Limiter
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.redis import AsyncRedisStore
+from tests.integrations.requests_of import request_of
 from tests.servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +249,14 @@ def test_a_store_in_memory_keeps_to_the_monotonic_clock(name: str) -> None:
     with FREEZES[name]() as frozen:
         frozen.move_to(NOW + timedelta(days=10))
         assert manager.available_tokens("key") == 0
+
+
+def test_the_time_at_which_a_bucket_is_full_follows_frozen_time() -> None:
+    limiter = Limiter("3/minute", manager=ProxyManager(MemoryStore()))
+    with freeze_time(NOW):
+        answers = Answers(x_ratelimit="epoch")
+        headers = dict(answers.headers(limiter.decide(request_of())))
+    assert 0 <= int(headers["X-RateLimit-Reset"]) - NOW.timestamp() <= 60
 
 
 # The whole package
