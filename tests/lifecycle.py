@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -180,14 +181,28 @@ def fork_with_a_loop(url: str) -> None:
 
     def forget() -> None:
         nonlocal manager
+        forgotten = weakref.ref(manager)
         KEPT.remove(manager)
         del manager
         gc.collect()
+        assert forgotten() is None
         runner.run(asyncio.sleep(0.1))
+
+    def addresses() -> set[Any]:
+        links = manager._store._channel._multiplexer._links.values()  # type: ignore[attr-defined]
+        return {link._transport.get_extra_info("sockname") for link in links}
+
+    theirs = addresses()
+
+    def use_another_connection() -> None:
+        runner.run(ause(manager))
+        assert len(addresses()) == 1
+        assert not addresses() & theirs
 
     all_ended_well([fork(forget)])
     runner.run(ause(manager))
-    all_ended_well(in_children(lambda: runner.run(ause(manager)), 1))
+    all_ended_well([fork(use_another_connection)])
+    assert addresses() == theirs
     runner.run(ause(manager))
     runner.run(manager.aclose())
     runner.close()
@@ -195,20 +210,31 @@ def fork_with_a_loop(url: str) -> None:
 
 
 def children_that_close(url: str) -> None:
-    """Children close what the parent has opened and goes on to use, some of them after they have used it."""
-    with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
+    """Children close what the parent has opened and goes on to use, or forget it, some after they have used it."""
+    manager = ProxyManager.from_url(url, limits_of, timeout=PATIENCE)
 
-        def use_and_close() -> None:
-            use(manager)
-            manager.close()
+    def close() -> None:
+        manager.close()
 
-        for work in (manager.close, use_and_close):
-            use(manager)
-            children = in_children(work)
-            use(manager)
-            all_ended_well(children)
-            use(manager)
-    assert taken(url) == 9 * 100
+    def use_and_close() -> None:
+        use(manager)
+        manager.close()
+
+    def forget() -> None:
+        nonlocal manager
+        forgotten = weakref.ref(manager)
+        del manager
+        gc.collect()
+        assert forgotten() is None
+
+    for work in (close, use_and_close, forget):
+        use(manager)
+        children = in_children(work)
+        use(manager)
+        all_ended_well(children)
+        use(manager)
+    manager.close()
+    assert taken(url) == 12 * 100
 
 
 def children_that_end_as_programs_do(url: str) -> None:

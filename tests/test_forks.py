@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -156,7 +157,8 @@ def test_a_cluster_is_used_by_parent_and_child_whatever_locks_its_client_held(
             return sum(manager.try_consume(key) for key in KEYS for _ in range(times))
 
         assert consume(3) == 30
-        client: Any = manager._store._channel._connected  # type: ignore[attr-defined]
+        channel: Any = manager._store._channel  # type: ignore[attr-defined]
+        client = channel._connected
         with ExitStack() as stack:
             held, done = threading.Event(), threading.Event()
 
@@ -170,7 +172,8 @@ def test_a_cluster_is_used_by_parent_and_child_whatever_locks_its_client_held(
             stack.callback(done.set)
             thread.start()
             assert held.wait(PATIENCE)
-            assert forked(lambda: consume(5), how) == 50
+            # Not that it happens to be asked for nothing that takes the locks.
+            assert forked(lambda: [consume(5), channel._connected is client], how) == [50, False]
         assert consume(2) == 20
         assert {manager.snapshot(key).consumed_tokens for key in KEYS} == {10}
 
@@ -230,7 +233,13 @@ def serve_together(address: tuple[str, int], url: str) -> None:
         assert manager.snapshot("all").consumed_tokens == manager.snapshot("/").consumed_tokens == 300
 
 
-UWSGI_OPTIONS = [(), ("--enable-threads", "--threads", "4"), ("--lazy-apps",), ("--py-call-osafterfork",)]
+UWSGI_OPTIONS: list[tuple[str, ...]] = [
+    (),
+    ("--enable-threads", "--threads", "4"),
+    ("--lazy-apps",),
+    # With Python 3.13 uWSGI 2.0.30 answers nothing then, whatever the application.
+    *([("--py-call-osafterfork",)] if sys.version_info < (3, 12) else []),
+]
 
 
 @pytest.mark.redis

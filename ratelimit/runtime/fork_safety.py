@@ -1,9 +1,9 @@
 """What a forked process must not take over from its parent, whose other threads do not live on in it.
 
-A lock that another thread held at that moment would stay locked for ever, what another thread had begun would never
-end, and a connection that both processes use would give each of them replies to the other one's requests. All that is
-forgotten at once: by a hook of the interpreter after ``os.fork``, and by :func:`check` after a fork that the
-interpreter did not notice, as that of uWSGI, which is made in C.
+A lock that another thread held at that moment would never be released there, what another thread had begun would never
+end, and a connection that both processes use would give each of them replies to requests of the other one. All that is
+dropped before anything else happens in the child: by a hook of the interpreter after ``os.fork``, and by :func:`check`
+after a fork that the interpreter did not notice, as that of uWSGI, which is made in C.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _calls: set[weakref.WeakMethod[Callable[[], None]]] = set()
 _left: list[object] = []
 _turns: dict[int, threading.Lock] = {}
-"""By process id: who holds the lock clears up. A new process finds no lock of its own here, so that none is locked."""
+"""By process id: the lock under which one thread of that process clears up. A new process finds none that is locked."""
 
 _MADV_WIPEONFORK = 18
-"""Advice to Linux that a forked process is to see a page of memory full of zeros. The ``mmap`` module has no name."""
+"""Advice to Linux that a forked process is to see zeros in a page of memory. The ``mmap`` module does not name it."""
 
 
 class _PageByProcessId:
@@ -76,7 +76,7 @@ def call_in_child(method: Callable[[], None]) -> None:
 
 
 def leave(*parents: object) -> None:
-    """Keep objects of the parent, in a forked process, as they are: their end would be the end of what it uses."""
+    """Keep objects of the parent alive in a forked process, because closing them would disturb the parent."""
     _left.extend(parents)
 
 

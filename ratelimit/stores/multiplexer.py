@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
@@ -57,7 +56,7 @@ class Multiplexer:
         fork_safety.call_in_child(self._forget)
 
     def _forget(self) -> None:
-        """Connect anew in a forked process, also in a loop that the parent has made.
+        """Make other connections in a forked process, also in a loop that the parent has made.
 
         A connection of the parent stays as it is: its end would remove it from what the parent's loop waits for.
         """
@@ -90,6 +89,7 @@ class Multiplexer:
 
     def close(self) -> None:
         """Close the connections. Who waits for a reply is told so; a command that comes later connects again."""
+        fork_safety.check()
         links, self._links = self._links, {}
         for last in links.values():
             for link in (*last.retired, last):
@@ -214,7 +214,7 @@ class _Link:
             self._transport = writer.transport
         else:
             self._transport = _Turns(self, connection)
-        self._end_of_loop = _aborted_with_its_loop(self._transport, writer, os.getpid())
+        self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
         await anext(self._end_of_loop)
         if self._parser is not None:
             self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
@@ -365,20 +365,18 @@ def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bo
     future.set_exception(ours)
 
 
-async def _aborted_with_its_loop(transport: _Transport, _writer: object, process_id: int) -> AsyncGenerator[None, None]:
+async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> AsyncGenerator[None, None]:
     """Close a connection when its loop is shut down, or when this generator is forgotten, and its link with it.
 
     An event loop ends the asynchronous generators that were begun in it. Those that are collected it ends itself, in
     its own thread.
 
     :param _writer: is to live as long; it complains of an open transport otherwise.
-    :param process_id: whose connection it is; a forked process that ends leaves it alone.
     """
     try:
         yield
     finally:
-        if process_id == os.getpid():
-            transport.abort()
+        transport.abort()
 
 
 def _run_to_the_end(generator: AsyncGenerator[None, None]) -> None:
