@@ -42,6 +42,8 @@ _SHORTEST_DEFAULT_HOLD: Final = NANOS_PER_SECOND
 _LONGEST_DEFAULT_HOLD: Final = 60 * NANOS_PER_SECOND
 _LONGEST_JITTER: Final = 10 * NANOS_PER_SECOND
 
+_random = random.SystemRandom().random  # which has no state that forked processes would share
+
 _logger = logging.getLogger("ratelimit")
 
 
@@ -101,7 +103,7 @@ class OutboundLimit(OfThisProcess):
         prefix: str = "outbound:",
         manager: ProxyManager | AsyncProxyManager | str | None = None,
         clock: Clock | None = None,
-        jitter: Callable[[], float] = random.SystemRandom().random,  # noqa: B008  # it has no state
+        jitter: Callable[[], float] = _random,
     ) -> None:
         arguments: dict[str, Any] = {
             "key": key,
@@ -113,7 +115,7 @@ class OutboundLimit(OfThisProcess):
             "manager": manager,
             "clock": clock,
         }
-        if jitter is not random.random:  # which, pickled, would give the same numbers in every process
+        if jitter is not _random:  # which cannot be pickled
             arguments["jitter"] = jitter
         self._made_by = partial(type(self), **arguments), (limits,)
         if not callable(key):
