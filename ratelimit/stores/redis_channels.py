@@ -168,7 +168,7 @@ class _KeptConnections:
     def _await_room(self, deadline: float | None) -> None:
         """Wait until the pool has a connection, where its queue would stop the greenlets that are to give one back."""
         while self._stops_greenlets():
-            if deadline is not None and time.monotonic() >= deadline:
+            if deadline is not None and monotonic() >= deadline:
                 raise TimeoutError
             threads.pause()
 
@@ -201,7 +201,7 @@ class _KeptConnections:
 
     def _connect_at_end(self, deadline: float) -> Any:
         """Connect in this thread, with timeouts for each step; they stay, as nobody uses the pool for long any more."""
-        shorten_timeouts(self.pool, max(deadline - time.monotonic(), _SHORTEST))
+        shorten_timeouts(self.pool, max(deadline - monotonic(), _SHORTEST))
         try:
             return self._connect()
         except FOREIGN:
