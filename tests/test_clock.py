@@ -141,6 +141,7 @@ async def test_hosts_agree_to_within_what_they_say(stores: Any, client: redis.Re
 async def test_the_time_is_asked_for_along_with_something_else_once_a_second(stores: Any, redis_url: str) -> None:
     clock = Monotonic(0)
     host = stores(clock)
+    assert host.face.known_now(b"key") is None
     state = None
     with monitored(redis_url) as monitor:
         for number in range(10):
@@ -159,6 +160,7 @@ async def test_the_time_is_asked_for_along_with_something_else_once_a_second(sto
 async def test_a_read_renews_a_stale_estimate_in_the_same_round_trip(stores: Any, redis_url: str) -> None:
     monotonic = Monotonic(0)
     host = stores(monotonic)
+    assert host.face.known_now(b"key") is None
     await host.swap(b"key", None, b"state", -1)
     for _ in range(FIRST_REPLIES):
         await host.get(b"key")

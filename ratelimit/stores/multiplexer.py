@@ -28,7 +28,7 @@ from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit
 from ratelimit.stores.connecting import CONNECTS_ONCE
 from ratelimit.stores.redis_channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
-from ratelimit.stores.redis_errors import FOREIGN, translated
+from ratelimit.stores.redis_errors import translated
 
 _new = tuple.__new__  # of a named tuple: without the function that would only name its fields
 
@@ -37,6 +37,7 @@ _CLOSED_HERE: Final = "the store was closed"
 
 _LONGEST_FAILURE: Final = 1.0  # seconds
 _SHORTEST_SILENCE: Final = 0.1  # seconds
+_LONGEST_UNBOUNDED_CONNECTING: Final = 10.0  # seconds, where the client has no timeouts for the steps of it
 
 MakeConnection = Callable[[], Any]
 """Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
@@ -63,14 +64,17 @@ class Multiplexer:
         fork_safety.leave(self._links)
         self._links = {}
 
-    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Future[Replies]:
+    def send(
+        self, key: bytes, commands: Sequence[Command], deadline: float | None = None, *, admitted: bool = False
+    ) -> Future[Replies]:
         """Send commands next to each other; to be awaited for their replies.
 
         :param key: what errors are about.
         :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
+        :param admitted: whether the circuit has let the commands through already.
         """
         now = check_time_left(key, deadline)
-        if self.circuit.is_open:
+        if self.circuit.is_open and not admitted:
             self.circuit.admit(key, deadline)
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
@@ -84,8 +88,15 @@ class Multiplexer:
     def _made(self, key: bytes) -> Any:
         try:
             return self._make_connection()
-        except FOREIGN as error:
+        except Exception as error:
             raise translated(error, key, in_doubt=False) from error
+
+    def retire(self) -> None:
+        """Close each connection when all who wait for a reply have been answered."""
+        links, self._links = self._links, {}
+        for last in links.values():
+            for link in (*last.retired, last):
+                link.retire()
 
     def close(self) -> None:
         """Close the connections. Who waits for a reply is told so; a command that comes later connects again."""
@@ -123,9 +134,9 @@ class _Link:
 
     A waiter stays in its place until its replies have come, also when nobody waits for them any more.
 
-    A deadline that passes is the matter of that waiter alone. If nothing at all was heard for as long as the timeout of
-    the connection, or if nobody was answered in time for a second, it is retired: it gets no more commands, and ends
-    with the last of those who still wait.
+    A deadline that passes is the matter of that waiter alone, and connecting goes on without any. If nothing at all was
+    heard for as long as the timeout of the connection, or if nobody was answered in time for a second, it is retired:
+    it gets no more commands, and ends with the last of those who still wait.
 
     All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it, but for
     tests that freeze the one of the loop.
@@ -190,8 +201,10 @@ class _Link:
 
     async def _connect(self, connection: Any) -> None:
         CONNECTS_ONCE.set(True)  # it counts in this task only
+        is_bounded = connection.socket_timeout and connection.socket_connect_timeout
         try:
-            await connection.connect()
+            async with asyncio.timeout(None if is_bounded else _LONGEST_UNBOUNDED_CONNECTING):
+                await connection.connect()
             await self._take_over(connection)
         except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
             if not self._loop.is_closed():  # else its tasks were forgotten, and nobody waits any more
@@ -225,6 +238,9 @@ class _Link:
     def _begin(self) -> None:
         """Send what has waited for the connection, and let its time begin."""
         waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
+        if not (self.usable or waiting):
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
+            return
         self._heard = now = monotonic()
         self._fails_since = math.inf
         self._patience = self._timeout
@@ -307,7 +323,8 @@ class _Link:
                 next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
             if not waiter.future.done():
                 missing = "connection" if self._transport is None else "reply"
-                self._fails_since = min(self._fails_since, waiter.since)
+                # Connecting has timeouts of its own, and goes on for those who come later.
+                self._fails_since = min(self._fails_since, waiter.since if in_doubt else math.inf)
                 failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
                 _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
         if failure is not None and now - self._heard >= _SHORTEST_SILENCE:  # else it answers those who can wait
@@ -324,6 +341,12 @@ class _Link:
     def lost(self, error: Exception | None) -> None:
         """The connection is gone."""
         self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
+
+    def retire(self) -> None:
+        """Take no more commands, and close the connection with the last reply that somebody waits for."""
+        self.usable = False
+        if self._loop is not asyncio.get_running_loop() or all(waiter.future.done() for waiter in self._waiters):
+            self.close()
 
     def close(self) -> None:
         """Close the connection, which may belong to another loop than the one that runs here."""

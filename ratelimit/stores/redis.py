@@ -15,7 +15,7 @@ from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import LONGEST_STATE
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, StoreUnavailableError
+from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
 from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
@@ -162,13 +162,14 @@ class _RedisSteps(OfThisProcess):
     ) -> Steps[Any]:
         """The reply to a command, which goes together with questions."""
         sent = self._monotonic()
-        *answers, reply = yield self._channel.send(key, (*questions, command), deadline)
+        replies = yield self._channel.send(key, (*questions, command), deadline)
+        *answers, reply = replies
         for question, answer in zip(questions, answers, strict=True):
             # An error among the answers is for who needs them, not for a command that is carried out.
             if question is not _TIME:
                 node.learn_from_probe(answer)
             elif not isinstance(answer, ResponseError):
-                self._learn_time(key, answer, sent)
+                self._learn_time(key, answer, sent, replies)
         return reply
 
     def _deleted(self, key: bytes, deadline: float | None) -> Steps[None]:
@@ -181,18 +182,23 @@ class _RedisSteps(OfThisProcess):
 
     def _asked_time(self, key: bytes, deadline: float | None) -> Steps[int]:
         sent = self._monotonic()
-        reply = yield from self._asked(key, _TIME, deadline)
-        self._learn_time(key, reply, sent)
+        replies = yield self._channel.send(key, (_TIME,), deadline)
+        (reply,) = replies
+        if isinstance(reply, ResponseError):
+            raise _without_time(reply, key) from reply
+        self._learn_time(key, reply, sent, replies)
         estimate = self.known_now(key)
         return time_nanos(reply) if estimate is None else estimate
 
-    def _learn_time(self, key: bytes, time_reply: Any, sent: int) -> None:
+    def _learn_time(self, key: bytes, time_reply: Any, sent: int, replies: Any) -> None:
+        """Learn the time of the server that was asked, which need not be the one that the key is with by now."""
         received = self._monotonic()
         try:
             now = time_nanos(time_reply)
         except (TypeError, ValueError):
             raise _senseless(time_reply, key) from None
-        self._node_of(key).time.observe(now, sent, received)  # of who has answered: keys move
+        node = self._only or self._node_named(replies.node.name)
+        node.time.observe(now, sent, received)
 
     def clock_error_nanos(self, key: bytes) -> int | None:
         """How far the estimate of the server's time may be behind at present; None before the first reply."""
@@ -209,7 +215,9 @@ class _RedisSteps(OfThisProcess):
     def _node_of(self, key: bytes) -> _Node:
         if self._only is not None:
             return self._only
-        name = self._channel.node(key)
+        return self._node_named(self._channel.node(key))
+
+    def _node_named(self, name: str) -> _Node:
         node = self._nodes.get(name)
         return self._nodes.setdefault(name, _Node()) if node is None else node
 
@@ -223,6 +231,16 @@ def _checked(reply: Any, key: bytes) -> Any:
     if isinstance(reply, ResponseError):
         raise translated(reply, key, in_doubt=False) from reply
     return reply
+
+
+def _without_time(refusal: ResponseError, key: bytes) -> StoreError:
+    """What to do about a server that serves, but does not tell the time."""
+    error = translated(refusal, key, in_doubt=False)
+    if type(error) is not StoreError:  # it will serve again
+        return error
+    return StoreError(
+        key, f"Redis does not tell its time; give the manager a clock, as clock=SystemClock(): {error.message}"
+    )
 
 
 def _state(reply: Any, key: bytes) -> bytes | None:

@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from typing import Any
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseError, TryAgainError
+from redis.exceptions import ClusterDownError
 
+from ratelimit.drive import adrive
 from ratelimit.errors import StoreError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
 from ratelimit.stores.connecting import limit_retries
 from ratelimit.stores.multiplexer import Multiplexer
-from ratelimit.stores.redis_channels import Command, Replies, check_time_left, options_of
-from ratelimit.stores.redis_errors import FOREIGN, translated
-
-T = TypeVar("T")
-
-_NOT_HERE: Final = (MovedError, AskError, TryAgainError)
-"""What a node answers that has not done what it was asked for; redis-py knows whom to ask instead."""
+from ratelimit.stores.redis_channels import Command, NodeReplies, Replies, check_time_left
+from ratelimit.stores.redis_errors import translated
 
 
 class AsyncPoolChannel:
@@ -91,188 +87,120 @@ class AsyncPoolChannel:
 
 
 class AsyncClusterChannel:
-    """``redis.asyncio.RedisCluster``, which says what node has a key, and follows redirections.
+    """``redis.asyncio.RedisCluster``, which connects to the cluster and knows which node has a key.
 
-    Naming the node keeps redis-py from repeating, and leaves it MOVED and ASK. What a node refused, redis-py asks for
-    again, and so it learns what has moved. Of nodes that are gone, and of a cluster that is down, it learns by asking
-    in vain, so that it is given the next command for a node that has failed. It gets one command at a time: when it
-    renews its table it closes its connections, whoever uses them.
+    Its table is read, for the first time and again, by one task at a time, which goes on where nobody has the time to
+    wait for it: a later command finds it ready.
 
+    :param given: hosts and ports by which the cluster is found; empty: those of the client.
     :param owned: whether closing closes the client as well.
     """
 
     def __init__(
-        self, client: redis.asyncio.RedisCluster, *, breaker: CircuitBreaker | None = None, owned: bool = False
+        self,
+        client: redis.asyncio.RedisCluster,
+        given: Sequence[tuple[str, int]] = (),
+        *,
+        breaker: CircuitBreaker | None = None,
+        owned: bool = False,
     ) -> None:
         self.spans_nodes = True
         self._client = client
         self._owned = owned
+        self._table = ClusterTable(client, partial(ClusterNode, **client.nodes_manager.connection_kwargs), given)
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
         self._multiplexers: dict[str, Multiplexer] = {}
-        self._failed: set[str] = set()
-        self._renewing: asyncio.Task[None] | None = None
-        self._working: set[asyncio.Task[Any]] = set()  # what the client is doing
+        self._reading: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._turn = asyncio.Lock()
         fork_safety.call_in_child(self._forget)
 
     def _forget(self) -> None:
         """Let go of what belongs to the parent, and to a loop of it, in a forked process."""
-        self._loop = self._renewing = None
-        fork_safety.leave(self._multiplexers, self._working)
-        self._multiplexers, self._working = {}, set()
+        fork_safety.leave(self._multiplexers, self._reading)
+        self._loop = self._reading = None
+        self._multiplexers = {}
         for node in self._known_nodes():  # a sync client compares process ids by itself
             fork_safety.leave(node._connections, node._free)  # noqa: SLF001
             node._connections, node._free = [], deque(maxlen=node.max_connections)  # noqa: SLF001
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot; empty before the cluster is known."""
-        try:
-            node = self._node(key)
-        except FOREIGN:
-            return ""
+        node = self._table.node_of(key)
         return "" if node is None else str(node.name)
 
-    def _node(self, key: bytes) -> Any:
-        return self._client.get_node_from_key(key)  # type: ignore[arg-type]  # takes bytes as well
-
-    async def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
-        """Send commands to the node of the key in one write, and again one by one what it refuses as not its own."""
+    async def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> NodeReplies:
+        """Send commands to the node of the key in one write, and one by one to others what it redirects."""
         check_time_left(key, deadline)
         if self._loop is not asyncio.get_running_loop():
-            await self._enter_loop()
-        try:
-            if getattr(self._client, "_initialize", True):
-                await self._within(deadline, self._initialize(key, deadline))
-            node = self._node(key)
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=False) from error
-        if node.name in self._failed:
-            self._failed.discard(node.name)
-            async with self._in_turn(key, deadline):
-                return [await self._sent_by_client(key, node, command, deadline) for command in commands]
-        replies = await self._sent(key, node, commands, deadline)
+            self._enter_loop()
+        node: Any = None if getattr(self._client, "_initialize", True) else self._table.node_of(key)
+        admitted = node is None or node.name in self._table.stale
+        if admitted:
+            node = await self._found(key, node, deadline)
+        replies = NodeReplies(await self._sent(node, key, commands, deadline, admitted=admitted), node)
         for place, reply in enumerate(replies):
-            if type(reply) is AskError:  # MovedError is one, too
-                replies[place] = await self._asking(key, node, reply, commands[place], deadline)
-            elif isinstance(reply, _NOT_HERE):
-                replies[place] = await self._redirected(key, node, commands[place], deadline)
+            if isinstance(reply, REDIRECTIONS):
+                steps = follow(self._table, self._sent, asyncio.sleep, key, commands[place], node, reply, deadline)
+                replies[place] = await adrive(steps)
             elif isinstance(reply, ClusterDownError):
-                self._failed.add(node.name)
+                self._table.stale.add(node.name)
         return replies
 
-    async def _within(self, deadline: float | None, work: Coroutine[Any, Any, T]) -> T:
-        """Await some work of the client until the deadline, and no longer: to be cancelled may take it a second.
+    async def _found(self, key: bytes, stale: Any, deadline: float | None) -> Any:
+        """The node of a key after the table was read again.
 
-        :raises TimeoutError: where it has not ended by then. It is being cancelled.
+        :param stale: the node by the present table, which has failed; None where there is none.
         """
-        task = asyncio.ensure_future(work)
-        self._working.add(task)
-        task.add_done_callback(self._ended)
-        try:
-            done, _ = await asyncio.wait((task,), timeout=None if deadline is None else deadline - monotonic())
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not done:
-            task.cancel()
-            raise TimeoutError
-        return task.result()
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._working.discard(task)
-        if not task.cancelled():
-            task.exception()  # who waited for it has heard of it
-
-    async def _initialize(self, key: bytes, deadline: float | None) -> None:
-        circuit = self._circuits[""]
+        name = "" if stale is None else stale.name
+        circuit = self._circuits[name]
         if circuit.is_open:
             circuit.admit(key, deadline)
         try:
-            async with self._turn:
-                await self._client.initialize()
-        except FOREIGN as error:
+            await self._read_again(name, deadline)
+            node = self._table.serving(key)
+        except Exception as error:
             circuit.failed(error)
-            raise
-        except asyncio.CancelledError:
-            if deadline is not None and monotonic() >= deadline:  # else it is the caller who was cancelled
-                circuit.failed(TimeoutError("the cluster did not answer in time"))
-            raise
-        circuit.succeeded()
+            raise translated(error, key, in_doubt=False) from error
+        if stale is None:
+            circuit.succeeded()
+        return node
+
+    async def _read_again(self, failed: str, deadline: float | None) -> None:
+        """Wait until the table was read again, or until the deadline."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read(failed))
+            self._reading.add_done_callback(_forget_error)
+        left = None if deadline is None else deadline - monotonic()
+        await asyncio.wait((self._reading,), timeout=left)
+        if not self._reading.done():
+            raise TimeoutError("the cluster did not answer in time")
+        self._reading.result()
+
+    async def _read(self, failed: str) -> None:
+        stale = set(self._table.stale)
+        await self._table.reading(failed)
+        self._table.stale.difference_update(stale)
+        self._leave_nodes_that_left()
 
     async def _sent(
-        self, key: bytes, node: ClusterNode, commands: Sequence[Command], deadline: float | None
+        self,
+        node: ClusterNode,
+        key: bytes,
+        commands: Sequence[Command],
+        deadline: float | None,
+        *,
+        admitted: bool = False,
     ) -> Replies:
         multiplexer = self._multiplexers.get(node.name)
         if multiplexer is None:
             multiplexer = Multiplexer(lambda: _connection_to(node), self._circuits[node.name])
             self._multiplexers[node.name] = multiplexer
         try:
-            return await multiplexer.send(key, commands, deadline)
+            return await multiplexer.send(key, commands, deadline, admitted=admitted)
         except StoreError:
-            self._failed.add(node.name)
+            if multiplexer.circuit.failures:
+                self._table.stale.add(node.name)
             raise
-
-    async def _redirected(self, key: bytes, asked: ClusterNode, command: Command, deadline: float | None) -> Any:
-        async with self._in_turn(key, deadline):
-            node = self._node(key)
-            if node.name == asked.name:
-                reply = await self._sent_by_client(key, node, command, deadline)
-                self._leave_nodes_that_left()
-                return reply
-        (reply,) = await self._sent(key, node, (command,), deadline)  # as another one was told meanwhile
-        return await self._redirected(key, node, command, deadline) if isinstance(reply, _NOT_HERE) else reply
-
-    async def _asking(
-        self, key: bytes, asked: ClusterNode, error: AskError, command: Command, deadline: float | None
-    ) -> Any:
-        """Ask another node, for this once: in one write, as redis-py may send the two over different connections."""
-        node = self._client.get_node(host=error.host, port=error.port)
-        if node is not None:
-            _, reply = await self._sent(key, node, (("ASKING",), command), deadline)
-            if not isinstance(reply, _NOT_HERE):
-                return reply
-        return await self._redirected(key, asked, command, deadline)
-
-    async def _sent_by_client(self, key: bytes, node: ClusterNode, command: Command, deadline: float | None) -> Any:
-        circuit = self._circuits[node.name]
-        if circuit.is_open:
-            circuit.admit(key, deadline)
-        asking: Any = self._client.execute_command(*command, target_nodes=node, **options_of(command))
-        try:
-            reply = await self._within(deadline, asking)
-        except ResponseError as error:
-            reply = error
-        except FOREIGN as error:
-            self._failed.add(node.name)
-            circuit.failed(error)
-            if type(error) is TimeoutError and (self._renewing is None or self._renewing.done()):
-                self._renewing = asyncio.create_task(self._renew(node.name))
-            raise translated(error, key, in_doubt=True) from error
-        circuit.succeeded()
-        return reply
-
-    async def _renew(self, failed: str) -> None:
-        """Learn who serves what, beside the decisions: a deadline that cuts redis-py short keeps it from learning."""
-        with contextlib.suppress(*FOREIGN):
-            async with self._turn:
-                initialize: Any = self._client.nodes_manager.initialize
-                knows_failures = "last_failed_node_name" in inspect.signature(initialize).parameters
-                await initialize(**({"last_failed_node_name": failed} if knows_failures else {}))
-                self._leave_nodes_that_left()
-
-    @asynccontextmanager
-    async def _in_turn(self, key: bytes, deadline: float | None) -> AsyncGenerator[None]:
-        turn = self._turn
-        try:
-            async with _until(deadline):
-                await turn.acquire()
-        except TimeoutError as error:
-            raise translated(error, key, in_doubt=False) from error
-        try:
-            yield
-        finally:
-            turn.release()
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """One for each node that has been asked, and one without a name, for when no node was known."""
@@ -281,37 +209,44 @@ class AsyncClusterChannel:
     def _leave_nodes_that_left(self) -> None:
         present = {node.name for node in self._client.get_nodes()}
         for name in self._multiplexers.keys() - present:
-            self._multiplexers.pop(name).close()
-        self._failed &= present
+            self._multiplexers.pop(name).retire()
+        self._table.stale.intersection_update(present)
 
     def _known_nodes(self) -> list[Any]:
         return [*self._client.get_nodes(), *self._client.nodes_manager.startup_nodes.values()]
 
-    async def _enter_loop(self) -> None:
+    def _enter_loop(self) -> None:
         before, self._loop = self._loop, asyncio.get_running_loop()
-        self._turn = asyncio.Lock()
+        self._reading = None
         if before is not None and before.is_closed():
-            async with self._turn:  # or it would close what others of this loop have opened meanwhile
-                for node in self._known_nodes():
-                    with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
-                        await node.disconnect()
+            # Beside the decisions; whoever needs the table waits for it.
+            self._reading = asyncio.create_task(self._leave_loop())
+            self._reading.add_done_callback(_forget_error)
+
+    async def _leave_loop(self) -> None:
+        """Close the connections that belong to a loop that is closed, and read the table over new ones."""
+        for node in self._known_nodes():
+            with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
+                await node.disconnect()
+        await self._read("")
 
     async def close(self) -> None:
         """Close the connections, and the client where it is owned."""
         for multiplexer in self._multiplexers.values():
             multiplexer.close()
         self._multiplexers.clear()
-        ending = [task for task in self._working if task.cancelling()]
-        if ending and self._loop is asyncio.get_running_loop():
-            await asyncio.wait(ending)
+        if self._reading is not None and self._loop is asyncio.get_running_loop() and not self._reading.done():
+            self._reading.cancel()
+            await asyncio.wait((self._reading,))
         if self._owned:
             await self._client.aclose()
         await asyncio.sleep(0)  # a transport closes its socket one turn of the loop later
 
 
-def _until(deadline: float | None) -> asyncio.Timeout:
-    """Cancel what is awaited in it at the deadline, and raise ``TimeoutError`` then."""
-    return asyncio.timeout(None if deadline is None else deadline - monotonic())
+def _forget_error(task: asyncio.Task[None]) -> None:
+    """Keep asyncio from complaining of an error that those who wait for the task hear of, if there are any."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _connection_to(node: ClusterNode) -> Any:

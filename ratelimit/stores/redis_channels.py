@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,17 +28,33 @@ from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.cluster import ClusterNode
 
 from ratelimit import threads
+from ratelimit.drive import drive
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
+from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
 from ratelimit.stores.deadlines import within
-from ratelimit.stores.redis_errors import FOREIGN, tells_of_server, translated
+from ratelimit.stores.redis_errors import tells_of_server, translated
 
 Command = tuple[Any, ...]
 Replies = list[Any]
 """One reply for each command, in order: as the server sent it, undecoded, or the ``ResponseError`` that it sent."""
+
+
+class NodeReplies(Replies):
+    """Replies of a cluster.
+
+    :ivar node: the node of redis-py that was asked. Where it has redirected a command, the reply is another node's; but
+        commands without a key, as ``TIME``, are never redirected.
+    """
+
+    __slots__ = ("node",)
+
+    def __init__(self, replies: Replies, node: Any) -> None:
+        super().__init__(replies)
+        self.node = node
 
 
 class Channel(Protocol):
@@ -204,7 +221,7 @@ class _KeptConnections:
         shorten_timeouts(self.pool, max(deadline - monotonic(), _SHORTEST))
         try:
             return self._connect()
-        except FOREIGN:
+        except (exceptions.RedisError, exceptions.RedisClusterException, OSError):
             raise
         except Exception as error:
             # redis-py imports modules while it connects, which fails once the interpreter takes them apart.
@@ -447,7 +464,7 @@ def _send_over(
     """Send commands in one write, and read their replies."""
     try:
         kept = connections.take(now, deadline)
-    except FOREIGN as error:
+    except Exception as error:
         raise translated(error, key, in_doubt=False) from error
     if kept.taken_at >= now:  # just now, which may have taken its time
         try:
@@ -459,7 +476,7 @@ def _send_over(
     try:
         replies = kept.request(pack(commands), len(commands), deadline, now)
         broken = kept.outdated
-    except FOREIGN as error:
+    except Exception as error:
         raise translated(error, key, in_doubt=True) from error
     finally:
         if broken:
@@ -488,6 +505,10 @@ def _watched(
     except StoreError:  # it has answered
         circuit.succeeded()
         raise
+    except Exception as error:  # of the client, where nothing else has translated it: from giving back a connection
+        ours = translated(error, key, in_doubt=True)
+        circuit.failed(ours)
+        raise ours from error
     circuit.heard_at = begun
     if circuit.failures:
         circuit.succeeded()
@@ -512,16 +533,6 @@ def pack(commands: Sequence[Command]) -> bytes:
         packed: bytes = hiredis.pack_command(commands[0])
         return packed
     return b"".join([hiredis.pack_command(command) for command in commands])
-
-
-def options_of(command: Command) -> dict[str, Any]:
-    """What makes redis-py give replies as they come.
-
-    Without decoding, whatever ``decode_responses`` of the client says; and to a ``SET`` with ``GET`` what was stored,
-    of which it would make a yes or no.
-    """
-    options: dict[str, Any] = {"NEVER_DECODE": True}
-    return {**options, "get": True} if command[0] == "SET" else options
 
 
 def _read(connection: Any) -> Any:
@@ -579,42 +590,33 @@ def _most_kept(pool: Any, *, owned: bool) -> float:
     return float("inf") if owned else pool.max_connections // 2
 
 
-_REDIRECTIONS: Final = (
-    exceptions.MovedError,
-    exceptions.AskError,
-    exceptions.TryAgainError,
-    exceptions.ClusterDownError,
-    exceptions.MasterDownError,
-)
-
-
-def _is_unsent(error: Exception) -> bool:
-    """Whether redis-py had no connection to send over, of which it names the node then, or was sent on and on."""
-    return isinstance(getattr(error, "connection", None), ClusterNode) or type(error) is exceptions.ClusterError
-
-
 class ClusterChannel:
     """``redis.RedisCluster``: over the connections of the node that serves the key, as far as the client knows.
 
-    Where the node answers that it does not, or a connection to it fails, redis-py takes over, follows MOVED and ASK and
-    learns the slots anew; that a node is named keeps it from repeating the command.
-
     :param connect: gives the client when it is first needed: making one asks the servers already.
+    :param given: hosts and ports by which the cluster is found; empty: those of the client.
     :param owned: whether closing closes the client as well.
     """
 
     def __init__(
-        self, connect: Callable[[], redis.RedisCluster], *, breaker: CircuitBreaker | None = None, owned: bool = False
+        self,
+        connect: Callable[[], redis.RedisCluster],
+        given: Sequence[tuple[str, int]] = (),
+        *,
+        breaker: CircuitBreaker | None = None,
+        owned: bool = False,
     ) -> None:
         self.spans_nodes = True
         self._connect = connect
+        self._given = given
         self._owned = owned
-        self._connected: redis.RedisCluster | None = None
+        self._table: ClusterTable | None = None
         self._connections: dict[str, _KeptConnections] = {}
-        self._failed: set[str] = set()
         self._closed = 0  # how often
+        self._readings = 0  # of the table, how often
         self._circuits: defaultdict[str, Circuit] = defaultdict(lambda: Circuit(breaker))
-        self._lock = fork_safety.lock()
+        self._connecting = fork_safety.lock()
+        self._reading = fork_safety.lock()
         fork_safety.call_in_child(self._forget)
 
     def _forget(self) -> None:
@@ -623,90 +625,103 @@ class ClusterChannel:
         The client of a caller is kept, as there is no way to make another one.
         """
         if self._owned:
-            fork_safety.leave(self._connected)
-            self._connected = None
+            fork_safety.leave(self._table)
+            self._table = None
 
-    def _client(self, deadline: float | None) -> redis.RedisCluster:
-        if self._connected is not None:
-            return self._connected
+    def _connected(self, deadline: float | None) -> ClusterTable:
+        if self._table is not None:
+            return self._table
         late = partial(self._take_back, self._closed)
-        client: redis.RedisCluster = within(deadline, partial(self._connect_once, deadline), late=late)
-        return client
+        table: ClusterTable = within(deadline, partial(self._connect_once, deadline), late=late)
+        return table
 
-    def _take_back(self, closed: int, client: redis.RedisCluster) -> None:
-        """A client that is there when nobody waits for it any more."""
+    def _take_back(self, closed: int, table: ClusterTable) -> None:
+        """A client that is there when nobody waits for it any more serves those who come later."""
         if self._owned and closed != self._closed:
-            client.close()
+            table.client.close()
 
-    def _connect_once(self, deadline: float | None) -> redis.RedisCluster:
-        with threads.taken(self._lock):
-            if self._connected is None:
+    def _connect_once(self, deadline: float | None) -> ClusterTable:
+        with threads.taken(self._connecting):
+            if self._table is None:
                 if deadline is not None and monotonic() >= deadline:
                     raise TimeoutError  # nobody waits any more, and others may come who do
-                self._connected = self._connect()
-            return self._connected
+                self._table = ClusterTable(self._connect(), ClusterNode, self._given)
+            return self._table
+
+    def _read_once(self, table: ClusterTable, failed: str, readings: int) -> None:
+        """Read the table again, unless somebody else has, since there were so many readings."""
+        with threads.taken(self._reading):
+            if readings == self._readings:
+                stale = set(table.stale)
+                table.reading(failed)
+                table.stale.difference_update(stale)
+                self._readings += 1
 
     def node(self, key: bytes) -> str:
-        """The name of the node that serves the key's slot, as far as the client knows; empty before it is there."""
+        """The name of the node that serves the key's slot, as far as the client knows; empty where it does not."""
         fork_safety.check()
-        if self._connected is None:
-            return ""
-        try:
-            node = self._connected.get_node_from_key(key)
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=False) from error
+        node = None if self._table is None else self._table.node_of(key)
         return "" if node is None else str(node.name)
 
-    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
-        """Send commands to the node of the key, in one write unless it has to be found first."""
-        return _watched(self._circuits[self.node(key)], self._send, key, commands, deadline)
-
-    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None, now: float) -> Replies:
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> NodeReplies:
+        """Send commands to the node of the key in one write, and one by one to others what it redirects."""
+        name = self.node(key)
         try:
-            client = self._client(deadline)
-            node = client.get_node_from_key(key)
-            connections = None if node is None else self._connections_to(client, node)
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=False) from error
-        if node is None or connections is None:
-            return [self._find_and_send(client, node, key, command, deadline) for command in commands]
-        try:
-            replies = _send_over(connections, key, commands, deadline, now)
+            replies: NodeReplies = _watched(self._circuits[name], self._send, key, commands, deadline)  # type: ignore[assignment]
         except StoreError:
-            self._failed.add(node.name)
+            self._suspect(name)
             raise
-        return [
-            self._find_and_send(client, node, key, command, deadline) if isinstance(reply, _REDIRECTIONS) else reply
-            for command, reply in zip(commands, replies, strict=True)
-        ]
+        table = self._connected(deadline)
+        for place, reply in enumerate(replies):
+            if isinstance(reply, REDIRECTIONS):
+                steps = follow(table, self._sent, time.sleep, key, commands[place], replies.node, reply, deadline)
+                replies[place] = drive(steps)
+            elif isinstance(reply, exceptions.ClusterDownError):
+                table.stale.add(replies.node.name)
+        return replies
+
+    def _suspect(self, name: str) -> None:
+        """After a failure, look for another node in the place of this one, unless it was the caller who was late."""
+        if self._table is not None and name and self._circuits[name].failures:
+            self._table.stale.add(name)
+
+    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None, now: float) -> NodeReplies:
+        try:
+            table = self._connected(deadline)
+        except Exception as error:
+            raise translated(error, key, in_doubt=False) from error
+        node = table.node_of(key)
+        try:
+            if node is None or node.name in table.stale:
+                failed = "" if node is None else node.name
+                within(deadline, partial(self._read_once, table, failed, self._readings))
+                node = table.serving(key)
+                now = monotonic()
+            connections = self._connections_to(table, node)
+        except Exception as error:
+            raise translated(error, key, in_doubt=False) from error
+        return NodeReplies(_send_over(connections, key, commands, deadline, now), node)
+
+    def _sent(self, node: Any, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
+        """Send commands to a node that another one has named."""
+        connections = self._connections_to(self._connected(deadline), node)
+        try:
+            return _watched(self._circuits[node.name], partial(_send_over, connections), key, commands, deadline)
+        except StoreError:
+            self._suspect(node.name)
+            raise
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """One for each node that has been asked, and one without a name, for when no node was known."""
         return {name: circuit.status() for name, circuit in list(self._circuits.items())}
 
-    def _connections_to(self, client: redis.RedisCluster, node: Any) -> _KeptConnections | None:
-        """None after a failure: the node may have left the cluster."""
-        if node.name in self._failed:
-            return None
-        pool = client.get_redis_connection(node).connection_pool
+    def _connections_to(self, table: ClusterTable, node: Any) -> _KeptConnections:
+        pool = table.client.get_redis_connection(node).connection_pool
         connections = self._connections.get(node.name)
         if connections is None or connections.pool is not pool:
             connections = _KeptConnections(pool, _most_kept(pool, owned=self._owned))
             self._connections[node.name] = connections
         return connections
-
-    def _find_and_send(
-        self, client: redis.RedisCluster, node: Any, key: bytes, command: Command, deadline: float | None
-    ) -> Any:
-        try:
-            reply = within(deadline, lambda: client.execute_command(*command, target_nodes=node, **options_of(command)))
-        except exceptions.ResponseError as error:
-            reply = error
-        except FOREIGN as error:
-            raise translated(error, key, in_doubt=not _is_unsent(error)) from error
-        if node is not None:
-            self._failed.discard(node.name)
-        return reply
 
     def close(self) -> None:
         """Give all connections back to their pools, and close the client where it is owned, if it was ever made."""
@@ -714,5 +729,5 @@ class ClusterChannel:
         for connections in list(self._connections.values()):
             connections.close()
         self._closed += 1
-        if self._owned and self._connected is not None:
-            self._connected.close()
+        if self._owned and self._table is not None:
+            self._table.client.close()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import Final
 
+import redis.asyncio.sentinel
+import redis.sentinel
 from redis import exceptions
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
-FOREIGN: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
-"""What a redis-py client raises, when it is not a reply of the server."""
+_EXPECTED: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+"""What a redis-py client raises by intention, when it is not a reply of the server."""
+_NO_MASTER: Final = (redis.sentinel.MasterNotFoundError, redis.asyncio.sentinel.MasterNotFoundError)
 
 # By class, where redis-py has one and keeps the code of the error to itself; by the code where it has none, or where
 # an older server puts the code of an error inside a script behind words of its own.
@@ -48,10 +51,12 @@ _CODES_OF_CLASSES: Final[dict[type[Exception], str]] = {
 
 
 def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
-    """The error of ours that says the same; to be raised ``from`` the other.
+    """The error of ours that says the same; to be raised ``from`` the other, of whatever type that is.
 
     :param in_doubt: whether the request may have been carried out, where the error does not tell by itself.
     """
+    if isinstance(error, _NO_MASTER):
+        return _no_master(error, key)
     if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
         error = error.__cause__  # what a node has answered, which that wraps
     code = _code(error)
@@ -63,7 +68,26 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
         return StoreError(key, "Redis refused" + _in_its_words(error))
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StoreTimeoutError(key, "Redis did not answer in time" + _in_its_words(error), in_doubt)
-    return StoreUnavailableError(key, "Redis cannot be reached" + _in_its_words(error), in_doubt)
+    is_expected = isinstance(error, _EXPECTED)
+    what = "Redis cannot be reached" if is_expected else f"the Redis client failed with {type(error).__name__}"
+    return StoreUnavailableError(key, what + _in_its_words(error), in_doubt)
+
+
+def _no_master(error: Exception, key: bytes) -> StoreError:
+    """What Sentinel's refusal comes from.
+
+    redis-py names the errors of all sentinels in one text, each after a description of its client that is longer than
+    what is quoted here.
+    """
+    text = str(error)
+    addresses = re.findall(r"\bhost=([^,)]+),port=(\d+)", text)
+    kinds = re.findall(r" - (?:\w+:)?(\w+)", text)
+    if len(addresses) == len(kinds):
+        kinds = [f"{host}:{port}: {kind}" for (host, port), kind in zip(addresses, kinds, strict=True)]
+    words = f" ({', '.join(kinds)})" if kinds else ""
+    if "Authentication" in words or "Authorization" in words:
+        return StoreError(key, f"Sentinel refused the user name or password, or wants one{words}")
+    return StoreUnavailableError(key, f"Sentinel names no master{words or _in_its_words(error)}")
 
 
 def tells_of_server(error: StoreError) -> bool:

@@ -26,6 +26,7 @@ UNUSABLE_NANOS = 60_000_000_000
 """An estimate this old is renewed before a decision; the drift assumed has put it back by 60 ms."""
 
 _LONG_AGO = -(2**63)
+_NEVER = 2**63
 _RESOLUTION_NANOS = 1_000  # the server tells whole microseconds, rounded down
 
 
@@ -38,13 +39,14 @@ class _Interval(NamedTuple):
 class ServerTime:
     """What is known of one server's clock; all times in nanoseconds, local ones monotonic.
 
-    :ivar stale_at: from this local time on, the time should be asked for along with something else.
+    :ivar stale_at: from this local time on, the time should be asked for along with something else. Before the first
+        estimate that is never: with another clock nobody needs the server's time, and some proxies refuse ``TIME``.
     """
 
     __slots__ = ("_interval", "_replies", "stale_at")
 
     def __init__(self) -> None:
-        self.stale_at = _LONG_AGO
+        self.stale_at = _NEVER
         self._replies = 0
         self._interval: _Interval | None = None  # replaced as a whole, so that threads need no lock
 
@@ -71,6 +73,7 @@ class ServerTime:
         """
         known = self._interval
         if known is None:
+            self.stale_at = _LONG_AGO
             return None
         low, _, at = known
         age = local - at

@@ -72,7 +72,8 @@ def store_from_url(url: str) -> Store:
         return MemoryStore()
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return RedisStore.over(ClusterChannel(partial(redis.RedisCluster, **options), breaker=_BREAKER, owned=True))
+        connect = partial(redis.RedisCluster, **options)
+        return RedisStore.over(ClusterChannel(connect, _given(options), breaker=_BREAKER, owned=True))
     with _refusals(url):
         clients = _clients(redis, location, options)
     return RedisStore.over(PoolChannel(*clients, breaker=_BREAKER, owned=True))
@@ -85,12 +86,15 @@ def async_store_from_url(url: str) -> AsyncStore:
         return AsyncMemoryStore()
     options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        return AsyncRedisStore.over(
-            AsyncClusterChannel(redis.asyncio.RedisCluster(**options), breaker=_BREAKER, owned=True)
-        )
+        client = redis.asyncio.RedisCluster(**options)
+        return AsyncRedisStore.over(AsyncClusterChannel(client, _given(options), breaker=_BREAKER, owned=True))
     with _refusals(url):
         clients = _clients(redis.asyncio, location, options)
     return AsyncRedisStore.over(AsyncPoolChannel(*clients, breaker=_BREAKER, owned=True))
+
+
+def _given(options: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return [(options["host"], options.get("port", 6379))]
 
 
 class _Location(NamedTuple):

@@ -37,6 +37,8 @@ def test_one_reply_tells_the_time_to_within_its_round_trip() -> None:
 
 def test_it_is_asked_for_until_there_are_some_replies_and_then_once_a_second() -> None:
     times = ServerTime()
+    assert times.stale_at > 10**9 * SECOND  # nobody has wanted to know it
+    assert times.estimate(0) is None
     for reply in range(FIRST_REPLIES):
         assert reply * MILLISECOND >= times.stale_at
         times.observe(1000 * SECOND + reply * MILLISECOND, sent=reply * MILLISECOND, received=reply * MILLISECOND)
