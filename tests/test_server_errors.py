@@ -405,6 +405,18 @@ async def test_a_service_that_sentinel_does_not_know_is_told(face: Face, server_
             await check_refusal(manager, "key", StoreUnavailableError, "No master found for 'other'")
 
 
+@pytest.mark.parametrize("query", ["", "?sentinel_password=guessed"], ids=["none", "a wrong one"])
+async def test_a_password_that_sentinel_refuses_is_told_with_its_name(
+    face: Face, server_binary: ServerBinary, query: str
+) -> None:
+    configuration = f'requirepass "{PASSWORD}"\nsentinel monitor mymaster 127.0.0.1 1 1\n'
+    with RedisServer.start(server_binary, "--sentinel", configuration=configuration) as sentinel:
+        places = f"127.0.0.1:1,{sentinel.host}:{sentinel.port}"
+        async with managing(face, f"redis+sentinel://{places}/mymaster{query}") as manager:
+            match = f"Sentinel refused the user name or password.*{sentinel.port}: AuthenticationError"
+            await check_refusal(manager, "key", StoreError, match)
+
+
 async def test_a_master_that_was_made_a_replica_is_left_for_the_new_one(
     face: Face, server_binary: ServerBinary
 ) -> None:

@@ -84,10 +84,10 @@ def _no_master(error: Exception, key: bytes) -> StoreError:
     kinds = re.findall(r" - (?:\w+:)?(\w+)", text)
     if len(addresses) == len(kinds):
         kinds = [f"{host}:{port}: {kind}" for (host, port), kind in zip(addresses, kinds, strict=True)]
-    words = f" ({', '.join(kinds)})" if kinds else ""
-    if "Authentication" in words or "Authorization" in words:
-        return StoreError(key, f"Sentinel refused the user name or password, or wants one{words}")
-    return StoreUnavailableError(key, f"Sentinel names no master{words or _in_its_words(error)}")
+    words = "; ".join([text.partition(" : ")[0], *kinds])
+    if any("Authentication" in kind or "Authorization" in kind for kind in kinds):
+        return StoreError(key, f"Sentinel refused the user name or password, or wants one ({words})")
+    return StoreUnavailableError(key, f"Sentinel names no master ({words})")
 
 
 def tells_of_server(error: StoreError) -> bool:
