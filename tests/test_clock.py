@@ -23,13 +23,16 @@ from ratelimit import (
     MemoryStore,
     ProxyManager,
     RedisStore,
+    StoreError,
     SystemClock,
 )
 from ratelimit.clock import MonotonicSleep
 from ratelimit.stores.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS
 from ratelimit.testing import ManualClock
-from tests.faces import Settled
+from tests.faces import Settled, closing, settled
+from tests.fronts import Front
 from tests.monitors import monitored
+from tests.servers import RedisServer
 
 SECOND = 10**9
 HOUR = 3600 * SECOND
@@ -171,6 +174,40 @@ async def test_a_read_renews_a_stale_estimate_in_the_same_round_trip(stores: Any
             assert await host.get(b"key") == b"state"
             sent.append(monitor.sent())
     assert sent == [["GETRANGE"], ["TIME", "GETRANGE"]]
+
+
+@pytest.mark.parametrize("face", [ProxyManager, AsyncProxyManager], ids=["sync", "asyncio"])
+@pytest.mark.redis
+async def test_with_a_clock_of_ones_own_the_server_is_never_asked_for_its_time(redis_url: str, face: Any) -> None:
+    """Proxies that share connections refuse ``TIME``, or close the connection that it came over."""
+    async with closing(face.from_url(redis_url, "100/minute", clock=SystemClock())) as manager:
+        with monitored(redis_url) as monitor:
+            for _ in range(8):
+                assert await settled(manager.try_consume("key"))
+            assert await settled(manager.available_tokens("key")) == 92
+            assert await settled(manager.configuration("key"))
+            sent = monitor.sent()
+    assert len(sent) >= 10
+    assert "TIME" not in sent
+
+
+@pytest.mark.parametrize("face", [ProxyManager, AsyncProxyManager], ids=["sync", "asyncio"])
+@pytest.mark.parametrize("refusal", ["ERR unknown command 'TIME'", "ERR unsupported command 'time'"])
+@pytest.mark.redis
+async def test_where_the_time_is_refused_the_error_says_to_give_a_clock(
+    server: RedisServer, face: Any, refusal: str
+) -> None:
+    with Front(server) as front:
+        front.answer = lambda command: f"-{refusal}\r\n".encode() if command[0].upper() == b"TIME" else None
+        url = f"redis://127.0.0.1:{front.port}"
+        async with (
+            closing(face.from_url(url, "100/minute")) as manager,
+            closing(face.from_url(url, "100/minute", clock=SystemClock())) as other,
+        ):
+            with pytest.raises(StoreError, match=f"clock=SystemClock.*{refusal[4:]}") as caught:
+                await settled(manager.try_consume("key"))
+            assert not caught.value.in_doubt
+            assert await settled(other.try_consume("key"))
 
 
 @pytest.mark.redis

@@ -48,12 +48,15 @@ _LONGEST_HOST: Final = 253  # characters of a name of the DNS
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
 _POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
+_CLUSTER_DEFAULTS: Final[dict[str, Any]] = {"require_full_coverage": False}  # a node that is missing is no other's harm
+_CLUSTER_OPTIONS: Final = ("dynamic_startup_nodes", "require_full_coverage")
 _BREAKER: Final = CircuitBreaker()
 _NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read
     *("retry", "retry_on_error", "credential_provider", "redis_connect_func", "command_packer", "event_dispatcher"),
     *("parser_class", "encoder_class", "encoding", "encoding_errors", "socket_type", "socket_keepalive_options"),
     *("maint_notifications_config", "driver_info"),
 )
+_BOOLEANS: Final = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
 
 
@@ -141,7 +144,8 @@ def _parsed(url: str) -> _Location:
     except ValueError as error:
         raise _invalid(url, _foreign_reason(error)) from None
     _check_options(url, topology, options)
-    return _Location(topology, {**_DEFAULTS, **options}, sentinels, service)
+    defaults = {**_DEFAULTS, **_CLUSTER_DEFAULTS} if topology == "cluster" else _DEFAULTS
+    return _Location(topology, {**defaults, **options}, sentinels, service)
 
 
 class _WrongError(ValueError):
@@ -174,9 +178,16 @@ def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
             raise _WrongError("a cluster has no databases")
         if "host" not in options:
             raise _WrongError("a cluster needs the host of one of its nodes")
+        options |= {name: _yes_or_no(name, options[name]) for name in _CLUSTER_OPTIONS if name in options}
     if options.pop("connection_class", None) is redis.SSLConnection:
         options["ssl"] = True
     return options
+
+
+def _yes_or_no(option: str, text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise _WrongError(f"{option} must be yes or no")
+    return _BOOLEANS[text.lower()]
 
 
 def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
@@ -210,7 +221,9 @@ def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
         connection = redis.UnixDomainSocketConnection
     if topology == "sentinel":
         own.update(_SENTINEL_OPTIONS)
-    elif not topology:
+    elif topology == "cluster":
+        own.update(_CLUSTER_OPTIONS)
+    else:
         own.update(_POOL_DEFAULTS)
     with _refusals(url):
         connection(**{name: value for name, value in options.items() if name not in own})
