@@ -211,6 +211,13 @@ class _KeptConnections:
         try:
             limit_retries(self.pool)
             return None if self._stops_greenlets() else self.pool.get_connection()
+        except exceptions.RedisError:
+            raise
+        except Exception:
+            # It came in the midst of the handshake, of a credential provider perhaps: redis-py has put a connection
+            # back that is open and would be used without a password, and in another database.
+            self.pool.disconnect(inuse_connections=False)
+            raise
         finally:
             CONNECTS_ONCE.reset(once)
             with self._lock:
