@@ -19,12 +19,14 @@ _INCOMPLETE = object()
 class Front:
     """Hands commands on to a server, and its replies back, one by one.
 
-    It says that it is a cluster of one node, to who asks.
+    It says that it is a cluster of one node, to whoever asks.
 
+    :param alone: False: the server behind it answers what the nodes of its cluster are.
     :ivar answer: given a command, the reply in its place; None to hand it on. At first everything is handed on.
     """
 
-    def __init__(self, server: RedisServer) -> None:
+    def __init__(self, server: RedisServer, *, alone: bool = True) -> None:
+        self._alone = alone
         self.answer: Callable[[list[bytes]], bytes | None] = lambda _: None
         self._target = (server.host, server.port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=100)
@@ -60,7 +62,7 @@ class Front:
                     client.sendall(self._reply(command, server))
 
     def _reply(self, command: Any, server: socket.socket) -> bytes:
-        if [word.upper() for word in command[:2]] == [b"CLUSTER", b"SLOTS"]:
+        if self._alone and [word.upper() for word in command[:2]] == [b"CLUSTER", b"SLOTS"]:
             return b"*1\r\n*3\r\n:0\r\n:%d\r\n*3\r\n$9\r\n127.0.0.1\r\n:%d\r\n$1\r\n1\r\n" % (SLOTS - 1, self.port)
         own = self.answer(command)
         if own is not None:

@@ -133,17 +133,16 @@ class AsyncClusterChannel:
         check_time_left(key, deadline)
         if self._loop is not asyncio.get_running_loop():
             self._enter_loop()
-        node: Any = None if getattr(self._client, "_initialize", True) else self._table.node_of(key)
-        admitted = node is None or node.name in self._table.stale
-        if admitted:
-            node = await self._found(key, node, deadline)
-        replies = NodeReplies(await self._sent(node, key, commands, deadline, admitted=admitted), node)
+        known = None if getattr(self._client, "_initialize", True) else self._table.node_of(key)
+        is_stale = known is None or known.name in self._table.stale
+        node = await self._found(key, known, deadline) if is_stale else known
+        replies = NodeReplies(await self._sent(node, key, commands, deadline, admitted=is_stale), node)
         for place, reply in enumerate(replies):
             if isinstance(reply, REDIRECTIONS):
                 steps = follow(self._table, self._sent, asyncio.sleep, key, commands[place], node, reply, deadline)
                 replies[place] = await adrive(steps)
             elif isinstance(reply, ClusterDownError):
-                self._table.stale.add(node.name)
+                self._table.stale.add(replies.node.name)
         return replies
 
     async def _found(self, key: bytes, stale: Any, deadline: float | None) -> Any:
@@ -184,7 +183,7 @@ class AsyncClusterChannel:
 
     async def _sent(
         self,
-        node: ClusterNode,
+        node: Any,
         key: bytes,
         commands: Sequence[Command],
         deadline: float | None,
