@@ -1,8 +1,8 @@
 """Which node of a cluster serves a key: redis-py's table of slots, and what redirections say of it.
 
 redis-py connects to the cluster and reads the table. Redirections are followed here, in sync and in asyncio code alike:
-redis-py repeats what was sent without a word, has no end for a node that redirects for ever but a count, and cannot
-follow to a node that its table does not hold yet, as one that has just been added to the cluster.
+redis-py knows no deadline, may send ``ASKING`` and the command over two connections, and cannot follow to a node that
+is not in its table, as one that has just been added to the cluster.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ClusterTable:
     def node_of(self, key: bytes) -> Any:
         """The node that serves the slot of a key, as far as is known; None where no node is known to."""
         try:
-            return self.serving(key)
+            return self.client.get_node_from_key(key)
         except SlotNotCoveredError:
             return None
         except Exception as error:

@@ -672,42 +672,63 @@ class ClusterChannel:
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> NodeReplies:
         """Send commands to the node of the key in one write, and one by one to others what it redirects."""
-        name = self.node(key)
+        node = None if self._table is None else self._table.node_of(key)
+        name = "" if node is None else node.name
         try:
-            replies: NodeReplies = _watched(self._circuits[name], self._send, key, commands, deadline)  # type: ignore[assignment]
+            replies: NodeReplies = _watched(  # type: ignore[assignment]
+                self._circuits[name], partial(self._send, node), key, commands, deadline
+            )
         except StoreError:
             self._suspect(name)
             raise
-        table = self._connected(deadline)
         for place, reply in enumerate(replies):
-            if isinstance(reply, REDIRECTIONS):
-                steps = follow(table, self._sent, time.sleep, key, commands[place], replies.node, reply, deadline)
-                replies[place] = drive(steps)
-            elif isinstance(reply, exceptions.ClusterDownError):
-                table.stale.add(replies.node.name)
+            if isinstance(reply, exceptions.ResponseError):
+                replies[place] = self._followed(key, commands[place], replies.node, reply, deadline)
         return replies
+
+    def _followed(
+        self, key: bytes, command: Command, asked: Any, reply: exceptions.ResponseError, deadline: float | None
+    ) -> Any:
+        table = self._connected(deadline)
+        if isinstance(reply, REDIRECTIONS):
+            return drive(follow(table, self._sent, time.sleep, key, command, asked, reply, deadline))
+        if isinstance(reply, exceptions.ClusterDownError):
+            table.stale.add(asked.name)
+        return reply
 
     def _suspect(self, name: str) -> None:
         """After a failure, look for another node in the place of this one, unless it was the caller who was late."""
         if self._table is not None and name and self._circuits[name].failures:
             self._table.stale.add(name)
 
-    def _send(self, key: bytes, commands: Sequence[Command], deadline: float | None, now: float) -> NodeReplies:
+    def _send(
+        self, node: Any, key: bytes, commands: Sequence[Command], deadline: float | None, now: float
+    ) -> NodeReplies:
+        """Send commands to a node.
+
+        :param node: None: it is not known yet, or no more.
+        """
         try:
-            table = self._connected(deadline)
-        except Exception as error:
-            raise translated(error, key, in_doubt=False) from error
-        node = table.node_of(key)
-        try:
-            if node is None or node.name in table.stale:
-                failed = "" if node is None else node.name
-                within(deadline, partial(self._read_once, table, failed, self._readings))
-                node = table.serving(key)
+            table = self._table
+            if table is None or node is None or node.name in table.stale:
+                table = self._connected(deadline)
+                node = self._found(table, node, key, deadline)
                 now = monotonic()
             connections = self._connections_to(table, node)
+        except StoreError:
+            raise
         except Exception as error:
             raise translated(error, key, in_doubt=False) from error
         return NodeReplies(_send_over(connections, key, commands, deadline, now), node)
+
+    def _found(self, table: ClusterTable, stale: Any, key: bytes, deadline: float | None) -> Any:
+        """The node of a key, after the table was read again unless it has just been read for the first time."""
+        node = table.node_of(key)
+        if node is None or node.name in table.stale:
+            failed = "" if stale is None else stale.name
+            within(deadline, partial(self._read_once, table, failed, self._readings))
+            node = table.serving(key)
+        return node
 
     def _sent(self, node: Any, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
         """Send commands to a node that another one has named."""
