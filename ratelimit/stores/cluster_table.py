@@ -53,7 +53,7 @@ class ClusterTable:
         self._moves = 0
 
     def node_of(self, key: bytes) -> Any:
-        """The node that serves the slot of a key, as far as is known; None where no node is known to."""
+        """Return the node that serves the slot of a key, as far as is known; None where no node is known to."""
         try:
             return self.client.get_node_from_key(key)
         except SlotNotCoveredError:
@@ -62,11 +62,11 @@ class ClusterTable:
             raise translated(error, key, in_doubt=False) from error
 
     def serving(self, key: bytes) -> Any:
-        """The node that serves the slot of a key; raises ``SlotNotCoveredError`` of redis-py where there is none."""
+        """Return the node that serves the slot of a key; raise redis-py's ``SlotNotCoveredError`` where none does."""
         return self.client.get_node_from_key(key)
 
     def reading(self, failed: str) -> Any:
-        """What redis-py does to read the table from any node: its work where it is sync, else to be awaited.
+        """Read the table from any node that can be reached; to be awaited where the client is one of asyncio.
 
         :param failed: the name of a node that is asked last; it may be empty.
         """
@@ -82,7 +82,7 @@ class ClusterTable:
         return read(**({"last_failed_node_name": failed} if knows_failures else {}))
 
     def redirected(self, error: AskError, asked: str) -> Any:
-        """The node that a redirection names, which is made known to redis-py where it is new.
+        """Return the node that a redirection names, and make it known to redis-py where it is new.
 
         :param asked: the name of the node that has sent it; it may name itself without a host.
         """
@@ -95,7 +95,7 @@ class ClusterTable:
             return self._manager.nodes_cache.setdefault(node.name, node)
 
     def moved(self, error: MovedError, asked: str) -> Any:
-        """Take note of the node that serves a slot now; after some of these the whole table is due."""
+        """Note and return the node that serves a slot now; after some such changes the whole table is due."""
         node = self.redirected(error, asked)
         table = self._manager.slots_cache
         known = table.get(error.slot_id, [])

@@ -146,7 +146,7 @@ class AsyncClusterChannel:
         return replies
 
     async def _found(self, key: bytes, stale: Any, deadline: float | None) -> Any:
-        """The node of a key after the table was read again.
+        """Read the table again, and return the node of a key by it.
 
         :param stale: the node by the present table, which has failed; None where there is none.
         """
@@ -169,11 +169,13 @@ class AsyncClusterChannel:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read(failed))
             self._reading.add_done_callback(_forget_error)
-        left = None if deadline is None else deadline - monotonic()
-        await asyncio.wait((self._reading,), timeout=left)
-        if not self._reading.done():
+        reading = self._reading
+        await asyncio.wait((reading,), timeout=None if deadline is None else deadline - monotonic())
+        if not reading.done():
             raise TimeoutError("the cluster did not answer in time")
-        self._reading.result()
+        if reading.cancelled():
+            raise ConnectionError("the store was closed")
+        reading.result()
 
     async def _read(self, failed: str) -> None:
         stale = set(self._table.stale)
@@ -243,7 +245,7 @@ class AsyncClusterChannel:
 
 
 def _forget_error(task: asyncio.Task[None]) -> None:
-    """Keep asyncio from complaining of an error that those who wait for the task hear of, if there are any."""
+    """Keep asyncio from reporting an error that is raised for those who wait for the task, if there are any."""
     if not task.cancelled():
         task.exception()
 

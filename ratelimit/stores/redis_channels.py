@@ -214,8 +214,8 @@ class _KeptConnections:
         except exceptions.RedisError:
             raise
         except Exception:
-            # It came in the midst of the handshake, of a credential provider perhaps: redis-py has put a connection
-            # back that is open and would be used without a password, and in another database.
+            # It came in the midst of the handshake, from a credential provider perhaps: redis-py has put back an open
+            # connection, which would be used without a password and in database 0.
             self.pool.disconnect(inuse_connections=False)
             raise
         finally:
@@ -655,10 +655,12 @@ class ClusterChannel:
                 self._table = ClusterTable(self._connect(), ClusterNode, self._given)
             return self._table
 
-    def _read_once(self, table: ClusterTable, failed: str, readings: int) -> None:
-        """Read the table again, unless somebody else has, since there were so many readings."""
+    def _read_once(self, table: ClusterTable, failed: str, readings: int, deadline: float | None) -> None:
+        """Read the table again, unless another thread has, since there were so many readings."""
         with threads.taken(self._reading):
             if readings == self._readings:
+                if deadline is not None and monotonic() >= deadline:
+                    raise TimeoutError  # the same
                 stale = set(table.stale)
                 table.reading(failed)
                 table.stale.difference_update(stale)
@@ -697,7 +699,7 @@ class ClusterChannel:
         return reply
 
     def _suspect(self, name: str) -> None:
-        """After a failure, look for another node in the place of this one, unless it was the caller who was late."""
+        """Note that a node has failed, unless it was the caller that had no time: another may be in its place."""
         if self._table is not None and name and self._circuits[name].failures:
             self._table.stale.add(name)
 
@@ -722,11 +724,11 @@ class ClusterChannel:
         return NodeReplies(_send_over(connections, key, commands, deadline, now), node)
 
     def _found(self, table: ClusterTable, stale: Any, key: bytes, deadline: float | None) -> Any:
-        """The node of a key, after the table was read again unless it has just been read for the first time."""
+        """Return the node of a key, after reading the table again unless it has just been read for the first time."""
         node = table.node_of(key)
         if node is None or node.name in table.stale:
             failed = "" if stale is None else stale.name
-            within(deadline, partial(self._read_once, table, failed, self._readings))
+            within(deadline, partial(self._read_once, table, failed, self._readings, deadline))
             node = table.serving(key)
         return node
 

@@ -49,7 +49,7 @@ _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
 _POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
 _CLUSTER_DEFAULTS: Final[dict[str, Any]] = {"require_full_coverage": False}  # a node that is missing is no other's harm
-_CLUSTER_OPTIONS: Final = ("dynamic_startup_nodes", "require_full_coverage")
+_CLUSTER_OPTION: Final = "dynamic_startup_nodes"
 _BREAKER: Final = CircuitBreaker()
 _NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read
     *("retry", "retry_on_error", "credential_provider", "redis_connect_func", "command_packer", "event_dispatcher"),
@@ -178,7 +178,8 @@ def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
             raise _WrongError("a cluster has no databases")
         if "host" not in options:
             raise _WrongError("a cluster needs the host of one of its nodes")
-        options |= {name: _yes_or_no(name, options[name]) for name in _CLUSTER_OPTIONS if name in options}
+        if _CLUSTER_OPTION in options:
+            options[_CLUSTER_OPTION] = _yes_or_no(_CLUSTER_OPTION, options[_CLUSTER_OPTION])
     if options.pop("connection_class", None) is redis.SSLConnection:
         options["ssl"] = True
     return options
@@ -222,7 +223,7 @@ def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
     if topology == "sentinel":
         own.update(_SENTINEL_OPTIONS)
     elif topology == "cluster":
-        own.update(_CLUSTER_OPTIONS)
+        own.add(_CLUSTER_OPTION)
     else:
         own.update(_POOL_DEFAULTS)
     with _refusals(url):
