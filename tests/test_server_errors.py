@@ -246,7 +246,7 @@ async def test_an_error_in_the_place_of_a_reply_is_told_and_over_with_it(
     ask(server, "FLUSHALL")
     kind = StoreError if match == "Redis refused" else StoreUnavailableError
     with Front(server) as front, deciding_by(By.SCRIPT):
-        async with managing(face, f"{topology}://127.0.0.1:{front.port}") as manager:
+        async with managing(face, patient(f"{topology}://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key", 5)
             front.answer = lambda command: b"-%s\r\n" % error.encode() if command[0].startswith(b"EVAL") else None
             for _ in range(2):
