@@ -33,8 +33,8 @@ from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableErro
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
-from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
+from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.deadlines import within
 from ratelimit.stores.redis_errors import tells_of_server, translated
 
