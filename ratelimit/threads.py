@@ -70,9 +70,14 @@ def event() -> Event:
     return made
 
 
+def sleep(seconds: float) -> None:
+    """Let other threads or greenlets run for this long."""
+    event().wait(seconds)
+
+
 def pause() -> None:
     """Let other threads or greenlets run, before looking again for what cannot be waited for."""
-    event().wait(_PAUSE)
+    sleep(_PAUSE)
 
 
 @contextmanager

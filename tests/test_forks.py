@@ -158,12 +158,12 @@ def test_a_cluster_is_used_by_parent_and_child_whatever_locks_its_client_held(
 
         assert consume(3) == 30
         channel: Any = manager._store._channel  # type: ignore[attr-defined]
-        client = channel._connected
+        table = channel._table
         with ExitStack() as stack:
             held, done = threading.Event(), threading.Event()
 
             def hold() -> None:
-                with client.nodes_manager._lock, client._lock:
+                with table.client.nodes_manager._lock, table.client._lock:
                     held.set()
                     done.wait(PATIENCE)
 
@@ -173,7 +173,7 @@ def test_a_cluster_is_used_by_parent_and_child_whatever_locks_its_client_held(
             thread.start()
             assert held.wait(PATIENCE)
             # Not that it happens to be asked for nothing that takes the locks.
-            assert forked(lambda: [consume(5), channel._connected is client], how) == [50, False]
+            assert forked(lambda: [consume(5), channel._table is table], how) == [50, False]
         assert consume(2) == 20
         assert {manager.snapshot(key).consumed_tokens for key in KEYS} == {10}
 

@@ -14,7 +14,6 @@ import math
 import os
 import socket
 import struct
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -693,7 +692,7 @@ class ClusterChannel:
     ) -> Any:
         table = self._connected(deadline)
         if isinstance(reply, REDIRECTIONS):
-            return drive(follow(table, self._sent, time.sleep, key, command, asked, reply, deadline))
+            return drive(follow(table, self._sent, threads.sleep, key, command, asked, reply, deadline))
         if isinstance(reply, exceptions.ClusterDownError):
             table.stale.add(asked.name)
         return reply
