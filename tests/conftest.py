@@ -20,6 +20,22 @@ settings.register_profile("soak", max_examples=int(os.environ.get("RATELIMIT_TES
 settings.load_profile("test")
 
 
+# Tests of processes, frameworks, commands and documents: the version of the server makes no difference to them.
+ANY_SERVER = {
+    *("test_benchmarks", "test_cli", "test_connecting", "test_copies", "test_demo", "test_docs", "test_examples"),
+    *("test_exit", "test_forks", "test_frozen_time", "test_greenlets", "test_interruptions", "test_lifecycle"),
+    *("test_packaging", "test_servers", "test_soak"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here)
+        if place.parts[0] == "integrations" or place.stem in ANY_SERVER:
+            item.add_marker(pytest.mark.any_server)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out what needs Java, unless it is asked for: ``make interop``."""
     interop = Path(__file__).parent / "interop"
