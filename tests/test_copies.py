@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 import subprocess
 import sys
 from typing import Any, Protocol
@@ -206,7 +205,7 @@ def test_outbound_limits_are_pickled_without_what_this_process_knows() -> None:
     assert again.remaining_hold() == 0
     for name in ("_limits", "_key", "_cost", "_max_wait", "_max_hold", "_default_hold", "_prefix", "_manager"):
         assert getattr(again, name) == getattr(limit, name)
-    assert again._jitter is random.random
+    assert again._jitter is limit._jitter
     with pytest.raises(TypeError, match=r"ProxyManager cannot be pickled.*; make it by from_url"):
         pickle.dumps(outbound.OutboundLimit("10/second", key="api", manager=ProxyManager(MemoryStore())))
 

@@ -326,8 +326,10 @@ async def test_bytes_that_hold_a_reading_of_ones_own_are_a_success(kind: str, st
 @pytest.mark.parametrize("resolution", [1e-9, 1e-7, 1e-6, 0.015625])
 def test_readings_of_a_coarse_monotonic_clock_are_not_unique(resolution: float) -> None:
     program = (
-        "import time; from types import SimpleNamespace;"
-        f"time.get_clock_info = lambda name: SimpleNamespace(resolution={resolution});"
+        "import time;"
+        "info = time.get_clock_info('monotonic');"
+        f"info.resolution = {resolution};"
+        "time.get_clock_info = lambda name: info;"
         "import ratelimit, redis;"
         "print(ratelimit.MemoryStore().unique_readings, ratelimit.RedisStore(redis.Redis()).unique_readings)"
     )
