@@ -453,7 +453,7 @@ def without_buckets(manager: ProxyManager, keys: Iterable[str]) -> Generator[Non
 
 
 def run(name: str, seconds: float, workers: int, *, serve: bool) -> str:
-    with redis_url() as url, ProxyManager.from_url(url, "1/hour", timeout=PATIENCE) as manager:
+    with redis_url() as url, ProxyManager.from_url(url, "1/hour", prefix="ratelimit:", timeout=PATIENCE) as manager:
         if name == "outbound":
             with without_buckets(manager, [OUTBOUND_KEY]), Stage(name, url) as stage:
                 return tell_of_workers(stage, seconds, manager)

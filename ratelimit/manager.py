@@ -80,7 +80,7 @@ class Settings(TypedDict, total=False):
     inheritance: TokensInheritance
     prefix: Key
     timeout: Duration
-    on_error: ErrorPolicy
+    on_error: ErrorPolicy | None
     listener: Listener | None
     max_attempts: int
     memory_limit_bytes: int
@@ -103,7 +103,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         make: Callable[[Handle], BucketT],
         prefix: Key,
         timeout: Duration,
-        on_error: ErrorPolicy,
+        on_error: ErrorPolicy | None,
         listener: Listener | None,
         spawn: Callable[[Steps[None]], None],
         configuration_version: int | None,
@@ -138,7 +138,8 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         self._exchange = self._optimizer.optimized(_checked_optimization(optimization))
         asks_at_once = executing is None and optimization is None
         self._task_merger = merger if asks_at_once and isinstance(merger, TaskMerger) else None
-        self._on_error = _checked_policy(on_error)
+        self._on_error = OnError.RAISE if on_error is None else _checked_policy(on_error)
+        self.has_error_policy = on_error is not None
         self._local = LocalBuckets(None if clock is None else _by_clock(clock), memory_limit_bytes)
         self._guard = Guard(_checked_listener(listener), self._local, spawn, asynchronous=iscoroutinefunction(pause))
         self._make = make
@@ -272,7 +273,7 @@ class ProxyManager(_Manager[Store, Bucket]):
     :param timeout: how long a decision may take, in seconds or as a ``timedelta``, above 0: connecting, and waiting for
         others of this process, are in it, waiting for tokens is not. Then ``StoreTimeoutError``.
     :param on_error: what is answered where the store fails: an ``OnError``, or a callable that chooses one by the key
-        and the error.
+        and the error. None: the error is raised; integrations that are given this manager answer with 503.
     :param listener: is told of every decision.
     :param max_attempts: swaps that one decision may lose to others before ``ContentionError``; 1 or more.
     :param memory_limit_bytes: roughly the memory for states last seen; a key that does not fit costs a round trip.
@@ -292,7 +293,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         inheritance: TokensInheritance = TokensInheritance.RESET,
         prefix: Key = "",
         timeout: Duration = DEFAULT_TIMEOUT,
-        on_error: ErrorPolicy = OnError.RAISE,
+        on_error: ErrorPolicy | None = None,
         listener: Listener | None = None,
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,
@@ -456,7 +457,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         inheritance: TokensInheritance = TokensInheritance.RESET,
         prefix: Key = "",
         timeout: Duration = DEFAULT_TIMEOUT,
-        on_error: ErrorPolicy = OnError.RAISE,
+        on_error: ErrorPolicy | None = None,
         listener: Listener | None = None,
         max_attempts: int = 100,
         memory_limit_bytes: int = 16 * 2**20,

@@ -121,7 +121,7 @@ class Served(NamedTuple):
         raise AssertionError("Redis was too slow each time")
 
     def manager(self) -> ProxyManager:
-        return ProxyManager.from_url(self.redis_url, "1/hour", timeout=PATIENCE)
+        return ProxyManager.from_url(self.redis_url, "1/hour", prefix="ratelimit:", timeout=PATIENCE)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ class TestStories:
     ) -> None:
         with servers.RedisServer.start(server_binary) as server, server.client() as client:
             client.set("flask-example:203.0.113.7", "not the example's")
-            with ProxyManager.from_url(server.url, "10/hour") as manager:
+            with ProxyManager.from_url(server.url, "10/hour", prefix="ratelimit:") as manager:
                 manager.try_consume("flask-example:127.0.0.1", 10)  # as if somebody had stopped it half-way
             Requests.read(told_by("flask", RATELIMIT_URL=server.url))
             assert client.keys() == [b"flask-example:203.0.113.7"]

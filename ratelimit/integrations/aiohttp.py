@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 from ratelimit.integrations.extras import needing
-from ratelimit.integrations.outbound import OutboundLimit, host_of
 
 with needing("aiohttp"):
     from aiohttp import ClientHandlerType, ClientMiddlewareType, ClientRequest, ClientResponse
+
+    from ratelimit.integrations.outbound import OutboundLimit, host_of
 
 __all__ = ["OutboundLimit", "host_of", "rate_limit_middleware"]
 

@@ -8,20 +8,30 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, Unpack
+from weakref import WeakKeyDictionary
 
-from ratelimit.integrations.http.answers import Answers, Headers, HttpAnswer
-from ratelimit.integrations.http.limiter import AsyncLimiter, fields_for
+from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.integrations.http.answers import Headers, HttpAnswer
+from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, decision_about, fields_for
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import AsyncProxyManager
-from ratelimit.on_error import ErrorPolicy
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
+
+TELLS: Final = "ratelimit.tells"
+"""Is in the scope of a request whose answer a middleware puts the header fields on."""
+
+_EXEMPT: Final = "_ratelimit_exempt"
+_exempted: list[bool] = []  # one for each endpoint that is: to find where a request goes takes time
 
 _STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 _DENIAL: Final = "websocket.http.response"
@@ -51,21 +61,25 @@ class RateLimitMiddleware:
         app: App,
         *rules: Rule | RuleLimits,
         manager: AsyncProxyManager | str | None = None,
-        answers: Answers | None = None,
-        on_error: ErrorPolicy | None = None,
+        **settings: Unpack[LimiterSettings],
     ) -> None:
         self.app = app
-        self._limiter = AsyncLimiter(*rules, manager=manager, answers=answers, on_error=on_error)
+        self._limiter = AsyncLimiter(*rules, manager=manager, **settings)
+        self._router = _router_within(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        request = http_request(scope)
-        decision = await self._limiter.decide(request)
+        request = http_request(scope, router=self._router)
+        if _exempted and is_exempt(scope, self._router):
+            decision = decision_about(request)
+        else:
+            decision = await self._limiter.decide(request)
         if not decision:
             await refuse(scope, send, self._limiter.answers.refusal(decision))
             return
+        scope[TELLS] = True
         await self.app(scope, receive, self._telling(request, send))
 
     def _telling(self, request: HttpRequest, send: Send) -> Send:
@@ -89,12 +103,13 @@ async def refuse(scope: Scope, send: Send, answer: HttpAnswer) -> None:
     await send({"type": f"{answering}.body", "body": answer.body})
 
 
-def http_request(scope: Scope, native: object = None) -> HttpRequest:
+def http_request(scope: Scope, native: object = None, router: object = None) -> HttpRequest:
     """The request of a scope, of the type ``http`` or ``websocket``, whose ``state`` is made where there is none.
 
     Who has logged in is the ``user`` that Starlette's ``AuthenticationMiddleware`` has put there.
 
     :param native: what the framework calls a request; None: the scope.
+    :param router: has the routes where the scope does not say yet who has them: an application of Starlette.
     """
     client = scope.get("client")
     return HttpRequest(
@@ -103,7 +118,8 @@ def http_request(scope: Scope, native: object = None) -> HttpRequest:
         peer=(client[0] or None) if client else None,
         header=lambda name: _header(scope, name),
         native=scope if native is None else native,
-        find_route=lambda: _route(scope),
+        find_route=lambda: template_of(scope, router),
+        find_routes=lambda: _templates_of(_outermost(scope, router)),
         find_user=lambda: _user(scope),
         notes=scope.setdefault("state", {}),
     )
@@ -134,8 +150,40 @@ def _user(scope: Scope) -> object:
         return getattr(user, "username", user)
 
 
-def _route(scope: Scope) -> str | None:
-    """The template of the route as Starlette, or FastAPI, knows it.
+def _router_within(app: object) -> object:
+    """Return the application that has routes within middlewares, which keep what they are around as ``app``."""
+    while app is not None and not hasattr(app, "routes"):
+        app = getattr(app, "app", None)
+    return app
+
+
+def exempt(endpoint: EndpointT) -> EndpointT:
+    """Decorate an endpoint of Starlette or FastAPI that no middleware and no dependency of this library limits.
+
+    It stands next to the function, below what registers it.
+
+    :raises InvalidArgumentError: for what is not callable.
+    """
+    if not callable(endpoint):
+        raise InvalidArgumentError(f"exempt must be given an endpoint; got {brief(endpoint)}")
+    setattr(endpoint, _EXEMPT, True)
+    _exempted.append(True)
+    return endpoint
+
+
+def is_exempt(scope: Scope, router: object = None) -> bool:
+    """Return whether a request goes to an endpoint that is exempt."""
+    endpoint = scope.get("endpoint") or _sought(scope, router).endpoint
+    return getattr(endpoint, _EXEMPT, False)
+
+
+def _outermost(scope: Scope, router: object) -> Any:
+    """Return the application of Starlette that a request has come to, or what a middleware around it has found."""
+    return scope.get("router") or scope.get("app") or router
+
+
+def template_of(scope: Scope, router: object = None) -> str | None:
+    """Return the template of the route as Starlette, or FastAPI, knows it; None where there is none.
 
     Routes know their own part of it only, below mounts. There, and before there is a route, it is looked for as the
     outermost router does.
@@ -145,14 +193,51 @@ def _route(scope: Scope) -> str | None:
         template = getattr(route, "path_format", None)
         if isinstance(template, str):
             return template
-    routes = getattr(scope.get("router") or scope.get("app"), "routes", ())
+    return _sought(scope, router).template
+
+
+class _Found(NamedTuple):
+    """Where a request goes: the template of its route and its endpoint, as far as there are any."""
+
+    template: str | None = None
+    endpoint: object = None
+
+
+def _sought(scope: Scope, router: object) -> _Found:
+    routes = getattr(_outermost(scope, router), "routes", ())
     root = scope.get("app_root_path", scope.get("root_path", ""))
     outermost = {name: scope[name] for name in ("type", "path", "method", "headers") if name in scope}
-    return _template(routes, {**outermost, "root_path": root, "path_params": {}})
+    return _found(routes, {**outermost, "root_path": root, "path_params": {}})
 
 
-def _template(routes: Sequence[Any], scope: Scope) -> str | None:
-    """The template of the first route that matches; else of one that does but for the method."""
+# Of each application: how many routes it had, and their templates. It may get more of them.
+_known_templates: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
+
+
+def _templates_of(router: Any) -> frozenset[str]:
+    """Return the templates of all routes of an application."""
+    routes: Sequence[Any] = getattr(router, "routes", ())
+    if not routes:
+        return frozenset()
+    count, templates = _known_templates.get(router, (0, frozenset[str]()))
+    if count != len(routes):
+        templates = frozenset(map(canonical, _each_template(routes)))
+        _known_templates[router] = len(routes), templates
+    return templates
+
+
+def _each_template(routes: Sequence[Any]) -> Iterator[str]:
+    for route in _each(routes):
+        own: str = getattr(route, "path_format", "")
+        inner: Sequence[Any] = getattr(route, "routes", None) or ()
+        if not inner:
+            yield own
+        for rest in _each_template(inner):
+            yield own.removesuffix("/{path}") + rest
+
+
+def _found(routes: Sequence[Any], scope: Scope) -> _Found:
+    """Return the first route that matches; else one that does but for the method."""
     partial: Any = None
     for route in _each(routes):
         match, child = route.matches(scope)
@@ -160,16 +245,16 @@ def _template(routes: Sequence[Any], scope: Scope) -> str | None:
             return _joined(route, {**scope, **child})
         if match.name == "PARTIAL" and partial is None:
             partial = route
-    return None if partial is None else _joined(partial, scope)
+    return _Found() if partial is None else _joined(partial, scope)
 
 
-def _joined(route: Any, scope: Scope) -> str | None:
+def _joined(route: Any, scope: Scope) -> _Found:
     own: str = getattr(route, "path_format", "")  # none for a host
-    inner: Sequence[Any] = getattr(route, "routes", ())
+    inner: Sequence[Any] = getattr(route, "routes", None) or ()
     if not inner:
-        return own or None
-    rest = _template(inner, scope)
-    return None if rest is None else own.removesuffix("/{path}") + rest
+        return _Found(own or None, scope.get("endpoint"))
+    rest = _found(inner, scope)
+    return rest if rest.template is None else rest._replace(template=own.removesuffix("/{path}") + rest.template)
 
 
 def _each(routes: Sequence[Any]) -> Iterator[Any]:

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Final
 
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
-from ratelimit.integrations.outbound import OutboundLimit
 
 with needing("celery"):
     from celery import Task
     from celery.exceptions import Retry
+
+    from ratelimit.integrations.outbound import OutboundLimit
 
 __all__ = ["OutboundLimit", "RateLimitedTask"]
 

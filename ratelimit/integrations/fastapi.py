@@ -2,45 +2,58 @@
 
 ::
 
+    configure(app, manager="redis://localhost:6379/0")
+
+
     @app.get("/search", dependencies=[Depends(RateLimit("10/minute"))])
     async def search() -> list[str]: ...
 
-A dependency reaches neither the answers that an endpoint has made itself, or that an error becomes, nor the OpenAPI
-document. Therefore this module extends two methods of ``FastAPI``, for all applications with routes that depend on a
-:class:`RateLimit`: ``build_middleware_stack``, so that all their answers have the header fields, and ``openapi``, so
-that the document tells of the 429.
+A dependency alone limits, and puts the header fields on the answers that FastAPI makes of what an endpoint returns. It
+reaches neither the responses that an endpoint has made itself nor the OpenAPI document. :func:`configure` does, by a
+middleware that is added as any other.
 """
 
 # No "from __future__ import annotations": FastAPI reads those of RateLimit.__call__, and as texts it could not resolve
 # them, because it looks in the globals of a function, which an object that is called does not have.
 
-from collections.abc import Iterator
-from functools import wraps
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Unpack
 
+from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.asgi import (
+    TELLS,
     App,
     RateLimitMiddleware,
     Receive,
     Scope,
     Send,
+    exempt,
     http_request,
+    is_exempt,
     refuse,
+    template_of,
 )
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http.answers import Answers, HttpAnswer
 from ratelimit.integrations.http.decision import HttpDecision
-from ratelimit.integrations.http.limiter import AsyncLimiter
+from ratelimit.integrations.http.keys import RequestKey
+from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, fields_for
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings
+from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings
 from ratelimit.manager import AsyncProxyManager
 from ratelimit.on_error import ErrorPolicy
 
 with needing("fastapi"):
-    from fastapi import FastAPI, HTTPException, routing
+    from fastapi import FastAPI, HTTPException, Response, routing
     from fastapi.exception_handlers import http_exception_handler
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.requests import HTTPConnection
+
+__all__ = ["RateLimit", "RequestRefused", "configure", "exempt"]
+
+_CONFIGURATION: Final = "ratelimit.configuration"  # of an application, in the scope of its requests
+_HANDLERS: Final = "starlette.exception_handlers"  # by class and by status, in the scope of a request
 
 
 class RequestRefused(HTTPException):
@@ -61,20 +74,35 @@ class RequestRefused(HTTPException):
         self.answer = answer
 
 
+@dataclass(frozen=True, eq=False)
+class _Configuration:
+    """What the limits of an application have in common."""
+
+    manager: AsyncProxyManager | str | None = None
+    key: RequestKey | None = None
+    settings: LimiterSettings = field(default_factory=LimiterSettings)
+
+
+_DEFAULT: Final = _Configuration()
+
+
 class RateLimit:
     """A limit to depend on: ``Depends(RateLimit("10/minute"))``, for HTTP and WebSockets.
 
-    It answers with the :class:`ratelimit.integrations.http.HttpDecision` about the request, or raises
-    :class:`RequestRefused`. Where a request meets one of these twice, or two of the same name and key, it pays
-    once.
+    It returns the :class:`ratelimit.integrations.http.HttpDecision` about the request, or raises
+    :class:`RequestRefused`. Without a name it counts for each route that depends on it; with ``name=``, for all of them
+    together. A request pays for a bucket once, however often it meets it.
 
-    All answers to such a request have the header fields, once, and its operation a 429 in the OpenAPI document.
+    Two that are made alike are equal, so that ``app.dependency_overrides`` finds one by another.
 
     :param limits: a ``Rule``, or limits of which one is made with the settings of the rule: ``key=``, ``name=``,
         ``cost=`` and so on, see :class:`ratelimit.integrations.http.Rule`.
-    :param manager: see :class:`ratelimit.integrations.http.AsyncLimiter`, as for the others.
-    :raises InvalidConfigurationError: for what cannot be.
-    :raises InvalidArgumentError: for settings beside a ``Rule``.
+    :param manager: has the buckets; or its URL. None: the one that :func:`configure` has given the application, else
+        that of the variable ``RATELIMIT_URL``, or Redis on this machine.
+    :param answers: what clients are told. None: as :func:`configure` says.
+    :param on_error: what is decided where the store fails. None: as :func:`configure` says.
+    :raises InvalidConfigurationError: for limits and settings that cannot be.
+    :raises InvalidArgumentError: for settings beside a ``Rule``, and for a manager of sync code.
     """
 
     def __init__(
@@ -87,41 +115,146 @@ class RateLimit:
         **settings: Unpack[RuleSettings],
     ) -> None:
         self.rule = Rule.of(limits, **settings)
-        self._limiter = AsyncLimiter(self.rule, manager=manager, answers=answers, on_error=on_error)
-        self.answers = self._limiter.answers
+        self._manager = manager
+        self._settings: LimiterSettings = {}
+        if answers is not None:
+            self._settings["answers"] = answers
+        if on_error is not None:
+            self._settings["on_error"] = on_error
+        # By configuration of the application: tests make several. This one is for those without.
+        self._limiters = {_DEFAULT: self._limiter(_DEFAULT)}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RateLimit) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash(self.rule)
+
+    def _parts(self) -> tuple[object, ...]:
+        return self.rule, self._manager, self._settings
 
     def __repr__(self) -> str:
         return f"RateLimit({self.rule!r})"
 
-    async def __call__(self, connection: HTTPConnection) -> HttpDecision:
+    async def __call__(self, connection: HTTPConnection, response: Response) -> HttpDecision:
         """Take the tokens of a request."""
-        decision = await self._limiter.decide(http_request(connection.scope, connection))
+        scope = connection.scope
+        limiter = self._limiter_for(scope.get(_CONFIGURATION) or _DEFAULT)
+        if is_exempt(scope):
+            return HttpDecision()
+        request = http_request(scope, connection)
+        decision = await limiter.decide(request, _place(scope))
         if not decision:
-            raise RequestRefused(decision, self.answers.refusal(decision))
+            _handle_refusals(scope)
+            raise RequestRefused(decision, limiter.answers.refusal(decision))
+        if TELLS not in scope:
+            response.headers.update(dict(fields_for(request, limiter.answers)))
         return decision
 
+    def answers_for(self, app: FastAPI) -> Answers:
+        """Return what clients of an application are told by this limit."""
+        return self._limiter_for(configuration_of(app) or _DEFAULT).answers
 
-def _extend(application: type[FastAPI]) -> None:
-    """See the module."""
-    build, generate = application.build_middleware_stack, application.openapi
+    def _limiter_for(self, configuration: "_Configuration") -> AsyncLimiter:
+        limiter = self._limiters.get(configuration)
+        if limiter is None:
+            limiter = self._limiters[configuration] = self._limiter(configuration)
+        return limiter
 
-    @wraps(build)
-    def build_middleware_stack(self: FastAPI) -> Any:
-        if not any(_limits_of(route.dependant) for route in _routes(self)):
-            return build(self)
-        handlers = self.exception_handlers
-        if handlers.get(StarletteHTTPException) is http_exception_handler and HTTPException not in handlers:
-            handlers.setdefault(RequestRefused, _answered)  # type: ignore[arg-type]  # what a handler gives is awaited
-        return RateLimitMiddleware(build(self))
+    def _limiter(self, configuration: "_Configuration") -> AsyncLimiter:
+        manager = configuration.manager if self._manager is None else self._manager
+        settings: LimiterSettings = {**configuration.settings, **self._settings}
+        return AsyncLimiter(self.rule.by(configuration.key), manager=manager, **settings)
 
-    @wraps(generate)
-    def openapi(self: FastAPI) -> dict[str, Any]:
-        document = generate(self)
-        _document(self, document)
+
+def configure(
+    app: FastAPI,
+    *rules: Rule | RuleLimits,
+    manager: AsyncProxyManager | str | None = None,
+    key: RequestKey | None = None,
+    **settings: Unpack[LimiterSettings],
+) -> None:
+    """Configure the limits of an application, in one place; to be called once, before its first request.
+
+    All answers to limited requests have the header fields then, those that an endpoint has made itself, those to
+    errors, and the accepts of WebSockets included; and the operations have a 429 in the OpenAPI document. It adds a
+    middleware as ``app.add_middleware`` does, and puts ``app.openapi`` in the place of the application's own, around
+    it.
+
+    :param rules: limit all requests to the application, as those of :class:`RateLimitMiddleware` do.
+    :param manager: has the buckets of all limits that do not say otherwise; or its URL. None: that of the variable
+        ``RATELIMIT_URL``, or Redis on this machine.
+    :param key: whose bucket a request draws on, for all rules that do not say otherwise; ``client_ip()`` by default.
+    :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
+    :raises InvalidConfigurationError: for what cannot be, and where rules of one name have different limits.
+    :raises InvalidArgumentError: for an application that is configured already, and for a manager of sync code.
+    """
+    if configuration_of(app) is not None:
+        raise InvalidArgumentError("an application must be configured once; this one is configured already")
+    configuration = _Configuration(manager, key, settings)
+    keyed = [Rule.of(rule).by(key) for rule in rules]
+    # Made here too, so that what is wrong is an error now, and not when the application starts.
+    AsyncLimiter(*keyed, manager=manager, **settings)
+    app.add_middleware(_ConfiguredMiddleware, *keyed, application=app, configuration=configuration)
+    app.add_exception_handler(RequestRefused, _answered)  # type: ignore[arg-type]  # what a handler returns is awaited
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        _document(app, document)
         return document
 
-    application.build_middleware_stack = build_middleware_stack  # type: ignore[method-assign]
-    application.openapi = openapi  # type: ignore[method-assign]
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says to extend it
+
+
+def configuration_of(app: FastAPI) -> "_Configuration | None":
+    """Return what an application was configured with; None where it was not."""
+    added: list[Any] = app.user_middleware
+    for middleware in added:
+        if middleware.cls is _ConfiguredMiddleware:
+            configuration: _Configuration = middleware.kwargs["configuration"]
+            return configuration
+    return None
+
+
+class _ConfiguredMiddleware(RateLimitMiddleware):
+    """Limits all requests, and says with each how its application is configured."""
+
+    def __init__(self, app: App, *rules: Rule, application: FastAPI, configuration: _Configuration) -> None:
+        super().__init__(app, *rules, manager=configuration.manager, **configuration.settings)
+        self._configuration = configuration
+        _check_names(application, rules)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_CONFIGURATION] = self._configuration
+        await super().__call__(scope, receive, send)
+
+
+def _place(scope: Scope) -> str:
+    """Return the route that a limit without a name counts for: ``GET /users/{id}``."""
+    methods = getattr(scope.get("route"), "methods", None) or ("WEBSOCKET",)
+    return f"{','.join(sorted(methods))} {template_of(scope) or ''}"
+
+
+def _handle_refusals(scope: Scope) -> None:
+    """Let a refusal be answered with its problem, unless the application has a handler of its own.
+
+    An application that is not configured has no handler for refusals. The handlers of a request are in its scope.
+    """
+    handlers: tuple[dict[Any, Any], dict[Any, Any]] = scope.get(_HANDLERS) or ({}, {})
+    by_class = handlers[0]
+    if by_class.get(StarletteHTTPException) is http_exception_handler and HTTPException not in by_class:
+        by_class.setdefault(RequestRefused, _answered)
+
+
+def _check_names(app: FastAPI, rules: Sequence[Rule]) -> None:
+    """Refuse rules of one name that differ, among those of the application and of its routes."""
+    names = Names()
+    for rule in rules:
+        names.add(rule)
+    for route in _routes(app):
+        for limit in _limits_of(route.dependant):
+            names.add(limit.rule, route.path_format)
 
 
 async def _answered(_: HTTPConnection, error: RequestRefused) -> App:
@@ -146,7 +279,7 @@ def _document(app: FastAPI, document: dict[str, Any]) -> None:
     """Add a 429 to the operations that are limited; done twice, it is the same."""
     outer = list(_limits_of_middleware(app))
     for route in _routes(app):
-        limits = [*outer, *((limit.rule, limit.answers) for limit in _limits_of(route.dependant))]
+        limits = [*outer, *((limit.rule, limit.answers_for(app)) for limit in _limits_of(route.dependant))]
         for method in getattr(route, "methods", None) or ():  # WebSockets have none
             operation = document.get("paths", {}).get(route.path_format, {}).get(method.lower())
             request = HttpRequest(method, route.path_format, None, header=lambda _: None)
@@ -160,9 +293,11 @@ def _document(app: FastAPI, document: dict[str, Any]) -> None:
 def _limits_of_middleware(app: FastAPI) -> Iterator[tuple[Rule, Answers]]:
     added: list[Any] = app.user_middleware
     for middleware in added:
-        if middleware.cls is RateLimitMiddleware:
+        if issubclass(middleware.cls, RateLimitMiddleware):
+            configuration = middleware.kwargs.get("configuration", _DEFAULT)
+            answers = middleware.kwargs.get("answers") or configuration.settings.get("answers") or Answers()
             for rule in middleware.args:
-                yield Rule.of(rule), middleware.kwargs.get("answers") or Answers()
+                yield Rule.of(rule), answers
 
 
 def _routes(app: FastAPI) -> Iterator[Any]:
@@ -207,6 +342,3 @@ def _problem_schema() -> dict[str, Any]:
             "violated-policies": {"title": "Violated Policies", "type": "array", "items": {"type": "string"}},
         },
     }
-
-
-_extend(FastAPI)

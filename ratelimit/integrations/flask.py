@@ -20,15 +20,16 @@ from typing import Any, Final, TypeVar, Unpack, cast
 
 from ratelimit.errors import InvalidArgumentError, brief
 from ratelimit.integrations.extras import needing
-from ratelimit.integrations.http.answers import Answers, HttpAnswer
+from ratelimit.integrations.http.answers import HttpAnswer
 from ratelimit.integrations.http.decision import HttpDecision
-from ratelimit.integrations.http.limiter import Limiter
+from ratelimit.integrations.http.keys import RequestKey
+from ratelimit.integrations.http.limiter import Limiter, LimiterSettings
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings, checked_rules
-from ratelimit.integrations.wsgi import decision_of
+from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings, checked_rules
+from ratelimit.integrations.managers import manager_of
+from ratelimit.integrations.wsgi import ask_router, decision_of
 from ratelimit.integrations.wsgi import http_request as wsgi_request
 from ratelimit.manager import ProxyManager
-from ratelimit.on_error import ErrorPolicy
 
 with needing("flask"):
     from flask import Blueprint, Flask, Request, Response, current_app, request
@@ -83,10 +84,10 @@ class RateLimiter:
     :param app: an application, as with :meth:`init_app`.
     :param manager: has the buckets; or its URL. None: the URL in the application's configuration, ``RATELIMIT_URL``,
         else that of the environment variable of this name, or localhost.
-    :param answers: what clients are told.
-    :param on_error: what is decided where the store fails. None: as a manager of the caller's says, else
-        :attr:`OnError.DENY`, which is answered with 503.
+    :param key: whose bucket a request draws on, for all rules that do not say otherwise; ``client_ip()`` by default.
+    :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
     :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.
+    :raises InvalidArgumentError: for a manager of asyncio.
     """
 
     def __init__(
@@ -94,13 +95,18 @@ class RateLimiter:
         *rules: Rule | RuleLimits,
         app: Flask | None = None,
         manager: ProxyManager | str | None = None,
-        answers: Answers | None = None,
-        on_error: ErrorPolicy | None = None,
+        key: RequestKey | None = None,
+        **settings: Unpack[LimiterSettings],
     ) -> None:
-        self._rules = checked_rules(rules)
-        self._manager = manager
-        self._answers = Answers() if answers is None else answers
-        self._on_error = on_error
+        self._key = key
+        self._rules = checked_rules([Rule.of(rule).by(key) for rule in rules])
+        self._names = Names()
+        for rule in self._rules:
+            self._names.add(rule)
+        self._manager = _checked_manager(manager)
+        # Made here too, so that what is wrong is an error now, and not at the first request.
+        self._answers = Limiter(manager="memory://", **settings).answers
+        self._settings = settings
         if app is not None:
             self.init_app(app)
 
@@ -117,8 +123,8 @@ class RateLimiter:
             raise RuntimeError("this application has a RateLimiter already: use that one")
         app.config.setdefault("RATELIMIT_ENABLED", True)
         app.config.setdefault("RATELIMIT_URL", None)
-        app.extensions[_EXTENSION] = _Installed(self, self._manager if manager is None else manager)
-        app.before_request(lambda: self._admit_to_view(self._rules))
+        app.extensions[_EXTENSION] = _Installed(self, self._manager if manager is None else _checked_manager(manager))
+        app.before_request(lambda: self._admit_to_view(self._rules, ""))
         app.after_request(self._add_fields)
 
     def limit(self, limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> Callable[[T], T]:
@@ -128,31 +134,36 @@ class RateLimiter:
         it in their ``decorators``. A blueprint is limited together with those that are nested in it, except for their
         static files; limit it before it is registered.
 
-        Views with the same limits share their buckets, unless they differ in ``name`` or ``key``.
+        Without a name, a limit counts for the view, or for the blueprint. With ``name=`` it counts for all that have
+        it.
 
         :param limits: a :class:`Rule`, or its limits with its other settings.
-        :raises InvalidConfigurationError: for settings that cannot be.
+        :raises InvalidConfigurationError: for settings that cannot be, and where a rule of the same name has other
+            limits.
         :raises InvalidArgumentError: for settings beside a rule, and for what is no view.
         """
-        rules = (Rule.of(limits, **settings),)
+        rule = Rule.of(limits, **settings).by(self._key)
+        rules = (rule,)
+        if rule.named:
+            self._names.add(rule)
 
         def decorate(view: T) -> T:
             if isinstance(view, Blueprint):
-                view.before_request(lambda: self._admit_to_view(rules))
+                view.before_request(lambda: self._admit_to_view(rules, f"blueprint {view.name}"))
                 return view
             function = _checked_view(view)
             if iscoroutinefunction(function):
 
                 @wraps(function)
                 async def acall(*args: Any, **kwargs: Any) -> Any:
-                    self._admit(rules)
+                    self._admit(rules, request.endpoint or "")
                     return await function(*args, **kwargs)
 
                 return cast("T", acall)
 
             @wraps(function)
             def call(*args: Any, **kwargs: Any) -> Any:
-                self._admit(rules)
+                self._admit(rules, request.endpoint or "")
                 return function(*args, **kwargs)
 
             return cast("T", call)
@@ -176,15 +187,15 @@ class RateLimiter:
         """What has been decided about the current request so far."""
         return decision_of(request.environ)
 
-    def _admit_to_view(self, rules: tuple[Rule, ...]) -> None:
+    def _admit_to_view(self, rules: tuple[Rule, ...], place: str) -> None:
         if not self._is_exempt():
-            self._admit(rules)
+            self._admit(rules, place)
 
-    def _admit(self, rules: tuple[Rule, ...]) -> None:
+    def _admit(self, rules: tuple[Rule, ...], place: str) -> None:
         limiter = self._limiter(rules)
         if not rules or not current_app.config["RATELIMIT_ENABLED"]:
             return
-        decision = limiter.decide(http_request(request))
+        decision = limiter.decide(http_request(request), place)
         if not decision:
             answer = limiter.answers.refusal(decision)
             raise _refused_with(answer.status)(decision, answer)
@@ -208,7 +219,7 @@ class RateLimiter:
             raise RuntimeError("this RateLimiter does not know the application: call init_app(app)")
         if rules not in installed.limiters:
             manager = installed.manager or current_app.config["RATELIMIT_URL"]
-            installed.limiters[rules] = Limiter(*rules, manager=manager, answers=self._answers, on_error=self._on_error)
+            installed.limiters[rules] = Limiter(*rules, manager=manager, **self._settings)
         return installed.limiters[rules]
 
     def _add_fields(self, response: Response) -> Response:
@@ -221,8 +232,12 @@ def http_request(request: Request) -> HttpRequest:
     """A request as rules see it; what is kept with it is kept in its WSGI environment."""
     seen = wsgi_request(request.environ)
     seen.native = request
-    seen.find_route = lambda: None if request.url_rule is None else request.url_rule.rule
+    ask_router(seen, current_app.url_map, lambda: None if request.url_rule is None else request.url_rule.rule)
     return seen
+
+
+def _checked_manager(manager: ProxyManager | str | None) -> ProxyManager | str | None:
+    return manager if manager is None or isinstance(manager, str) else manager_of(manager)
 
 
 def _checked_view(view: object) -> Callable[..., Any]:

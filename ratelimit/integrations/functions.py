@@ -17,10 +17,15 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import Duration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.results import VerboseResult
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, Key, RateLimitExceeded, brief
 from ratelimit.handle import AsyncLimitsOfKey, nanos_of, token_count
-from ratelimit.integrations.managers import async_manager_of, bucket_key, manager_of
+from ratelimit.integrations.logs import OtherLimits
+from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
+from ratelimit.integrations.recording import record
+from ratelimit.integrations.switch import is_enabled
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 
 P = ParamSpec("P")
@@ -39,7 +44,10 @@ def limited(
     cost: CallCost = 1,
     wait: bool | Duration = False,
     name: str | None = None,
+    version: int | None = None,
     manager: ProxyManager | AsyncProxyManager | str | None = None,
+    namespace: str | None = None,
+    enabled: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Limit how often a function is called, sync or async, in all or by what it is called with.
 
@@ -53,9 +61,14 @@ def limited(
     :param wait: False: a call without tokens is refused. True: it waits for them, however long. A ``timedelta``, or
         seconds above 0: it waits, and is refused at once where that would take longer.
     :param name: the bucket's key is ``name:key``, or the name alone where there is no key. Functions with one name
-        share their buckets. By default it is the module and the qualified name of the function.
+        share their buckets. Without one, a limit counts for the function, by its module, qualified name and limits.
+    :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
+        ones and keep their fill level. None: stored buckets keep the limits that they were made with.
     :param manager: a ``ProxyManager`` for sync functions, an ``AsyncProxyManager`` for async ones; or the URL of a
         store, whose manager the process shares. By default that in the variable ``RATELIMIT_URL``, or on localhost.
+    :param namespace: separates services that share a Redis, by their keys; None: that of the variable
+        ``RATELIMIT_NAMESPACE``, or none.
+    :param enabled: False: every call goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``.
     :raises InvalidConfigurationError: at decoration, for limits that cannot be.
     :raises InvalidArgumentError: at decoration, for other arguments that cannot be, a manager of the other kind, and
         for what is no function, or is a generator.
@@ -68,19 +81,24 @@ def limited(
         key if callable(key) or key is None else _checked(key, (str, bytes), "key", "a str, bytes, or a callable"),
         cost if callable(cost) else token_count(cost, "cost"),
         _checked_wait(wait),
+        checked_version(version),
+        namespace_of(namespace),
+        enabled,
+        OtherLimits(),
     )
     if name is not None:
         _checked(name, str, "name", "a str")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _check_function(function)
-        called = _name_of(function) if name is None else name
+        names = limit.names(function) if name is None else (name,)
         if _is_async(function):
             amanager = _checked_manager(manager, AsyncProxyManager, "an async")
 
             @wraps(function)
             async def acall(*args: P.args, **kwargs: P.kwargs) -> Any:
-                await adrive(limit.admitted(async_manager_of(amanager), called, args, kwargs))
+                if limit.counts:
+                    await adrive(limit.admitted(async_manager_of(amanager), names, args, kwargs))
                 return await cast("Awaitable[Any]", function(*args, **kwargs))
 
             return cast("Callable[P, R]", acall)
@@ -90,7 +108,8 @@ def limited(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            drive(limit.admitted(manager_of(smanager), called, args, kwargs))
+            if limit.counts:
+                drive(limit.admitted(manager_of(smanager), names, args, kwargs))
             return function(*args, **kwargs)
 
         return call
@@ -106,6 +125,20 @@ class _Limit:
     key: CallKey
     cost: CallCost
     wait: bool | Duration
+    version: int | None
+    namespace: str
+    enabled: bool
+    other_limits: OtherLimits
+
+    @property
+    def counts(self) -> bool:
+        """Whether calls are limited at present."""
+        return self.enabled and is_enabled()
+
+    def names(self, function: object) -> tuple[str, ...]:
+        """Return what the buckets of a function are named by that was not given a name: other limits are other ones."""
+        limits = str(self.limits) if isinstance(self.limits, BucketConfiguration) else "default"
+        return _name_of(function), limits
 
     def check_sync(self) -> None:
         """Refuse what a sync function could not await."""
@@ -114,7 +147,11 @@ class _Limit:
                 raise InvalidArgumentError(f"{role} must not be async where the function is not")
 
     def admitted(
-        self, manager: ProxyManager | AsyncProxyManager, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        manager: ProxyManager | AsyncProxyManager,
+        names: tuple[str, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Steps[None]:
         """Take the tokens of a call."""
         key: Any = self.key
@@ -131,22 +168,40 @@ class _Limit:
             token_count(cost, "what cost gives")
         limits: Any = self.limits
         if callable(limits):
-            limits = yield limits(name if key is None else key)
+            limits = yield limits(names[0] if key is None else key)
             if limits is None:
                 return
-        yield from _taken(manager.bucket(name if key is None else bucket_key(name, key), limits), cost, self.wait)
+        yield from self._charged(manager, names, key, BucketConfiguration.of(limits), cost)
+
+    def _charged(
+        self,
+        manager: ProxyManager | AsyncProxyManager,
+        names: tuple[str, ...],
+        key: Key | None,
+        limits: BucketConfiguration,
+        cost: int,
+    ) -> Steps[None]:
+        bucket = manager.bucket(
+            bucket_key(names, key, self.namespace),
+            limits,
+            configuration_version=self.version,
+            inheritance=TokensInheritance.PROPORTIONALLY,
+        )
+        result = yield from _taken(bucket, cost, self.wait)
+        if len(names) == 1 and result.configuration is not None and not result.degraded:
+            self.other_limits.compare(names[0], limits, result.configuration)
+        record(names[0], key, admitted=bool(result.value))
+        if not result.value:
+            probe = result.value
+            if self.wait is not False:  # a wait that is refused does not say its length
+                probe = yield bucket.estimate_ability_to_consume(cost)
+            raise RateLimitExceeded(bucket.key, probe.retry_after)
 
 
-def _taken(bucket: Bucket | AsyncBucket, cost: int, wait: bool | Duration) -> Steps[None]:
+def _taken(bucket: Bucket | AsyncBucket, cost: int, wait: bool | Duration) -> Steps[VerboseResult[Any]]:
     if wait is False:
-        probe = yield bucket.try_consume_and_return_remaining(cost)
-        if probe:
-            return
-    else:
-        if (yield bucket.consume(cost, timeout=None if wait is True else wait)):
-            return
-        probe = yield bucket.estimate_ability_to_consume(cost)  # a wait that is refused does not say its length
-    raise RateLimitExceeded(bucket.key, probe.retry_after)
+        return (yield bucket.verbose.try_consume_and_return_remaining(cost))  # type: ignore[no-any-return]
+    return (yield bucket.verbose.consume(cost, timeout=None if wait is True else wait))  # type: ignore[no-any-return]
 
 
 def _is_async(function: object) -> bool:

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 
 from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.int64 import NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.drive import Steps, adrive, drive
@@ -40,8 +41,11 @@ from ratelimit.errors import (
 from ratelimit.handle import AsyncLimitsOfKey
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http import address
-from ratelimit.integrations.http.keys import Missing, checked_secret, keyed_hash
-from ratelimit.integrations.managers import async_manager_of, bucket_key, manager_of
+from ratelimit.integrations.http.keys import Missing, checked_secret, keyed_hash, name_of
+from ratelimit.integrations.logs import OtherLimits, RefusalLog
+from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
+from ratelimit.integrations.recording import record
+from ratelimit.integrations.switch import is_enabled
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.on_error import RETRY_NANOS
 
@@ -166,14 +170,25 @@ class _Interceptor(Generic[M]):
         exempt: RpcPredicate | None = None,
         missing: Missing | Literal["error", "unlimited"] = Missing.ERROR,
         name: str | None = None,
+        version: int | None = None,
         manager: M | str | None = None,
+        namespace: str | None = None,
+        enabled: bool = True,
     ) -> None:
         self._limits = limits if callable(limits) else BucketConfiguration.of(limits)
         self._key = key
         self._cost = cost
-        self._is_limited = methods if methods is None or callable(methods) else _full_names(methods).__contains__
+        listed = frozenset[str]() if methods is None or callable(methods) else _full_names(methods)
+        self._is_limited = methods if methods is None or callable(methods) else listed.__contains__
         self._exempt = exempt
         self._name = ("default" if callable(self._limits) else str(self._limits)) if name is None else name
+        place = ",".join(sorted(listed))
+        self._names = (place, str(self._name), name_of(key)) if name is None else (name,)
+        self._version = checked_version(version)
+        self._namespace = namespace_of(namespace)
+        self._enabled = enabled
+        self._refusals = RefusalLog()
+        self._other_limits = OtherLimits()
         self._manager: M | str | None = manager
         if not callable(key):
             raise InvalidConfigurationError(f"key must be a callable, peer_ip say, not {brief(key)}", "key")
@@ -201,7 +216,9 @@ class _Interceptor(Generic[M]):
             )
 
     def _is_about(self, handler: Any, method: str) -> bool:
-        return handler is not None and (self._is_limited is None or self._is_limited(method))
+        if handler is None or not self._enabled or not is_enabled():
+            return False
+        return self._is_limited is None or self._is_limited(method)
 
     def _decision(self, manager: M, rpc: Rpc) -> Steps[_Refusal | None]:
         """None where the call may go on."""
@@ -231,9 +248,21 @@ class _Interceptor(Generic[M]):
             limits = yield limits(key)
             if limits is None:
                 return None
-        bucket = manager.bucket(bucket_key(self._name, key), limits)
+        configuration = BucketConfiguration.of(limits)
+        bucket = manager.bucket(
+            bucket_key(self._names, key, self._namespace),
+            configuration,
+            configuration_version=self._version,
+            inheritance=TokensInheritance.PROPORTIONALLY,
+        )
         result = yield bucket.verbose.try_consume_and_return_remaining(cost)
-        return None if result.value else self._refused(result)
+        if len(self._names) == 1 and result.configuration is not None and not result.degraded:
+            self._other_limits.compare(self._name, configuration, result.configuration)
+        record(self._name, key, admitted=bool(result.value))
+        if result.value:
+            return None
+        self._refusals.log(self._name, key, result.configuration)
+        return self._refused(result)
 
     def _refused(self, result: VerboseResult[ConsumptionProbe]) -> _Refusal:
         probe, limits = result.value, result.configuration
@@ -263,10 +292,16 @@ class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
         answers whether. None: all that the server knows.
     :param exempt: calls for which this is true are not limited.
     :param missing: what becomes of a call without a key: ``error``, it ends with ``INVALID_ARGUMENT``; ``unlimited``.
-    :param name: of the policy, as clients are told; a bucket's key is ``name:key``. By default the text of the limits,
-        or ``default`` where they are looked up.
+    :param name: of the policy, as clients are told; a bucket's key is ``name:key``, and interceptors of one name share
+        their buckets. Without a name, clients are told the text of the limits, or ``default`` where they are looked up,
+        and an interceptor shares buckets with those alone that have the same limits, methods and kind of key.
+    :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
+        ones and keep their fill level. None: stored buckets keep the limits that they were made with.
     :param manager: has the buckets; or the URL of a store, whose manager the process shares. By default that in the
         variable ``RATELIMIT_URL``, or on localhost.
+    :param namespace: separates services that share a Redis, by their keys; None: that of the variable
+        ``RATELIMIT_NAMESPACE``, or none.
+    :param enabled: False: every call goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``.
     :raises InvalidConfigurationError: for what cannot be.
 
     A call that is refused ends with ``RESOURCE_EXHAUSTED``; with ``UNAVAILABLE`` where the store has failed, and the

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 from ratelimit.integrations.extras import needing
-from ratelimit.integrations.outbound import OutboundLimit, host_of
-from ratelimit.integrations.outbound.transports import AsyncTransport, Transport
 
 with needing("httpx"):
     import httpx
+
+    from ratelimit.integrations.outbound import OutboundLimit, host_of
+    from ratelimit.integrations.outbound.transports import AsyncTransport, Transport
 
 __all__ = ["AsyncRateLimitTransport", "OutboundLimit", "RateLimitTransport", "host_of"]
 

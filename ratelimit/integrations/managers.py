@@ -1,46 +1,126 @@
-"""Which manager an integration asks, the one that it is given or one that the process shares; and for which bucket."""
+"""Which manager an integration asks, and how the buckets of an integration are named."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Final
 
-from ratelimit.errors import InvalidArgumentError, Key
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.stores.urls import default_url
 
+PREFIX: Final = "ratelimit:"
+"""What the keys of all buckets begin with that an integration keeps in a manager of its own."""
+
+NAMESPACE_VARIABLE: Final = "RATELIMIT_NAMESPACE"
+"""The environment variable that names the namespace of a process whose integrations are not given one."""
+
+_replacements: Final[list[tuple[ProxyManager, AsyncProxyManager]]] = []
+_ESCAPED: Final = str.maketrans({"\\": r"\\", ":": r"\:", "|": r"\|", "{": r"\(", "}": r"\)"})
+_NAMESPACE: Final = re.compile(r"[\x21-\x7e]{1,100}")
+
 
 def manager_of(manager: ProxyManager | str | None) -> ProxyManager:
-    """The manager itself, or the process's own for a URL; None: that in the variable ``RATELIMIT_URL``, or localhost.
+    """Return the manager itself, or the one that the process has for a URL.
 
-    :raises InvalidArgumentError: for what is neither.
+    :param manager: None stands for the URL in the variable ``RATELIMIT_URL``, or Redis on this machine.
+    :raises InvalidArgumentError: for a manager of asyncio, or anything else that is not a manager.
     :raises InvalidConfigurationError: for a URL that is not valid.
     """
     if isinstance(manager, ProxyManager):
         return manager
     if manager is None or isinstance(manager, str):
-        return _of_url(manager or default_url())
-    raise InvalidArgumentError(f"a ProxyManager is wanted, or its URL, not {type(manager).__name__}")
+        return _replacements[-1][0] if _replacements else _of_url(manager or default_url())
+    raise InvalidArgumentError(f"manager must be a ProxyManager or a URL; got {_kind(manager)}")
 
 
 def async_manager_of(manager: AsyncProxyManager | str | None) -> AsyncProxyManager:
-    """The same for asyncio."""
+    """Return the manager of asyncio itself, or the one that the process has for a URL.
+
+    :param manager: None stands for the URL in the variable ``RATELIMIT_URL``, or Redis on this machine.
+    :raises InvalidArgumentError: for a manager of sync code, or anything else that is not a manager.
+    :raises InvalidConfigurationError: for a URL that is not valid.
+    """
     if isinstance(manager, AsyncProxyManager):
         return manager
     if manager is None or isinstance(manager, str):
-        return _async_of_url(manager or default_url())
-    raise InvalidArgumentError(f"an AsyncProxyManager is wanted, or its URL, not {type(manager).__name__}")
+        return _replacements[-1][1] if _replacements else _async_of_url(manager or default_url())
+    raise InvalidArgumentError(f"manager must be an AsyncProxyManager or a URL; got {_kind(manager)}")
 
 
-def bucket_key(name: str, key: Key) -> Key:
-    """The key of a bucket: the name of a limit, and after it whose tokens they are."""
-    return f"{name}:{key}" if isinstance(key, str) else name.encode() + b":" + key
+@contextmanager
+def replaced(manager: ProxyManager, async_manager: AsyncProxyManager) -> Generator[None]:
+    """Put these managers in the place of those by URL, in all integrations, for as long as the block runs."""
+    _replacements.append((manager, async_manager))
+    try:
+        yield
+    finally:
+        _replacements.pop()
+
+
+def _kind(manager: object) -> str:
+    name = type(manager).__name__
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+
+
+def namespace_of(namespace: str | None) -> str:
+    """Return the namespace of an integration; empty where there is none.
+
+    :param namespace: None stands for what the variable ``RATELIMIT_NAMESPACE`` says.
+    :raises InvalidConfigurationError: for what is not 1 to 100 printable ASCII characters without spaces.
+    """
+    chosen = os.environ.get(NAMESPACE_VARIABLE, "") if namespace is None else namespace
+    if chosen == "" or (isinstance(chosen, str) and _NAMESPACE.fullmatch(chosen)):
+        return chosen
+    where = NAMESPACE_VARIABLE if namespace is None else "namespace"
+    raise InvalidConfigurationError(
+        f"{where} must be 1 to 100 printable ASCII characters without spaces; got {brief(chosen)}", "namespace"
+    )
+
+
+def checked_version(version: int | None) -> int | None:
+    """Return the version of limits.
+
+    :raises InvalidConfigurationError: for what is neither None nor an int of 0 or more.
+    """
+    if version is not None and (isinstance(version, bool) or not isinstance(version, int) or version < 0):
+        raise InvalidConfigurationError(f"version must be None or an int of 0 or more; got {brief(version)}", "version")
+    return version
+
+
+def bucket_key(names: tuple[str, ...], key: Key | None, namespace: str = "") -> Key:
+    r"""Return the key of a bucket: ``login:203.0.113.7``, ``shop||login:203.0.113.7`` in a namespace.
+
+    Different arguments never give the same key. In namespace and names, ``:``, ``|`` and the backslash have a backslash
+    before them, so that a plain ``:`` ends the names, a plain ``|`` stands between two of them, and ``||`` ends a
+    namespace. Braces become ``\(`` and ``\)``: a Redis cluster would put all keys with ``{id}`` in their name on one
+    node.
+
+    :param names: one that was given to a limit, or several that tell a limit without a name from others, of which none
+        but the first may be empty.
+    :param key: whose bucket it is; None where a limit has one bucket for all.
+    """
+    beginning = _beginning(names, namespace)
+    if key is None:
+        return beginning
+    return f"{beginning}:{key}" if isinstance(key, str) else beginning.encode() + b":" + key
+
+
+@lru_cache(maxsize=4096)
+def _beginning(names: tuple[str, ...], namespace: str) -> str:
+    escaped = "|".join(name.translate(_ESCAPED) for name in names)
+    return f"{namespace.translate(_ESCAPED)}||{escaped}" if namespace else escaped
 
 
 @lru_cache(maxsize=64)
 def _of_url(url: str) -> ProxyManager:
-    return ProxyManager.from_url(url)
+    return ProxyManager.from_url(url, prefix=PREFIX)
 
 
 @lru_cache(maxsize=64)
 def _async_of_url(url: str) -> AsyncProxyManager:
-    return AsyncProxyManager.from_url(url)
+    return AsyncProxyManager.from_url(url, prefix=PREFIX)

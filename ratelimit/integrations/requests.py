@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ratelimit.integrations.extras import needing
-from ratelimit.integrations.outbound import OutboundLimit, host_of
-from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS
 
 with needing("requests"):
     import requests
     from requests.adapters import BaseAdapter, HTTPAdapter
     from urllib3.exceptions import ResponseError
+
+    from ratelimit.integrations.outbound import OutboundLimit, host_of
+    from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS
 
 __all__ = ["OutboundLimit", "RateLimitAdapter", "host_of"]
 

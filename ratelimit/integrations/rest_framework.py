@@ -12,7 +12,7 @@ from ratelimit.core.bandwidth import BucketConfiguration, Limits
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
 
-with needing("drf"):
+with needing("rest_framework"):
     from django.core.exceptions import ImproperlyConfigured
     from django.http.response import HttpResponseBase
     from rest_framework.exceptions import APIException
@@ -21,10 +21,11 @@ with needing("drf"):
     from rest_framework.throttling import BaseThrottle
     from rest_framework.views import exception_handler as default_exception_handler
 
-from ratelimit.integrations.django.conf import current, limiter
-from ratelimit.integrations.django.keys import user_or_client
-from ratelimit.integrations.django.requests import http_request, native_of, refusal
-from ratelimit.integrations.http import HttpDecision, HttpRequest, RequestKey, Rule, client_ip, decision_about
+    from ratelimit.integrations.django.conf import current, limiter
+    from ratelimit.integrations.django.keys import client, user_or_client
+    from ratelimit.integrations.django.requests import http_request, native_of, refusal
+
+from ratelimit.integrations.http import HttpDecision, HttpRequest, RequestKey, Rule, decision_about
 from ratelimit.integrations.http.rules import Cost, Predicate, RuleLimits
 
 __all__ = ["AnonRateLimit", "RateLimitThrottle", "Refused", "ScopedRateLimit", "UserRateLimit", "exception_handler"]
@@ -54,7 +55,7 @@ class RateLimitThrottle(BaseThrottle):
     :cvar limits: None: the rate of the scope in ``DEFAULT_THROTTLE_RATES``, which may be written in either way:
         ``100/hour``, ``10/second burst 50``, or a list of these; a rate of None is no limit.
     :cvar scope: of the rate.
-    :cvar name: by default the scope, but with limits of its own their text.
+    :cvar name: by default the scope. A class with limits of its own and without a name counts for itself.
     :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.
     :cvar cost: tokens of a request.
     :cvar exempt: not limited are requests for which this is true.
@@ -80,7 +81,8 @@ class RateLimitThrottle(BaseThrottle):
             return True
         deciding = limiter((rule,))
         # After a refusal nothing more is asked, although REST framework goes on to the next throttle.
-        self._decision = deciding.decide(http_request(native_of(request), asynchronous=False))
+        place = "" if rule.named else f"{type(self).__module__}.{type(self).__qualname__}"
+        self._decision = deciding.decide(http_request(native_of(request), asynchronous=False), place)
         if hasattr(view, "headers"):  # those that REST framework sets on whatever response there will be
             view.headers.update(deciding.answers.headers(self._decision))
         if not self._decision and deciding.answers.problem(self._decision)["status"] != 429:
@@ -127,7 +129,7 @@ class AnonRateLimit(RateLimitThrottle):
     """Limits those who have not logged in, by address."""
 
     scope = "anon"
-    key = client_ip()
+    key = staticmethod(client)
     exempt = staticmethod(_is_known)
 
 

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from http.client import responses
-from typing import Any, Final
+from typing import Any, Final, Unpack
+from weakref import WeakKeyDictionary
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.decision import HttpDecision
-from ratelimit.integrations.http.limiter import Limiter, decision_about, decision_in
+from ratelimit.integrations.http.limiter import Limiter, LimiterSettings, decision_about, decision_in
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import ProxyManager
-from ratelimit.on_error import ErrorPolicy
 
 NOTES: Final = "ratelimit.notes"
 """Where the notes of a request are kept in its environment. Without a dot, it would have to be text."""
+
+
+_INNER: Final = ("wsgi_app", "app", "_app")
+_MOST_MIDDLEWARES: Final = 50
 
 
 class RateLimitMiddleware:
@@ -30,13 +35,13 @@ class RateLimitMiddleware:
     A request that is refused is answered here: the application is not called, and the body not read. An answer of the
     application gets the header fields in addition, except those that it has set itself; its body passes untouched.
 
-    :param app: the application.
+    :param app: the application. Where it is Flask's (``app.wsgi_app``), its router says which requests a rule with
+        ``routes`` is about.
     :param rules: see :class:`Rule`; limits alone are for all requests, by the peer's address.
     :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
-    :param answers: what clients are told.
-    :param on_error: what is decided where the store fails. None: as a manager of the caller's says, else
-        :attr:`OnError.DENY`, which is answered with 503.
+    :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
     :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.
+    :raises InvalidArgumentError: for a manager of asyncio.
     """
 
     def __init__(
@@ -44,14 +49,16 @@ class RateLimitMiddleware:
         app: WSGIApplication,
         *rules: Rule | RuleLimits,
         manager: ProxyManager | str | None = None,
-        answers: Answers | None = None,
-        on_error: ErrorPolicy | None = None,
+        **settings: Unpack[LimiterSettings],
     ) -> None:
         self._app = app
-        self._limiter = Limiter(*rules, manager=manager, answers=answers, on_error=on_error)
+        self._url_map = _url_map_within(app)
+        self._limiter = Limiter(*rules, manager=manager, **settings)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = http_request(environ)
+        if self._url_map is not None:
+            ask_router(request, self._url_map, lambda: _found(self._url_map, environ))
         answers = self._limiter.answers
         decision = self._limiter.decide(request)
         if not decision:
@@ -89,6 +96,55 @@ def http_request(environ: WSGIEnvironment) -> HttpRequest:
         native=environ,
         notes=environ.setdefault(NOTES, {}),
     )
+
+
+def _url_map_within(app: Any) -> Any:
+    """Return the map of routes of an application of Werkzeug's, which may be within middlewares; None if there is none.
+
+    ``app.wsgi_app`` is a method of the application. Middlewares keep what they are around as ``app``, ``_app`` or
+    ``wsgi_app``.
+    """
+    for _ in range(_MOST_MIDDLEWARES):
+        owner = getattr(app, "__self__", app)
+        url_map = getattr(owner, "url_map", None)
+        if url_map is not None:
+            return url_map
+        app = next((inner for name in _INNER if (inner := getattr(owner, name, None)) is not None), None)
+        if app is None:
+            return None
+    return None
+
+
+def ask_router(request: HttpRequest, url_map: Any, find_route: Callable[[], str | None]) -> None:
+    """Let a request know the routes of an application of Werkzeug's, and the one that it goes to."""
+    request.find_route = find_route
+    request.find_routes = lambda: _templates_of(url_map)
+
+
+# Of each map of routes: how many it had, and their templates. It may get more of them.
+_known_templates: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
+
+
+def _templates_of(url_map: Any) -> frozenset[str]:
+    rules = list(url_map.iter_rules())
+    count, templates = _known_templates.get(url_map, (-1, frozenset[str]()))
+    if count != len(rules):
+        templates = frozenset(canonical(rule.rule) for rule in rules)
+        _known_templates[url_map] = len(rules), templates
+    return templates
+
+
+def _found(url_map: Any, environ: WSGIEnvironment) -> str | None:
+    """Return the template of the route that Werkzeug finds for a request, whatever its method; None for none."""
+    adapter = url_map.bind_to_environ(environ)
+    for method in adapter.allowed_methods() or ():
+        try:
+            rule, _ = adapter.match(method=method, return_rule=True)
+        except Exception:  # noqa: BLE001, S112  # Werkzeug's own, for a redirection or nothing: it goes to no route
+            continue
+        template: str = rule.rule
+        return template
+    return None
 
 
 def decision_of(environ: WSGIEnvironment) -> HttpDecision:

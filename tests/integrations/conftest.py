@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.integrations.packages import missing_for
 
 HERE = Path(__file__).parent
@@ -14,3 +16,9 @@ collect_ignore = list(LEFT_OUT)
 
 def pytest_report_header() -> list[str]:
     return [f"left out: {name}, for want of {', '.join(missing)}" for name, missing in LEFT_OUT.items()]
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
+def asynchronous(request: pytest.FixtureRequest) -> bool:
+    """Whether a limiter is that of asyncio."""
+    return bool(request.param)

@@ -23,9 +23,6 @@ PACKAGES: dict[str, list[str]] = {
 }
 """Of each module of ``ratelimit.integrations``."""
 
-EXTRAS: dict[str, str] = {"http_sf": "outbound", "rest_framework": "drf", "grpc_status": "grpc"}
-"""Of packages whose extra has another name than they have."""
-
 OF_TESTS: dict[str, list[str]] = {
     "answers": ["http_sf"],
     "asgi": ["httpx", "http_sf", "starlette", "uvicorn", "websockets"],

@@ -21,23 +21,33 @@ def request_of(
 
 
 class Limits:
-    """A limiter, its clock, and what is stored."""
+    """A limiter, its clock, and what is stored.
 
-    def __init__(self, *rules: Any, asynchronous: bool = False, **settings: Any) -> None:
-        self.clock = ManualClock(NOW)
-        self.memory = MemoryStore(clock=self.clock)
+    :param over: whose store and clock it shares.
+    :param store: what the manager has in the place of the memory.
+    """
+
+    def __init__(
+        self, *rules: Any, asynchronous: bool = False, over: Limits | None = None, store: Any = None, **settings: Any
+    ) -> None:
+        self.clock: ManualClock = ManualClock(NOW) if over is None else over.clock
+        self.memory: MemoryStore = MemoryStore(clock=self.clock) if over is None else over.memory
         self.answers: Answers = settings.get("answers") or Answers()
         self.manager: ProxyManager | AsyncProxyManager
         self.limiter: Limiter | AsyncLimiter
         if asynchronous:
-            self.manager = AsyncProxyManager(AsyncMemoryStore(self.memory), clock=self.clock)
+            self.manager = AsyncProxyManager(AsyncMemoryStore(store or self.memory), clock=self.clock)
             self.limiter = AsyncLimiter(*rules, manager=self.manager, **settings)
         else:
-            self.manager = ProxyManager(self.memory, clock=self.clock)
+            self.manager = ProxyManager(store or self.memory, clock=self.clock)
             self.limiter = Limiter(*rules, manager=self.manager, **settings)
 
     async def decide(self, request: HttpRequest | None = None) -> HttpDecision:
         return await settled(self.limiter.decide(request_of() if request is None else request))
+
+    async def decide_at(self, place: str) -> HttpDecision:
+        """Decide about a request by rules that stand at a place."""
+        return await settled(self.limiter.decide(request_of(), place))
 
     def consumed(self, key: str) -> int:
         """Tokens that the bucket says were consumed; 0 where there is none."""

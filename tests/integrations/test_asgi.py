@@ -90,7 +90,7 @@ class TestHttp:
         assert refusal.headers["Content-Type"] == "application/problem+json"
         assert parsed(refusal, "RateLimit") == [("10/minute", {"r": 0, "t": 6})]
         assert refusal.json()["violated-policies"] == ["10/minute"]
-        assert stored.consumed(f"10/minute:{PEER}") == 10
+        assert stored.consumed(f"|10/minute|ip:{PEER}") == 10
 
     async def test_a_refused_request_never_reaches_the_application_and_is_not_read(self, stored: Stored) -> None:
         middleware = limiting(stored, never, Rule("1/hour", cost=2))
@@ -167,7 +167,7 @@ class TestHttp:
         async with client_of(limiting(stored, limiting(stored, inner), "10/hour", "7/minute")) as client:
             answer = await client.get("/")
         assert [name for name, _ in parsed(answer, "RateLimit")] == ["10/hour", "7/minute"]
-        assert stored.consumed(f"10/hour:{PEER}") == 1
+        assert stored.consumed(f"|10/hour|ip:{PEER}") == 1
 
     async def test_the_answers_of_the_middleware_furthest_in_count(self, stored: Stored) -> None:
         inner = limiting(stored, hello, "10/hour", answers=Answers(standard=False, x_ratelimit="delta"))
@@ -204,9 +204,10 @@ class TestHttp:
         store = ScriptedStore()
         manager = AsyncProxyManager(AsyncMemoryStore(store))
         store.fail(times=2)
+        raising = RateLimitMiddleware(never, "1/hour", manager=manager, on_error=OnError.RAISE)
         with pytest.raises(StoreUnavailableError):
-            await sent(RateLimitMiddleware(never, "1/hour", manager=manager), scope_of())
-        denying = RateLimitMiddleware(never, "1/hour", manager=manager, on_error=OnError.DENY)
+            await sent(raising, scope_of())
+        denying = RateLimitMiddleware(never, "1/hour", manager=manager)
         assert (await sent(denying, scope_of()))[0]["status"] == 503
 
     def test_what_cannot_be_is_refused_at_once(self) -> None:
@@ -437,7 +438,7 @@ class TestUvicorn:
         app = limiting(stored, hello, "2/hour")
         async with serving(app) as (host, port), httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
             assert [(await client.get("/")).status_code for _ in range(3)] == [200, 200, 429]
-        assert stored.consumed("2/hour:127.0.0.1") == 2
+        assert stored.consumed("|2/hour|ip:127.0.0.1") == 2
 
     async def test_a_websocket_is_refused_with_a_429(self, stored: Stored) -> None:
         async def echo(websocket: WebSocket) -> None:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +28,7 @@ from ratelimit.testing import ScriptedStore
 from tests.integrations import django_site
 from tests.integrations.django_site import AUTHENTICATION, SESSIONS, Site, ahello, fields, hello, session_of
 from tests.integrations.gunicorns import ROOT, gunicorn, statuses
+from tests.integrations.uvicorns import program
 from tests.workers import patient
 
 DAY = 86_400
@@ -115,7 +111,7 @@ class TestMiddleware:
         with site(RULES=["3/day"]) as at, at.showing(index=views.of(asynchronous=at.asynchronous)):
             assert at.statuses(5) == [200, 200, 200, 429, 429]
             assert views.calls == 3
-            assert at.consumed("3/day:127.0.0.1") == 3
+            assert at.consumed("|3/day|ip:127.0.0.1") == 3
             at.clock.advance(DAY / 3)
             assert at.statuses(2) == [200, 429]
 
@@ -204,7 +200,7 @@ class TestMiddleware:
 
         with Site(asynchronous=True, RULES=[Rule("1/day", key=key)]) as at:
             assert at.statuses(2) == [200, 429]
-            assert at.consumed("1/day:awaited") == 1
+            assert at.consumed("|1/day|key:awaited") == 1
 
     def test_matches_routes_below_the_script_name(self, site: Callable[..., Site]) -> None:
         more = {"FORCE_SCRIPT_NAME": "/app"}
@@ -431,7 +427,7 @@ class TestSetting:
             ({"RULES": ["100/fortnight"]}, r"RATELIMIT\['RULES'\] cannot be: unknown unit of time 'fortnight'"),
             ({"RULES": [7]}, r"RATELIMIT\['RULES'\] cannot be"),
             ({"RULES": ["nowhere.at.all"]}, r"RATELIMIT\['RULES'\] names what cannot be imported: No module"),
-            ({"RULES": [Rule("1/day", name="a"), Rule("2/day", name="a")]}, "two rules with other limits"),
+            ({"RULES": [Rule("1/day", name="a"), Rule("2/day", name="a")]}, "rules of one name must have the same"),
             ({"CLIENT_IP": "203.0.113.7"}, r"RATELIMIT\['CLIENT_IP'\] must be a key"),
             ({"ANSWERS": {}}, r"RATELIMIT\['ANSWERS'\] must be an Answers"),
             ({"ON_ERROR": "local"}, r"RATELIMIT\['ON_ERROR'\] must be an OnError, 'allow', 'deny' or 'raise'"),
@@ -462,11 +458,11 @@ class TestSetting:
             ON_ERROR=f"{here}.policy",
         ) as at:
             response = at.get(headers={"X-Forwarded-For": "203.0.113.7"})
-            assert current().on_error is policy
+            assert current().limiters["on_error"] is policy
             assert current().rules[0] is LOGIN
         assert response["X-RateLimit-Limit"] == "3"
         assert "RateLimit" not in response
-        assert (at.consumed("login:203.0.113.7"), at.consumed("5/day:203.0.113.7")) == (1, 1)
+        assert (at.consumed("login:203.0.113.7"), at.consumed("|5/day|ip:203.0.113.7")) == (1, 1)
 
     def test_counts_at_once_when_it_is_overridden(self, site: Callable[..., Site]) -> None:
         with site(RULES=["1/day"]) as at:
@@ -484,7 +480,7 @@ class TestSetting:
         assert [response.status_code for response in responses] == [200, 200, 200]
         assert fields(responses[0]) == {}
         assert views.seen[0].ratelimit == HttpDecision()  # type: ignore[attr-defined]
-        assert at.consumed("1/day:127.0.0.1") == 0
+        assert at.consumed("|1/day|ip:127.0.0.1") == 0
 
     def test_may_be_absent(self) -> None:
         from django.conf import settings
@@ -496,7 +492,7 @@ class TestSetting:
         current.cache_clear()
 
     @pytest.mark.parametrize(
-        ("policy", "status"), [(OnError.ALLOW, 200), ("allow", 200), ("deny", 503), ("raise", 500), (None, 500)]
+        ("policy", "status"), [(OnError.ALLOW, 200), ("allow", 200), ("deny", 503), ("raise", 500), (None, 503)]
     )
     def test_says_what_is_answered_where_the_store_fails(
         self, site: Callable[..., Site], policy: Any, status: int
@@ -524,7 +520,8 @@ class TestSetting:
             view = limited(at, rate_limit("4/day"))
             with at.showing(index=view):
                 at.get(headers={"X-Forwarded-For": "198.51.100.1, 203.0.113.7"})
-        assert [at.consumed(f"{name}:203.0.113.7") for name in ("2/day", "own", "4/day")] == [1, 1, 1]
+        place = f"{view.__module__}.{view.__qualname__}"
+        assert [at.consumed(f"{name}:203.0.113.7") for name in ("|2/day|ip", "own", f"{place}|4/day|ip")] == [1, 1, 1]
         assert own.key == client_ip()  # as it was before the setting was looked at
 
     def test_leaves_a_rule_the_key_that_it_has(self, site: Callable[..., Site]) -> None:
@@ -566,7 +563,7 @@ def test_async_views_under_wsgi_decide_in_event_loops_of_their_own(redis_url: st
         codes = [Client().get("/").status_code for _ in range(30)]
     assert codes == [200] * 20 + [429] * 10
     with ProxyManager.from_url(redis_url, "20/day") as manager:
-        assert manager.snapshot("loops:127.0.0.1").consumed_tokens == 20
+        assert manager.snapshot("ratelimit:loops:127.0.0.1").consumed_tokens == 20
 
 
 PROGRAM = """
@@ -610,7 +607,7 @@ def test_processes_of_gunicorn_admit_together_what_the_limit_says(redis_url: str
     with gunicorn(WSGI, tmp_path, redis_url=patient(redis_url)) as address:
         assert statuses(address, "/sync", 120) == {200: 50, 429: 70}
     with ProxyManager.from_url(redis_url, "50/day") as manager:
-        assert manager.snapshot("all:127.0.0.1").consumed_tokens == 50
+        assert manager.snapshot("ratelimit:all:127.0.0.1").consumed_tokens == 50
 
 
 @pytest.mark.redis
@@ -625,27 +622,7 @@ def test_the_first_example_of_its_page_is_served_as_it_stands(redis_url: str, tm
 @pytest.mark.redis
 @pytest.mark.parametrize("path", ["/sync", "/async"])
 def test_tasks_of_uvicorn_admit_together_what_the_limit_says(redis_url: str, tmp_path: Path, path: str) -> None:
-    with uvicorn(ASGI, tmp_path, redis_url=patient(redis_url)) as address:
+    with program(ASGI, tmp_path, redis_url=patient(redis_url)) as address:
         assert statuses(address, path, 120) == {200: 50, 429: 70}
     with ProxyManager.from_url(redis_url, "50/day") as manager:
-        assert manager.snapshot("all:127.0.0.1").consumed_tokens == 50
-
-
-@contextmanager
-def uvicorn(program: str, directory: Path, *, redis_url: str) -> Generator[tuple[str, int]]:
-    """Serve ``application`` of a program; the address."""
-    (directory / "served.py").write_text(program)
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(directory), "--port", "0", "served:application"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(directory), "RATELIMIT_URL": redis_url}
-    log = directory / "log"
-    with log.open("wb") as errors:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment)
-    try:
-        while not (match := re.search(r"running on http://([\d.]+):(\d+) ", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(0.02)
-        yield match[1], int(match[2])
-    finally:
-        server.terminate()
-        server.wait()
+        assert manager.snapshot("ratelimit:all:127.0.0.1").consumed_tokens == 50

@@ -25,7 +25,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.integrations.asgi import RateLimitMiddleware
-from ratelimit.integrations.fastapi import RateLimit, RequestRefused
+from ratelimit.integrations.fastapi import RateLimit, RequestRefused, configure, exempt
 from ratelimit.integrations.http import Answers, HttpDecision, Missing, Rule, api_key, header, route, user
 from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
@@ -83,7 +83,7 @@ def test_ten_requests_are_admitted_and_five_refused(limit: Callable[..., RateLim
         "violated-policies": ["10/minute"],
     }
     assert parsed(refusal, "RateLimit") == [("10/minute", {"r": 0, "t": 6})]
-    assert len(calls) == stored.consumed(f"10/minute:{PEER}") == 10
+    assert len(calls) == stored.consumed(f"GET /|10/minute|ip:{PEER}") == 10
 
 
 def endpoint() -> str:
@@ -128,9 +128,9 @@ def on_router_and_twin_on_route(app: FastAPI, limit: Callable[[], RateLimit]) ->
     app.include_router(router)
 
 
-def as_middleware_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
+def on_route_below_middleware(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
     on_route(app, limit)
-    app.add_middleware(RateLimitMiddleware, limit().rule, manager=limit()._limiter._manager)
+    app.add_middleware(RateLimitMiddleware)
 
 
 def as_sub_dependency_and_on_route(app: FastAPI, limit: Callable[[], RateLimit]) -> None:
@@ -149,17 +149,20 @@ EVERYWHERE = [
     on_inclusion,
     on_router_and_route,
     on_router_and_twin_on_route,
-    as_middleware_and_on_route,
+    on_route_below_middleware,
     as_sub_dependency_and_on_route,
 ]
 
 
+@pytest.mark.parametrize("configured", [False, True])
 @pytest.mark.parametrize("put", EVERYWHERE, ids=lambda put: put.__name__)
 def test_wherever_a_limit_is_it_is_paid_and_told_once(
-    limit: Callable[..., RateLimit], stored: Stored, put: Callable[..., None]
+    limit: Callable[..., RateLimit], stored: Stored, put: Callable[..., None], configured: bool
 ) -> None:
     app = FastAPI()
     put(app, lambda: limit("2/hour"))
+    if configured:
+        configure(app)
     client = client_of(app)
     answers = [client.get("/v1/x") for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 429]
@@ -169,8 +172,8 @@ def test_wherever_a_limit_is_it_is_paid_and_told_once(
         [("2/hour", {"r": 0, "t": 1800})],
     ]
     assert all(len(answer.headers.get_list("RateLimit-Policy")) == 1 for answer in answers)
-    assert stored.consumed(f"2/hour:{PEER}") == 2
-    assert "429" in app.openapi()["paths"]["/v1/x"]["get"]["responses"]
+    assert stored.consumed(f"GET /v1/x|2/hour|ip:{PEER}") == 2
+    assert ("429" in app.openapi()["paths"]["/v1/x"]["get"]["responses"]) is configured
 
 
 class TestFields:
@@ -179,6 +182,7 @@ class TestFields:
     @pytest.fixture
     def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
         app = FastAPI(dependencies=[Depends(limit("10/hour"))])
+        configure(app)
 
         @app.get("/value")
         async def value() -> int:
@@ -215,12 +219,16 @@ class TestFields:
         assert fields_of(answer) == TOLD
         assert parsed(answer, "RateLimit") == [("10/hour", {"r": 9, "t": 360})]
 
-    def test_an_application_without_limits_is_as_ever(self) -> None:
-        app = FastAPI()
-        app.get("/")(endpoint)
-        assert fields_of(client_of(app).get("/")) == []
-        assert RequestRefused not in app.exception_handlers
-        assert "429" not in app.openapi()["paths"]["/"]["get"]["responses"]
+    def test_without_configuration_those_that_fastapi_makes_have_them(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI(dependencies=[Depends(limit("10/hour"))])
+        app.get("/value")(endpoint)
+        app.get("/response")(lambda: JSONResponse([]))
+        client = client_of(app)
+        assert [fields_of(client.get(path)) for path in ("/value", "/response")] == [TOLD, []]
+
+    def test_the_classes_of_fastapi_are_as_ever(self) -> None:
+        for method in (FastAPI.build_middleware_stack, FastAPI.openapi, FastAPI.__init__):
+            assert method.__module__.split(".")[0] in ("fastapi", "starlette")
 
     def test_answers_of_unlimited_routes_have_none(self, stored: Stored) -> None:
         app = FastAPI()
@@ -247,7 +255,7 @@ def test_what_a_later_limit_refuses_has_paid_nothing(limit: Callable[..., RateLi
     app.get("/", dependencies=[Depends(limit("1/hour"))])(endpoint)
     client = client_of(app)
     assert [client.get("/").status_code for _ in range(3)] == [200, 429, 429]
-    assert stored.consumed(f"10/hour:{PEER}") == 1
+    assert stored.consumed(f"GET /|10/hour|ip:{PEER}") == 1
 
 
 class TestRefusals:
@@ -314,8 +322,9 @@ class TestRefusals:
     def test_where_the_store_fails_it_is_as_the_policy_says(self) -> None:
         app, store = FastAPI(), ScriptedStore()
         manager = AsyncProxyManager(AsyncMemoryStore(store))
-        app.get("/raise", dependencies=[Depends(RateLimit("9/hour", manager=manager))])(endpoint)
-        app.get("/deny", dependencies=[Depends(RateLimit("9/hour", manager=manager, on_error=OnError.DENY))])(endpoint)
+        raising = RateLimit("9/hour", manager=manager, on_error=OnError.RAISE)
+        app.get("/raise", dependencies=[Depends(raising)])(endpoint)
+        app.get("/deny", dependencies=[Depends(RateLimit("9/hour", manager=manager))])(endpoint)
         store.fail(times=2)
         client = client_of(app)
         with pytest.raises(StoreUnavailableError):
@@ -342,6 +351,7 @@ class TestWebSocket:
     @pytest.fixture
     def app(self, limit: Callable[..., RateLimit]) -> FastAPI:
         app = FastAPI()
+        configure(app)
 
         @app.websocket("/{room}", dependencies=[Depends(limit("1/hour", key=route()))])
         async def greet(websocket: WebSocket) -> None:
@@ -362,7 +372,7 @@ class TestWebSocket:
         assert refused.value.status_code == 429
         assert refused.value.json()["violated-policies"] == ["1/hour"]
         assert parsed(refused.value, "RateLimit") == [("1/hour", {"r": 0, "t": 3600})]
-        assert stored.consumed("1/hour:/{room}") == 1
+        assert stored.consumed(r"WEBSOCKET /\(room\)|1/hour|route:/{room}") == 1
 
     def test_a_server_that_cannot_send_the_answer_closes(self, app: FastAPI) -> None:
         async def poorer(scope: Any, receive: Any, send: Any) -> None:
@@ -388,6 +398,7 @@ class TestOpenApi:
         app.get("/hidden", dependencies=[Depends(limit("9/hour"))], include_in_schema=False)(endpoint)
         router.get("/items/{number}")(endpoint)
         app.include_router(router, prefix="/api")
+        configure(app)
         return app
 
     def documented(self, app: FastAPI) -> set[tuple[str, str]]:
@@ -512,9 +523,111 @@ class TestDependency:
             RateLimit("1/hour", manager=manager)  # type: ignore[arg-type]  # that is it
 
     def test_it_prints_as_its_rule(self) -> None:
-        assert repr(RateLimit("1/hour", manager="memory://")) == (
-            "RateLimit(Rule(BucketConfiguration.parse('1/hour'), key=client_ip(), name='1/hour'))"
+        assert repr(RateLimit("1/hour", manager="memory://")) == ("RateLimit(Rule('1/hour', key=client_ip()))")
+
+
+class TestPlaces:
+    """What counts together."""
+
+    def test_each_route_counts_apart(self, limit: Callable[..., RateLimit]) -> None:
+        one = limit("1/minute")
+        app = FastAPI()
+        app.get("/one", dependencies=[Depends(one)])(endpoint)
+        app.get("/two", dependencies=[Depends(limit("1/minute"))])(endpoint)
+        app.get("/three", dependencies=[Depends(one)])(endpoint)
+        app.post("/one", dependencies=[Depends(one)])(endpoint)
+        client = client_of(app)
+        asked = [("GET", "/one"), ("GET", "/two"), ("GET", "/three"), ("POST", "/one"), ("GET", "/one")]
+        assert [client.request(*each).status_code for each in asked] == [200, 200, 200, 200, 429]
+
+    def test_with_a_name_routes_count_together(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI(dependencies=[Depends(limit("1/minute", name="all"))])
+        app.get("/one")(endpoint)
+        app.get("/two")(endpoint)
+        client = client_of(app)
+        assert [client.get(path).status_code for path in ("/one", "/two")] == [200, 429]
+
+
+class TestConfigure:
+    def test_limits_take_from_it_what_they_do_not_say(self, stored: Stored) -> None:
+        app = FastAPI()
+        heard: list[Any] = []
+        configure(
+            app,
+            manager=stored.amanager,
+            key=header("x-tenant"),
+            answers=Answers(standard=False, x_ratelimit="delta"),
+            on_refused=lambda request, decision: heard.append((request.path, decision.retry_after)),
+            namespace="shop",
         )
+        app.get("/", dependencies=[Depends(RateLimit("1/minute", name="x"))])(endpoint)
+        app.get("/own", dependencies=[Depends(RateLimit("1/minute", name="y", key=route(), answers=Answers()))])(
+            endpoint
+        )
+        client = client_of(app)
+        answers = [client.get(path, headers={"x-tenant": "acme"}) for path in ("/", "/", "/own")]
+        assert [answer.status_code for answer in answers] == [200, 429, 200]
+        assert fields_of(answers[0])[0] == "x-ratelimit-limit"
+        assert fields_of(answers[2]) == TOLD
+        assert heard == [("/", 60)]
+        assert stored.consumed("shop||x:acme") == stored.consumed("shop||y:/own") == 1
+
+    def test_it_may_have_rules_for_all_requests(self, stored: Stored) -> None:
+        app = FastAPI()
+        configure(app, "1/minute", Rule("9/minute", key=route(), missing=Missing.UNLIMITED), manager=stored.amanager)
+        app.get("/")(endpoint)
+        client = client_of(app)
+        assert [client.get(path).status_code for path in ("/none", "/")] == [404, 429]
+        assert stored.consumed(f"|1/minute|ip:{PEER}") == 1
+
+    def test_it_switches_all_limits_off(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI(dependencies=[Depends(limit("1/minute"))])
+        configure(app, "1/minute", enabled=False)
+        app.get("/")(endpoint)
+        client = client_of(app)
+        assert [client.get("/").status_code for _ in range(3)] == [200] * 3
+
+    def test_an_endpoint_may_be_exempt_from_all(self, limit: Callable[..., RateLimit], stored: Stored) -> None:
+        app = FastAPI(dependencies=[Depends(limit("1/minute"))])
+        configure(app, "1/minute", manager=stored.amanager)
+
+        @app.get("/health")
+        @exempt
+        async def health() -> str:
+            return "well"
+
+        app.get("/")(endpoint)
+        client = client_of(app)
+        assert [client.get(path).status_code for path in ("/health", "/health", "/", "/", "/health")] == [
+            *(200, 200, 200, 429, 200)
+        ]
+        assert fields_of(client.get("/health")) == []
+
+    def test_rules_of_one_name_with_other_limits_are_an_error(self, limit: Callable[..., RateLimit]) -> None:
+        app = FastAPI()
+        configure(app)
+        app.get("/one", dependencies=[Depends(limit("1/minute", name="x"))])(endpoint)
+        app.get("/two", dependencies=[Depends(limit("2/minute", name="x"))])(endpoint)
+        with pytest.raises(InvalidConfigurationError, match="'x' has '1/minute' and '2/minute'"), client_of(app):
+            pytest.fail("the application has started")
+
+    def test_it_is_done_once_and_checked_at_once(self) -> None:
+        app = FastAPI()
+        configure(app)
+        with pytest.raises(InvalidArgumentError, match="configured already"):
+            configure(app)
+        with pytest.raises(InvalidConfigurationError, match="namespace"):
+            configure(FastAPI(), namespace="a b")
+        with pytest.raises(InvalidArgumentError, match="endpoint"):
+            exempt("health")  # type: ignore[type-var]  # that is it
+
+    def test_equal_limits_are_overridden_by_each_other(self) -> None:
+        app = FastAPI()
+        app.get("/", dependencies=[Depends(RateLimit("1/day", name="once", cost=1))])(endpoint)
+        app.dependency_overrides[RateLimit("1/day", name="once")] = lambda: None
+        client = client_of(app)
+        assert [client.get("/").status_code for _ in range(3)] == [200] * 3
+        assert RateLimit("1/day") != RateLimit("1/day", manager="memory://")
 
 
 async def test_requests_at_once_are_admitted_as_the_limit_says(limit: Callable[..., RateLimit]) -> None:
@@ -547,5 +660,5 @@ def test_worker_processes_admit_together_what_the_limit_says(redis_url: str, tmp
     with workers(SERVED, tmp_path, redis_url=redis_url) as address:
         assert statuses(address, "/", 60) == {200: 20, 429: 40}
     with ProxyManager.from_url(redis_url, "1/s") as witness:
-        assert witness.snapshot("20/hour:127.0.0.1").consumed_tokens == 20
-        assert witness.snapshot("40/hour:127.0.0.1").consumed_tokens == 20
+        assert witness.snapshot("ratelimit:|20/hour|ip:127.0.0.1").consumed_tokens == 20
+        assert witness.snapshot("ratelimit:GET /|40/hour|ip:127.0.0.1").consumed_tokens == 20

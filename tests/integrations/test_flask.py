@@ -16,7 +16,7 @@ from flask.views import MethodView, View
 from werkzeug.exceptions import NotFound, TooManyRequests
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from ratelimit import InvalidArgumentError, InvalidConfigurationError, OnError, ProxyManager
+from ratelimit import AsyncProxyManager, InvalidArgumentError, InvalidConfigurationError, OnError, ProxyManager
 from ratelimit.integrations.flask import RateLimiter, RequestRefused
 from ratelimit.integrations.http import Answers, HttpDecision, Missing, Rule, client_ip, combined, header, route, user
 from ratelimit.integrations.wsgi import RateLimitMiddleware
@@ -38,8 +38,9 @@ class Limited:
         self.limiter = RateLimiter(*rules, app=self.app, **settings)
         self.client: FlaskClient = self.app.test_client()
 
-    def consumed(self, name: str, key: str = "127.0.0.1") -> int:
-        return self.stored.consumed(f"{name}:{key}")
+    def consumed(self, name: str, key: str = "127.0.0.1", place: str = "") -> int:
+        """Tokens of the limit of this name, or of the one at this place that has no name but its limits."""
+        return self.stored.consumed(f"{place}|{name}|ip:{key}" if "/" in name else f"{name}:{key}")
 
     def statuses(self, *paths: str) -> list[int]:
         return [self.client.get(path).status_code for path in paths]
@@ -180,7 +181,7 @@ class TestLimit:
             return "hello"
 
         assert limited.statuses("/", "/", "/") == [200, 200, 429]
-        assert (limited.consumed("5/minute"), limited.consumed("2/minute")) == (2, 2)
+        assert [limited.consumed(limits, place="index") for limits in ("5/minute", "2/minute")] == [2, 2]
 
     def test_on_a_blueprint(self) -> None:
         limited = Limited()
@@ -196,16 +197,34 @@ class TestLimit:
             *(200, 429, 200, 200, 429, 200)
         ]
 
-    def test_of_several_views_counts_for_all_together_unless_name_or_key_differ(self) -> None:
+    def test_of_several_views_counts_for_each_unless_it_has_a_name(self) -> None:
         limited = Limited()
         limit, apart = limited.limiter.limit, combined(client_ip(), route())
         limited.app.add_url_rule("/a", "a", limit("1/minute")(hello))
         limited.app.add_url_rule("/b", "b", limit("1/minute")(hello))
         limited.app.add_url_rule("/c", "c", limit("1/minute", name="c")(hello))
+        limited.app.add_url_rule("/c2", "c2", limit("1/minute", name="c")(hello))
         limited.app.add_url_rule("/d/<x>", "d", limit("1/minute", name="apart", key=apart)(lambda x: x))
         limited.app.add_url_rule("/e", "e", limit("1/minute", name="apart", key=apart)(hello))
-        assert limited.statuses("/a", "/b", "/c", "/d/1", "/d/2", "/e") == [200, 429, 200, 200, 429, 200]
+        assert limited.statuses("/a", "/b", "/a", "/c", "/c2") == [200, 200, 429, 200, 429]
+        assert limited.statuses("/d/1", "/d/2", "/e") == [200, 429, 200]
         assert limited.consumed("apart", "127.0.0.1|/d/<x>") == 1
+        assert limited.consumed("1/minute", place="a") == limited.consumed("1/minute", place="b") == 1
+
+    def test_of_one_name_with_other_limits_is_refused(self) -> None:
+        limiter = RateLimiter(Rule("1/minute", name="all"))
+        limiter.limit("1/minute", name="all")
+        with pytest.raises(InvalidConfigurationError, match="'all' has '1/minute' and '2/minute'"):
+            limiter.limit("2/minute", name="all")
+
+    def test_takes_the_key_of_the_extension_unless_it_has_its_own(self) -> None:
+        limited = Limited("9/minute", key=header("x-tenant"))
+        limited.app.add_url_rule("/a", "a", limited.limiter.limit("8/minute", name="a")(hello))
+        limited.app.add_url_rule("/b", "b", limited.limiter.limit("7/minute", name="b", key=client_ip())(hello))
+        for path in ("/a", "/b"):
+            assert limited.client.get(path, headers={"x-tenant": "acme"}).status_code == 200
+        assert limited.stored.consumed("|9/minute|header\\:x-tenant:acme") == 2
+        assert (limited.consumed("a", "acme"), limited.consumed("b")) == (1, 1)
 
     def test_by_user(self) -> None:
         limited = Limited()
@@ -248,9 +267,8 @@ class TestExempt:
         part.add_url_rule("/own", "own", limited.limiter.limit("3/minute")(limited.limiter.exempt(lambda: "own")))
         part.add_url_rule("/same", "same", limited.limiter.exempt(limited.limiter.limit("3/minute")(lambda: "own")))
         limited.app.register_blueprint(part)
-        assert limited.statuses("/health", "/health", "/part/own", "/part/same", "/part/own", "/part/own") == [
-            *(200, 200, 200, 200, 200, 429)
-        ]
+        assert limited.statuses("/health", "/health", "/part/own", "/part/same", "/part/own", "/part/own") == [200] * 6
+        assert limited.statuses("/part/own", "/part/same") == [429, 200]
         assert (limited.consumed("1/minute"), limited.consumed("1/hour")) == (0, 0)
 
     def test_blueprints_are_so_with_those_that_are_nested_in_them(self) -> None:
@@ -318,8 +336,8 @@ class TestCharging:
             limited.app.wsgi_app, "7/minute", manager=manager
         )
         assert limited.statuses("/", "/", "/") == [200, 429, 429]
-        left = {f"{tokens}/minute": tokens - 1 for tokens in (9, 8, 7, 1)}
-        assert {name: manager.bucket(f"{name}:127.0.0.1", name).available_tokens() for name in left} == left
+        places = [(9, ""), (8, "blueprint part"), (7, ""), (1, "part.hello")]
+        assert [limited.consumed(f"{tokens}/minute", place=place) for tokens, place in places] == [1, 1, 1, 1]
 
     def test_is_done_for_each_request_that_follows_a_redirection(self) -> None:
         limited = Limited("5/minute")
@@ -429,7 +447,7 @@ class TestInitApp:
             app.add_url_rule("/", view_func=view)
             answers += [app.test_client().get("/").status_code for _ in range(2)]
         assert answers == [200, 429, 200, 429]
-        assert [stored.consumed("1/minute:127.0.0.1") for stored in (first, second)] == [1, 1]
+        assert [stored.consumed("hello|1/minute|ip:127.0.0.1") for stored in (first, second)] == [1, 1]
 
     @pytest.mark.redis
     def test_finds_the_store_in_the_configuration(self, redis_url: str, client: redis.Redis) -> None:
@@ -437,7 +455,7 @@ class TestInitApp:
         app.config["RATELIMIT_URL"] = patient(redis_url)
         RateLimiter("2/minute").init_app(app)
         assert [app.test_client().get("/").status_code for _ in range(3)] == [404, 404, 429]
-        assert client.keys() == [b"2/minute:127.0.0.1"]
+        assert client.keys() == [b"ratelimit:|2/minute|ip:127.0.0.1"]
 
     @pytest.mark.redis
     def test_prefers_a_manager_to_the_configuration(self, client: redis.Redis) -> None:
@@ -450,6 +468,13 @@ class TestInitApp:
         for limiter in (limited.limiter, RateLimiter()):
             with pytest.raises(RuntimeError, match="has a RateLimiter already"):
                 limiter.init_app(limited.app)
+
+    def test_takes_no_manager_of_asyncio(self) -> None:
+        manager: Any = AsyncProxyManager.from_url("memory://")
+        with pytest.raises(InvalidArgumentError, match="must be a ProxyManager or a URL; got an AsyncProxyManager"):
+            RateLimiter(manager=manager)
+        with pytest.raises(InvalidArgumentError, match="must be a ProxyManager or a URL; got an AsyncProxyManager"):
+            RateLimiter().init_app(Flask(__name__), manager=manager)
 
     def test_that_was_forgotten_is_no_licence(self) -> None:
         limiter = RateLimiter()

@@ -135,10 +135,55 @@ async def test_functions_of_one_name_share_a_bucket(face: Face) -> None:
         await post()
 
 
-async def test_the_name_is_that_of_the_function_where_none_is_given(face: Face) -> None:
+async def test_the_bucket_is_that_of_the_function_where_no_name_is_given(face: Face) -> None:
     await face.limited("5/hour", name=None)()
     kind = "asend" if face.asynchronous else "send"
-    assert face.store.get(f"tests.integrations.test_functions.Face.function.<locals>.{kind}") is not None
+    place = f"tests.integrations.test_functions.Face.function.<locals>.{kind}"
+    assert face.store.get(f"{place}|5/hour") is not None
+
+
+async def test_two_limits_of_one_function_have_buckets_of_their_own(face: Face) -> None:
+    send = face.limited("1/hour", name=None)
+    other = face.limited("2/hour", name=None)
+    await send()
+    await other()
+    await other()
+    for call in (send, other):
+        with pytest.raises(RateLimitExceeded):
+            await call()
+
+
+async def test_a_higher_version_replaces_the_limits_of_live_buckets(
+    face: Face, caplog: pytest.LogCaptureFixture
+) -> None:
+    await face.limited("1/hour", name="out", version=1)()
+    new = face.limited("3/hour", name="out", version=2)
+    with pytest.raises(RateLimitExceeded):
+        await new()
+    assert not caplog.records
+    with pytest.raises(RateLimitExceeded):
+        await face.limited("9/hour", name="out", version=1)()
+    assert "the limits of 'out' are 9/hour in the code, but 3/hour in the store" in caplog.text
+
+
+async def test_limits_can_be_switched_off(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = face.limited("1/hour", name="out", enabled=False)
+    await off()
+    await off()
+    send = face.limited("1/hour", name="out")
+    monkeypatch.setenv("RATELIMIT_ENABLED", "false")
+    await send()
+    await send()
+    monkeypatch.delenv("RATELIMIT_ENABLED")
+    await send()
+    with pytest.raises(RateLimitExceeded):
+        await send()
+
+
+async def test_services_count_apart_by_their_namespaces(face: Face) -> None:
+    for namespace in ("shop", "billing"):
+        await face.limited("1/hour", name="out", namespace=namespace)()
+    assert face.store.get("shop||out") is not None
 
 
 async def test_a_call_costs_what_its_cost_says(face: Face) -> None:
@@ -413,7 +458,7 @@ async def test_sync_and_async_functions_of_one_name_share_a_bucket_in_redis(redi
     @limited("3/hour", name="send", key="all", manager=redis_url)
     def send() -> None: ...
 
-    async with AsyncProxyManager.from_url(redis_url) as manager:
+    async with AsyncProxyManager.from_url(redis_url, prefix="ratelimit:") as manager:
 
         @limited("3/hour", name="send", key="all", manager=manager)
         async def asend() -> None: ...

@@ -589,7 +589,7 @@ def test_a_secret_is_not_printed() -> None:
 async def test_sync_and_aio_servers_share_their_buckets_in_redis(redis_url: str) -> None:
     sync, aio = Face(asynchronous=False, behaviors=SYNC), Face(asynchronous=True, behaviors=ASYNC)
     async with (
-        AsyncProxyManager.from_url(redis_url) as manager,
+        AsyncProxyManager.from_url(redis_url, prefix="ratelimit:") as manager,
         sync.limited("3/hour", key=peer_ip, manager=redis_url) as one,
         aio.limited("3/hour", key=peer_ip, manager=manager) as other,
     ):

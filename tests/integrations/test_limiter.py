@@ -17,6 +17,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.integrations.http import (
+    Answers,
     AsyncLimiter,
     HttpRequest,
     Limiter,
@@ -31,11 +32,6 @@ from ratelimit.integrations.http import (
 )
 from ratelimit.testing import ScriptedStore
 from tests.integrations.requests_of import Limits, request_of
-
-
-@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
-def asynchronous(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
 
 
 async def statuses(limited: Limits, *requests: HttpRequest) -> list[bool]:
@@ -56,9 +52,36 @@ class TestRule:
         one, other = Limiter(["10/minute", "5/second"], "7/hour", manager="memory://").rules
         assert (one.limits, other.limits) == (several, BucketConfiguration.parse("7/hour"))
 
-    def test_the_buckets_of_names_and_keys_are_apart(self) -> None:
-        assert Rule("10/minute").stored_key("a") == "10/minute:a"
-        assert Rule("10/minute", name="n").stored_key(b"\xff") == b"n:\xff"
+    def test_buckets_are_named_by_the_rule_or_by_all_that_tells_it_from_others(self) -> None:
+        assert Rule("10/minute", name="n").bucket_name("GET /a") == ("n",)
+        assert Rule("10/minute").bucket_name("") == ("", "10/minute", "ip")
+        assert Rule("10/minute").bucket_name("GET /a") == ("GET /a", "10/minute", "ip")
+        somewhere = Rule("10/minute", key=header("user"), methods=["post"], routes=["/b", "/c"])
+        assert somewhere.bucket_name("api") == ("api", "POST /b,/c", "10/minute", "header:user")
+
+    def test_rules_that_are_made_alike_are_equal(self) -> None:
+        def make() -> Rule:
+            key = combined(client_ip(hops=1), route())
+            return Rule("10/minute", key=key, routes=["/a"], methods=["GET"], cost=2, version=3, per_method=True)
+
+        assert make() == make()
+        assert hash(make()) == hash(make())
+        assert make() != "10/minute"
+        others: list[dict[str, Any]] = [
+            *({"key": route()}, {"name": "x"}, {"routes": ["/b"]}, {"methods": ["GET"]}, {"when": bool}),
+            *({"exempt": bool}, {"cost": 2}, {"missing": Missing.UNLIMITED}, {"per_method": True}),
+            *({"version": 0}, {"enabled": False}),
+        ]
+        rules = [Rule("10/minute"), Rule("11/minute"), *(Rule("10/minute", **other) for other in others)]
+        for place, one in enumerate(rules):
+            assert [place for place, other in enumerate(rules) if one == other] == [place]
+
+    def test_prints_how_it_is_made(self) -> None:
+        rule = Rule("10/minute", name="x", methods=["GET"], routes=["/a"], version=3, enabled=False)
+        assert repr(rule) == (
+            "Rule('10/minute', key=client_ip(), name='x', methods=['GET', 'HEAD'], routes=('/a',), version=3,"
+            " enabled=False)"
+        )
 
     @pytest.mark.parametrize(
         ("routes", "path", "expected"),
@@ -72,15 +95,57 @@ class TestRule:
             (["/files/{rest:path}"], "/files/a/b\nc", True),
             (["/a.b"], "/axb", False),
             (["/a", "/b"], "/b", True),
+            (["/login"], "/login\n", True),
+            (["/{year}-{month}"], "/2026-11", True),
+            (["/{year}-{month}"], "/2026-11-27", True),
+            (["/{year}-{month}"], "/2026-", False),
+            (["/{year}-{month}"], "/2026-1/1", False),
+            (["/{a}{b}c"], "/abc", True),
+            (["/{a}{b}c"], "/ac", False),
+            (["/{a}/x/{rest:path}/z"], "/1/x/y/y/z", True),
+            (["/users/<int:id>"], "/users/7", True),
+            (["/users/{id:int}/{rest:path}"], "/users/7/", True),
             ([], "/b", False),
         ],
     )
     def test_is_about_its_routes(self, routes: list[str], path: str, expected: bool) -> None:
         assert Rule("1/s", routes=routes).is_about(request_of(path)) is expected
 
-    @pytest.mark.parametrize(("method", "expected"), [("GET", False), ("POST", True), ("PUT", True)])
-    def test_is_about_its_methods(self, method: str, expected: bool) -> None:
-        assert Rule("1/s", methods=["post", "PUT"]).is_about(request_of(method=method)) is expected
+    @pytest.mark.parametrize(
+        ("methods", "method", "expected"),
+        [
+            (["post", "PUT"], "GET", False),
+            (["post", "PUT"], "POST", True),
+            (["post", "PUT"], "PUT", True),
+            (["post", "PUT"], "HEAD", False),
+            (["GET"], "HEAD", True),
+            (["HEAD"], "GET", False),
+        ],
+    )
+    def test_is_about_its_methods(self, methods: list[str], method: str, expected: bool) -> None:
+        assert Rule("1/s", methods=methods).is_about(request_of(method=method)) is expected
+
+    @pytest.mark.parametrize(
+        ("rule_route", "found", "path", "expected"),
+        [
+            ("/users/{id}", "/users/{user_id}", "/anything", True),
+            ("/users/{id}", "/users/<int:id>", "/anything", True),
+            ("/users/<int:id>", "/users/{id}", "/anything", True),
+            ("/users/{id}", "/users/me", "/users/me", False),
+            ("/users/{id}", None, "/users/7", False),
+            ("/users/{rest:path}", "/users/me", "/users/me", True),
+            ("/nowhere", None, "/nowhere", True),
+        ],
+    )
+    def test_a_route_of_the_application_is_where_its_router_sends_requests(
+        self, rule_route: str, found: str | None, path: str, expected: bool
+    ) -> None:
+        request = request_of(path, route=found)
+        request.find_routes = lambda: frozenset(["/users/{}", "/users/me"])
+        assert Rule("1/s", routes=[rule_route]).is_about(request) is expected
+
+    def test_is_about_nothing_where_it_is_not_enabled(self) -> None:
+        assert not Rule("1/s", enabled=False).is_about(request_of())
 
     @pytest.mark.parametrize(
         ("settings", "fault"),
@@ -92,9 +157,14 @@ class TestRule:
             ({"name": "a" * 201}, "name must be"),
             ({"methods": "GET"}, "methods must be a list"),
             ({"routes": "/users"}, "routes must be a list"),
-            ({"routes": ["users"]}, "begins with a slash"),
-            ({"routes": ["/users/{id"]}, "a parameter is"),
-            ({"routes": ["/users/<id>", "/{a-b}"]}, "a parameter is"),
+            ({"routes": ["users"]}, "must begin with a slash"),
+            ({"routes": ["/users/{id"]}, "must be written"),
+            ({"routes": ["/users/<id>", "/{a-b}"]}, "must be written"),
+            ({"routes": ["/{a:path}/{b:path}"]}, "at most one parameter for the rest"),
+            ({"version": -1}, "version must be"),
+            ({"version": True}, "version must be"),
+            ({"enabled": "false"}, "enabled must be"),
+            ({"per_method": 1}, "per_method must be"),
             ({"cost": 0}, "cost must be"),
             ({"cost": True}, "cost must be"),
             ({"cost": 1.5}, "cost must be"),
@@ -107,10 +177,20 @@ class TestRule:
         with pytest.raises(InvalidConfigurationError):
             Rule("1 per fortnight")
 
-    def test_two_with_one_name_have_the_same_limits(self) -> None:
-        Limiter(Rule("1/s", methods=["GET"]), Rule("1/s", methods=["POST"]))
-        with pytest.raises(InvalidConfigurationError, match="two rules with other limits have the name 'a'"):
+    def test_two_of_one_name_have_the_same_limits(self) -> None:
+        Limiter(Rule("1/s", name="a", methods=["GET"]), Rule("1/s", name="a", methods=["POST"]))
+        with pytest.raises(InvalidConfigurationError, match="'a' has '1/second' and '2/second'"):
             Limiter(Rule("1/s", name="a"), Rule("2/s", name="a"))
+        with pytest.raises(
+            InvalidConfigurationError, match="'a' has '1/second' of version 1 and '1/second' of version 2"
+        ):
+            Limiter(Rule("1/s", name="a", version=1), Rule("1/s", name="a", version=2))
+
+    def test_two_without_a_name_differ_in_what_their_buckets_are_named_by(self) -> None:
+        Limiter(Rule("1/s", methods=["GET"]), Rule("1/s", methods=["POST"]), Rule("1/s", key=route()), "1/s", "2/s")
+        Limiter("1/s", Rule("1 per second"))
+        with pytest.raises(InvalidConfigurationError, match="must have names, or they would share their buckets"):
+            Limiter(Rule("1/s", when=bool), Rule("1/s", exempt=bool))
 
 
 class TestLimiter:
@@ -121,7 +201,7 @@ class TestLimiter:
             *(True, True, False, True)
         ]
         assert decision_about(first).retry_after == 30
-        assert limited.consumed("2/minute:192.0.2.1") == 2
+        assert limited.consumed("|2/minute|ip:192.0.2.1") == 2
 
     async def test_rules_share_buckets_by_name_and_key(self, asynchronous: bool) -> None:
         rules = [Rule("2/minute", name="x", routes=["/a"]), Rule("2/minute", name="x", routes=["/b"])]
@@ -155,7 +235,7 @@ class TestLimiter:
         assert await statuses(limited, *asked, request_of()) == [True, False, True, False, True]
         assert decision_about(asked[1]).retry_after == 6
         assert decision_about(asked[3]).retry_after is None
-        assert limited.consumed("10/minute:192.0.2.1") == 10
+        assert limited.consumed("|10/minute|ip:192.0.2.1") == 10
 
     @pytest.mark.parametrize("cost", [-1, True, 1.5, None])
     async def test_a_cost_that_cannot_be_is_an_error(self, cost: Any, asynchronous: bool) -> None:
@@ -206,7 +286,7 @@ class TestLimiter:
         decision = await outer.decide(request)
         await outer.decide(request)
         assert [outcome.rule.name for outcome in decision.outcomes] == ["5/minute", "outer", "inner"]
-        assert [outer.consumed(f"{name}:192.0.2.1") for name in ("5/minute", "outer", "inner")] == [1, 1, 1]
+        assert [outer.consumed(f"{name}:192.0.2.1") for name in ("|5/minute|ip", "outer", "inner")] == [1, 1, 1]
         assert decision_about(request) == decision
 
     async def test_a_refusal_further_in_gives_back_what_was_paid_further_out(self, asynchronous: bool) -> None:
@@ -214,12 +294,12 @@ class TestLimiter:
         kind: Any = AsyncLimiter if asynchronous else Limiter
         request = request_of()
         assert await limited.decide(request)
-        assert limited.consumed("5/minute:192.0.2.1") == 1
+        assert limited.consumed("|5/minute|ip:192.0.2.1") == 1
         limited.limiter = kind(Rule("2/minute", cost=3), manager=limited.manager)
         assert not await limited.decide(request)
-        assert limited.consumed("5/minute:192.0.2.1") == 0
+        assert limited.consumed("|5/minute|ip:192.0.2.1") == 0
         assert not await limited.decide(request), "what was refused stays refused"
-        assert limited.consumed("5/minute:192.0.2.1") == 0
+        assert limited.consumed("|5/minute|ip:192.0.2.1") == 0
 
 
 def test_a_request_has_the_attributes_of_the_one_of_the_framework() -> None:
@@ -254,11 +334,20 @@ async def test_a_callable_that_has_to_be_awaited_is_refused_where_nobody_can(rul
 class TestWithoutStore:
     async def test_a_manager_of_the_callers_decides_by_its_own_policy(self) -> None:
         store = ScriptedStore()
-        limiter = Limiter("5/minute", manager=ProxyManager(store))
-        store.fail(times=2)
+        raising = ProxyManager(store, on_error=OnError.RAISE)
+        store.fail(times=4)
         with pytest.raises(StoreUnavailableError):
-            limiter.decide(request_of())
-        assert not Limiter("5/minute", manager=ProxyManager(store), on_error=OnError.DENY).decide(request_of())
+            Limiter("5/minute", manager=raising).decide(request_of())
+        assert not Limiter("5/minute", manager=raising, on_error=OnError.DENY).decide(request_of())
+        assert Limiter("5/minute", manager=ProxyManager(store, on_error=OnError.ALLOW)).decide(request_of())
+
+    def test_a_manager_that_does_not_say_what_to_decide_answers_as_one_by_url(self) -> None:
+        store = ScriptedStore()
+        limiter = Limiter("5/minute", manager=ProxyManager(store))
+        store.fail()
+        decision = limiter.decide(request_of())
+        assert Answers().refusal(decision).status == 503
+        assert decision.degraded
 
     @pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", None])
     async def test_by_url_requests_are_refused_for_the_time_being(
@@ -288,7 +377,7 @@ class TestWithoutStore:
 
         limiter = Limiter("5/minute", Rule("3/minute", cost=cost), manager=manager, on_error=lambda *_: OnError.DENY)
         assert not limiter.decide(request_of())
-        assert manager.bucket("5/minute:192.0.2.1", "5/minute").available_tokens() == 4
+        assert manager.bucket("|5/minute|ip:192.0.2.1", "5/minute").available_tokens() == 4
 
 
 def test_a_wrong_manager_is_refused() -> None:
@@ -296,9 +385,9 @@ def test_a_wrong_manager_is_refused() -> None:
         Limiter("5/minute", manager="http://localhost").decide(request_of())
     sync: Any = ProxyManager.from_url("memory://")
     asynchronous: Any = AsyncProxyManager.from_url("memory://")
-    with pytest.raises(InvalidArgumentError, match="a ProxyManager is wanted"):
+    with pytest.raises(InvalidArgumentError, match="manager must be a ProxyManager or a URL; got an AsyncProxyManager"):
         Limiter("5/minute", manager=asynchronous)
-    with pytest.raises(InvalidArgumentError, match="an AsyncProxyManager is wanted"):
+    with pytest.raises(InvalidArgumentError, match="manager must be an AsyncProxyManager or a URL; got a ProxyManager"):
         AsyncLimiter("5/minute", manager=sync)
 
 

@@ -382,4 +382,4 @@ def test_processes_admit_together_what_the_rate_says(redis_url: str, tmp_path: P
     with gunicorn(PROGRAM, tmp_path, redis_url=patient(redis_url)) as address:
         assert statuses(address, "/", 120) == {200: 50, 429: 70}
     with ProxyManager.from_url(redis_url, "50/day") as manager:
-        assert manager.snapshot("user:ip:127.0.0.1").consumed_tokens == 50
+        assert manager.snapshot("ratelimit:user:ip:127.0.0.1").consumed_tokens == 50

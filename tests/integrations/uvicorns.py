@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,23 @@ def _listens(address: tuple[str, int]) -> bool:
     except ConnectionRefusedError:
         return False
     return True
+
+
+@contextmanager
+def program(text: str, directory: Path, *, redis_url: str) -> Generator[tuple[str, int]]:
+    """Serve ``application`` of a program by a process of its own; the address."""
+    (directory / "served.py").write_text(text)
+    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(directory), "--port", "0", "served:application"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(directory), "RATELIMIT_URL": redis_url}
+    log = directory / "log"
+    with log.open("wb") as errors:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment)
+    try:
+        while not (match := re.search(r"running on http://([\d.]+):(\d+) ", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(0.02)
+        yield match[1], int(match[2])
+    finally:
+        server.terminate()
+        server.wait()

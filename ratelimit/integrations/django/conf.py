@@ -10,7 +10,9 @@
 ``ANSWERS``               what clients are told: an ``Answers``, or a class of them
 ``ON_ERROR``              what is decided where the store fails: an ``OnError``, a callable that gives one, or
                           ``"allow"``, ``"deny"`` or ``"raise"``. By default deny, which is answered with 503
-``ENABLED``               False: nothing is limited
+``ON_REFUSED``            is called with the request and the decision for each request that is refused
+``NAMESPACE``             separates services that share a Redis. None: that in the variable ``RATELIMIT_NAMESPACE``
+``ENABLED``               False: nothing is limited; as where the variable ``RATELIMIT_ENABLED`` is ``false``
 ``MANAGER``               a ``ProxyManager`` in the place of the URL, for sync code
 ``ASYNC_MANAGER``         an ``AsyncProxyManager`` in the place of the URL, for async code
 ========================= =========================================================================================
@@ -21,7 +23,6 @@ All but ``URL`` and ``ENABLED`` may be given as a dotted path. What cannot be ra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NoReturn, TypeVar
@@ -32,8 +33,18 @@ from django.core.signals import setting_changed
 from django.utils.module_loading import import_string
 
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
-from ratelimit.integrations.http import Answers, AsyncLimiter, HttpRequest, Limiter, Rule, client_ip
-from ratelimit.integrations.http.rules import checked_rules
+from ratelimit.integrations.http import (
+    Answers,
+    AsyncLimiter,
+    HttpRequest,
+    Limiter,
+    LimiterSettings,
+    OnRefused,
+    Rule,
+    client_ip,
+)
+from ratelimit.integrations.http.rules import Names, checked_rules
+from ratelimit.integrations.managers import namespace_of
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.on_error import ErrorPolicy, OnError
 
@@ -42,7 +53,10 @@ T = TypeVar("T")
 ClientKey = Callable[[HttpRequest], Key | None]
 
 SETTING: Final = "RATELIMIT"
-_KNOWN: Final = ("URL", "RULES", "CLIENT_IP", "ANSWERS", "ON_ERROR", "ENABLED", "MANAGER", "ASYNC_MANAGER")
+_KNOWN: Final = (
+    *("URL", "RULES", "CLIENT_IP", "ANSWERS", "ON_ERROR", "ON_REFUSED", "NAMESPACE", "ENABLED"),
+    *("MANAGER", "ASYNC_MANAGER"),
+)
 _PEER: Final = client_ip()
 
 
@@ -53,19 +67,19 @@ class RateLimitSettings:
     url: str | None
     rules: tuple[Rule, ...]
     client_ip: ClientKey
-    answers: Answers
-    on_error: ErrorPolicy | None
+    limiters: LimiterSettings
     enabled: bool
     manager: ProxyManager | None
     async_manager: AsyncProxyManager | None
 
+    @property
+    def answers(self) -> Answers:
+        """What clients are told."""
+        return self.limiters["answers"] or Answers()
+
     def keyed(self, rule: Rule) -> Rule:
-        """The rule, with the key of the setting where it has none of its own."""
-        if rule.key != _PEER or self.client_ip == _PEER:
-            return rule
-        rule = copy(rule)
-        rule.key = self.client_ip
-        return rule
+        """Return the rule, with the key of the setting where it has none of its own."""
+        return rule.by(self.client_ip)
 
 
 @lru_cache(maxsize=1)
@@ -84,8 +98,12 @@ def current() -> RateLimitSettings:
         url=_of_type(given, "URL", str),
         rules=_rules(given.get("RULES", [])),
         client_ip=_client_ip(given),
-        answers=_answers(given),
-        on_error=_on_error(given),
+        limiters={
+            "answers": _answers(given),
+            "on_error": _on_error(given),
+            "on_refused": _on_refused(given),
+            "namespace": _namespace(given),
+        },
         enabled=_enabled(given),
         manager=_of_type(given, "MANAGER", ProxyManager),
         async_manager=_of_type(given, "ASYNC_MANAGER", AsyncProxyManager),
@@ -101,8 +119,7 @@ def limiter(rules: tuple[Rule, ...]) -> Limiter:
     return Limiter(
         *map(now.keyed, rules),
         manager=now.url if now.manager is None else now.manager,
-        answers=now.answers,
-        on_error=now.on_error,
+        **now.limiters,
     )
 
 
@@ -115,14 +132,19 @@ def async_limiter(rules: tuple[Rule, ...]) -> AsyncLimiter:
     return AsyncLimiter(
         *map(now.keyed, rules),
         manager=now.url if now.async_manager is None else now.async_manager,
-        answers=now.answers,
-        on_error=now.on_error,
+        **now.limiters,
     )
+
+
+@lru_cache(maxsize=1)
+def names() -> Names:
+    """The rules of views by their names, for as long as the setting is the same: a process has one project."""
+    return Names()
 
 
 def _forget(*, setting: str, **_: Any) -> None:
     if setting == SETTING:
-        for kept in (current, limiter, async_limiter):
+        for kept in (current, limiter, async_limiter, names):
             kept.cache_clear()
 
 
@@ -182,6 +204,20 @@ def _on_error(given: Mapping[str, Any]) -> ErrorPolicy | None:
     if policy is not None and not isinstance(policy, OnError) and not callable(policy):
         _wrong("ON_ERROR", f"must be an OnError, 'allow', 'deny' or 'raise', not {brief(policy)}")
     return policy  # type: ignore[no-any-return]  # that much can be told of a callable
+
+
+def _on_refused(given: Mapping[str, Any]) -> OnRefused | None:
+    hook: Any = _imported("ON_REFUSED", given.get("ON_REFUSED"))
+    if hook is not None and not callable(hook):
+        _wrong("ON_REFUSED", f"must be a callable; got {brief(hook)}")
+    return hook  # type: ignore[no-any-return]  # that much can be told of a callable
+
+
+def _namespace(given: Mapping[str, Any]) -> str:
+    try:
+        return namespace_of(given.get("NAMESPACE"))
+    except InvalidConfigurationError as error:
+        _wrong("NAMESPACE", f"cannot be: {error}", error)
 
 
 def _rules(given: Any) -> tuple[Rule, ...]:

@@ -11,8 +11,8 @@ from asgiref.sync import iscoroutinefunction
 
 from ratelimit.drive import adrive, drive
 from ratelimit.errors import InvalidArgumentError, brief
-from ratelimit.integrations.django.conf import async_limiter, current, limiter
-from ratelimit.integrations.django.requests import answered, native_of
+from ratelimit.integrations.django.conf import async_limiter, current, limiter, names
+from ratelimit.integrations.django.requests import EXEMPT, answered, exempted, native_of
 from ratelimit.integrations.http import Rule, RuleSettings
 from ratelimit.integrations.http.rules import RuleLimits
 
@@ -30,13 +30,16 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
     Class-based views take it by ``method_decorator(rate_limit("10/minute"), name="dispatch")``.
 
     :param limits: a :class:`Rule`, or what one is made of, with its other settings.
-    :raises InvalidConfigurationError: at decoration, for settings that cannot be.
+    :raises InvalidConfigurationError: at decoration, for settings that cannot be, and where another view has a rule of
+        the same name with other limits.
     :raises InvalidArgumentError: at decoration, for settings beside a rule, and for a class.
 
-    Views with rules of the same name, which is by default the text of the limits, share their buckets; a request pays
-    once for each, also where the middleware has it too.
+    Without a name, a limit counts for the view; with ``name=`` it is shared by all that have it. A request pays once
+    for a bucket, also where the middleware has the rule too.
     """
     rules = (Rule.of(limits, **settings),)
+    if rules[0].named:
+        names().add(rules[0])
 
     def decorate(view: ViewT) -> ViewT:
         if isclass(view) or not callable(view):
@@ -45,22 +48,50 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
                 ' @method_decorator(rate_limit(...), name="dispatch")'
             )
 
+        place = _place(view)
+
         @wraps(view)
         def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
             if not current().enabled:
                 return view(request, *args, **kwargs)
-            return drive(answered(limiter(rules), native_of(request), partial(view, request, *args, **kwargs)))
+            return drive(answered(limiter(rules), native_of(request), partial(view, request, *args, **kwargs), place))
 
         @wraps(view)
         async def alimited(request: Any, *args: Any, **kwargs: Any) -> Any:
             if not current().enabled:
                 return await view(request, *args, **kwargs)
             respond = partial(view, request, *args, **kwargs)
-            return await adrive(answered(async_limiter(rules), native_of(request), respond))
+            return await adrive(answered(async_limiter(rules), native_of(request), respond, place))
 
         return cast("ViewT", alimited if _is_async(view) else limited)
 
     return decorate
+
+
+def exempt(view: ViewT) -> ViewT:
+    """Let the rules of the middleware not count for a view; those of its own decorators do.
+
+    Class-based views take it as they take :func:`rate_limit`, or around ``as_view()``.
+
+    :raises InvalidArgumentError: for what is not callable, and for a class.
+    """
+    if isclass(view) or not callable(view):
+        raise InvalidArgumentError(f"exempt must be given a view that is a function; got {brief(view)}")
+    setattr(view, EXEMPT, True)
+    exempted.append(True)
+    return view
+
+
+def _place(view: Callable[..., Any]) -> str:
+    """Return the view that a limit without a name counts for: ``shop.views.search``.
+
+    ``method_decorator`` gives a decorator the method of an object, which its class may have from another one.
+    """
+    owner = getattr(getattr(view, "func", view), "__self__", None)
+    name = getattr(view, "__name__", type(view).__name__)
+    if owner is None:
+        return f"{view.__module__}.{getattr(view, '__qualname__', name)}"
+    return f"{type(owner).__module__}.{type(owner).__qualname__}.{name}"
 
 
 def _is_async(view: object) -> bool:

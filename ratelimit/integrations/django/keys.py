@@ -12,6 +12,11 @@ from ratelimit.integrations.http import HttpRequest, user
 _USER: Final = user()
 
 
+def client(request: HttpRequest) -> Key | None:
+    """Return the address of the client, as the setting ``CLIENT_IP`` says."""
+    return current().client_ip(request)
+
+
 def user_or_client(request: HttpRequest) -> Key | Awaitable[Key | None] | None:
     """Who has logged in (``user:42``), or the address of who has not (``ip:203.0.113.7``), as ``CLIENT_IP`` says."""
     found = _USER(request)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any, Final
 
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
-from django.urls import Resolver404, resolve
+from django.urls import Resolver404, ResolverMatch, URLResolver, get_resolver, resolve
 
 from ratelimit.drive import Steps
 from ratelimit.errors import InvalidArgumentError, brief
 from ratelimit.integrations import http
 from ratelimit.integrations.http import AsyncLimiter, Headers, HttpAnswer, Limiter, decision_about
+from ratelimit.integrations.http.routes import canonical
+
+EXEMPT: Final = "_ratelimit_exempt"
+
+exempted: Final[list[bool]] = []
+"""One for each view that is exempt: without any, a middleware does not look where requests go."""
 
 
 def native_of(request: object) -> HttpRequest:
@@ -39,15 +46,22 @@ def http_request(request: HttpRequest, *, asynchronous: bool) -> http.HttpReques
         find_route=partial(_route, request),
         find_user=partial(_auser if asynchronous else _user, request),
         notes=vars(request),
+        find_routes=partial(_routes, request),
     )
 
 
 def answered(
-    limiter: Limiter | AsyncLimiter, request: HttpRequest, respond: Callable[[], Any]
+    limiter: Limiter | AsyncLimiter, request: HttpRequest, respond: Callable[[], Any], place: str = ""
 ) -> Steps[HttpResponseBase]:
-    """What a request is answered with: what the application responds, or a refusal."""
+    """Return what a request is answered with: what the application responds, or a refusal.
+
+    :param place: the view that is limited; empty for a middleware, whose rules do not count for views that are exempt.
+    """
     asked = http_request(request, asynchronous=isinstance(limiter, AsyncLimiter))
-    decision: Any = yield limiter.decide(asked)
+    if not place and exempted and _is_exempt(request):
+        decision: Any = decision_about(asked)
+    else:
+        decision = yield limiter.decide(asked, place)
     if not decision:
         return refusal(limiter.answers.refusal(decision))
     response: Any = yield respond()
@@ -71,14 +85,42 @@ def _header(request: HttpRequest, name: str) -> str | None:
     return request.headers.get(name)
 
 
+def _match(request: HttpRequest) -> ResolverMatch | None:
+    """Return where a request goes, which in a middleware has not been looked for yet."""
+    if request.resolver_match is not None:
+        return request.resolver_match
+    try:
+        return resolve(request.path_info, getattr(request, "urlconf", None))
+    except Resolver404:
+        return None
+
+
 def _route(request: HttpRequest) -> str | None:
-    match = request.resolver_match
-    if match is None:  # in a middleware: the view is looked for after it
-        try:
-            match = resolve(request.path_info, getattr(request, "urlconf", None))
-        except Resolver404:
-            return None
-    return f"/{match.route}"
+    match = _match(request)
+    return None if match is None else f"/{match.route}"
+
+
+def _routes(request: HttpRequest) -> frozenset[str]:
+    return _templates_of(getattr(request, "urlconf", None) or settings.ROOT_URLCONF)
+
+
+@lru_cache(maxsize=64)
+def _templates_of(urlconf: Any) -> frozenset[str]:
+    """Return the templates of all routes of an URLconf; those that are regular expressions stay what they are."""
+    return frozenset(canonical(f"/{route}") for route in _each_route(get_resolver(urlconf)))
+
+
+def _each_route(resolver: URLResolver) -> Iterator[str]:
+    for pattern in resolver.url_patterns:
+        if isinstance(pattern, URLResolver):
+            yield from (f"{pattern.pattern}{rest}" for rest in _each_route(pattern))
+        else:
+            yield str(pattern.pattern)
+
+
+def _is_exempt(request: HttpRequest) -> bool:
+    match = _match(request)
+    return match is not None and getattr(match.func, EXEMPT, False)
 
 
 def _user(request: HttpRequest) -> object:

@@ -13,13 +13,14 @@ from ratelimit.integrations.http.keys import (
     api_key,
     client_ip,
     combined,
+    first_of,
     header,
     method,
     name_of,
     route,
     user,
 )
-from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, decision_about
+from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, LimiterSettings, OnRefused, decision_about
 from ratelimit.integrations.http.plans import Assigned, Plans
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule, RuleSettings
@@ -33,7 +34,9 @@ __all__ = [
     "HttpDecision",
     "HttpRequest",
     "Limiter",
+    "LimiterSettings",
     "Missing",
+    "OnRefused",
     "Outcome",
     "Plans",
     "Policy",
@@ -45,6 +48,7 @@ __all__ = [
     "client_ip",
     "combined",
     "decision_about",
+    "first_of",
     "header",
     "method",
     "name_of",

@@ -93,6 +93,13 @@ def x_forwarded_for(text: str) -> Hops:
         yield None
 
 
+def single(text: str) -> Hops:
+    """Yield the address of a header that holds one address and nothing else; nothing for an empty one."""
+    stripped = text.strip(" \t")
+    if stripped:
+        yield parse(stripped)
+
+
 def forwarded(text: str) -> Hops:
     """The ``for=`` of each element of ``Forwarded`` (RFC 7239).
 

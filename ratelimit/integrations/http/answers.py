@@ -40,6 +40,8 @@ class HttpAnswer(NamedTuple):
 class Answers:
     """Makes the answers; to change one, override its method.
 
+    A method sees the request as ``decision.request``, an :class:`HttpRequest`: its ``header("accept-language")``, say.
+
     :param standard: whether the fields ``RateLimit-Policy`` and ``RateLimit`` are sent.
     :param x_ratelimit: whether ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` are, and what the last one says:
         the time at which the bucket is full again in seconds since 1970 (``epoch``), or how many seconds that will take

@@ -13,6 +13,7 @@ from ratelimit.core.int64 import NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.core.state import BandwidthState, nanos_until, nanos_until_full
 from ratelimit.errors import Key
+from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule
 
 LARGEST_INTEGER: Final = 10**15 - 1
@@ -87,10 +88,13 @@ class HttpDecision:
 
     :param outcomes: one for each bucket, in the order of the rules; after a refusal there are no more.
     :param missing: the rule for whose key there was nothing in the request, where that is an error.
+    :param request: that was decided about, so that an answer can be in its language; None where no rule has looked at
+        it.
     """
 
     outcomes: tuple[Outcome, ...] = ()
     missing: Rule | None = None
+    request: HttpRequest | None = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return self.missing is None and self.refused is None

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, ClassVar, Final, TypeAlias
 from uuid import UUID
 
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
 from ratelimit.integrations.http import address
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.managers import bucket_key
 
 RequestKey: TypeAlias = Callable[[HttpRequest], Key | Awaitable[Key | None] | None]
 """Whose bucket a request draws on; None: the request has no such key. May be ``async`` where the limiter is."""
@@ -31,6 +34,9 @@ _METHODS: Final = frozenset(
 )
 _READERS: Final = {"x-forwarded-for": address.x_forwarded_for, "forwarded": address.forwarded}
 
+_logger = logging.getLogger("ratelimit")
+_warned_of_proxy: list[bool] = []
+
 
 class Missing(Enum):
     """What becomes of a request that has no key."""
@@ -41,7 +47,7 @@ class Missing(Enum):
     """It is let through, and counts for nobody."""
 
 
-def name_of(key: RequestKey) -> str:
+def name_of(key: Callable[..., object]) -> str:
     """The short name of a key for messages: its ``name``, else that of the function or class."""
     name = getattr(key, "name", None) or getattr(key, "__name__", None)
     return name if isinstance(name, str) else type(key).__name__
@@ -64,14 +70,18 @@ class ClientIp:
         client = address.parse(peer)
         if self.hops:
             client = address.nth(self._listed(request), self.hops) or client
-        elif self.trusted_proxies and client is not None:
-            client = address.first_untrusted(client, self._listed(request), self.trusted_proxies)
+        elif client is not None:
+            if self.trusted_proxies:
+                client = address.first_untrusted(client, self._listed(request), self.trusted_proxies)
+            elif not _warned_of_proxy and _is_of_proxy(peer):
+                _warn_of_proxy(request, peer)
         if client is None:
             return _bounded(peer) if peer else None
         return address.cut(address.unwrapped(client), self.ipv4_prefix, self.ipv6_prefix)
 
     def _listed(self, request: HttpRequest) -> address.Hops:
-        return _READERS[self.header](request.header(self.header) or "")
+        read = _READERS.get(self.header, address.single)
+        return read(request.header(self.header) or "")
 
     def __repr__(self) -> str:
         arguments: list[tuple[str, object, object]] = [
@@ -89,7 +99,7 @@ def client_ip(
     *,
     trusted_proxies: Collection[str] = (),
     hops: int | None = None,
-    header: Literal["x-forwarded-for", "forwarded"] = "x-forwarded-for",
+    header: str = "x-forwarded-for",
     ipv6_prefix: int = 64,
     ipv4_prefix: int = 32,
 ) -> ClientIp:
@@ -107,23 +117,51 @@ def client_ip(
     :param hops: how many proxies of yours there are, each of which appends who has connected to it; 0 to 100. The last
         of them is the peer, and the client is the entry of this number from the right: with 2, the first address in
         ``203.0.113.7, 198.51.100.1``. Whoever can connect past the proxies chooses its key. 0: the peer.
-    :param header: the one that your proxies write.
+    :param header: the one that your proxies write: ``x-forwarded-for``, ``forwarded``, or one that holds nothing but
+        the address of the client, like ``cf-connecting-ip``, ``x-real-ip`` and ``fastly-client-ip``. Such a header is
+        believed from trusted proxies only, so that it needs ``trusted_proxies``, or ``hops=1``.
     :param ipv6_prefix: 1 to 128. One subscriber has a whole /64, or more of them.
     :param ipv4_prefix: 1 to 32.
     :raises InvalidConfigurationError: for values outside these ranges, for ``trusted_proxies`` and ``hops`` together,
-        and for a network that is everybody.
+        for a network that is everybody, and for a header with a single address without either.
     """
     networks = _networks(trusted_proxies)
     if hops is not None:
         _check_range("hops", hops, 0, address.MOST_HOPS)
         if networks:
             raise InvalidConfigurationError("trusted_proxies and hops do not go together", "hops")
-    lower = header.lower() if isinstance(header, str) else ""
-    if lower not in _READERS:
-        raise InvalidConfigurationError(f"header must be x-forwarded-for or forwarded, not {brief(header)}", "header")
+    _check_token("header", header)
+    lower = header.lower()
+    if lower not in _READERS and not networks and hops != 1:
+        raise InvalidConfigurationError(
+            f"header={lower!r} must come with trusted_proxies, the addresses of the proxies that set it, or hops=1",
+            "header",
+        )
     _check_range("ipv6_prefix", ipv6_prefix, 1, 128)
     _check_range("ipv4_prefix", ipv4_prefix, 1, 32)
     return ClientIp(networks, hops or None, lower, ipv6_prefix, ipv4_prefix)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_proxy(peer: str) -> bool:
+    """Return whether a peer has an address that no client on the internet has: a proxy of one's own, most likely."""
+    parsed = address.parse(peer)
+    return parsed is not None and (parsed.is_loopback or parsed.is_private)
+
+
+def _warn_of_proxy(request: HttpRequest, peer: str) -> None:
+    """Warn, once for each process, where all clients seem to be counted as the proxy that they come through."""
+    header = next((name for name in _READERS if request.header(name)), None)
+    if header is None:
+        return
+    _warned_of_proxy.append(True)
+    _logger.warning(
+        "a request from %s has the header %s, so that there seems to be a proxy at this address, and all of its clients"
+        " share one bucket; say which proxies are yours: key=client_ip(trusted_proxies=[%r])",
+        peer,
+        header,
+        peer,
+    )
 
 
 def _networks(texts: Collection[str]) -> tuple[address.Network, ...]:
@@ -294,6 +332,8 @@ class Method:
     name: ClassVar[str] = "method"
 
     def __call__(self, request: HttpRequest) -> str:
+        if request.method == "HEAD":
+            return "GET"
         return request.method if request.method in _METHODS else "OTHER"
 
     def __repr__(self) -> str:
@@ -301,7 +341,11 @@ class Method:
 
 
 def method() -> Method:
-    """The method: ``GET``. All that are not standard are ``OTHER``, because clients can invent them."""
+    """Return the key of the method: ``GET``.
+
+    HEAD counts as GET, which routers send to the same place. All methods that are not standard are ``OTHER``, because
+    clients can invent them.
+    """
     return Method()
 
 
@@ -354,7 +398,7 @@ class Combined:
             if part is None:
                 return None
             parts.append(_checked(key, part))
-        return _joined(parts)
+        return joined(parts)
 
     async def _rest(self, request: HttpRequest, parts: list[Key], awaited: Awaitable[Key | None]) -> Key | None:
         """Go on with the first part that has to be awaited, one after the other, so that none is left without it."""
@@ -362,7 +406,7 @@ class Combined:
         while part is not None:
             parts.append(_checked(self.keys[len(parts)], part))
             if len(parts) == len(self.keys):
-                return _joined(parts)
+                return joined(parts)
             answer = self.keys[len(parts)](request)
             part = await answer if isinstance(answer, Awaitable) else answer
         return None
@@ -380,12 +424,68 @@ def combined(*keys: RequestKey) -> Combined:
     :raises InvalidConfigurationError: without a key, or for what is no callable. The key raises
         ``InvalidArgumentError`` where a part is neither text nor bytes.
     """
+    return Combined(_checked_keys("combined", keys))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class FirstOf:
+    """The key that :func:`first_of` makes."""
+
+    keys: tuple[RequestKey, ...]
+
+    @property
+    def name(self) -> str:
+        return " or ".join(map(name_of, self.keys))
+
+    def __call__(self, request: HttpRequest) -> Key | Awaitable[Key | None] | None:
+        for place, key in enumerate(self.keys):
+            found = key(request)
+            if isinstance(found, Awaitable):
+                return self._rest(request, place, found)
+            if found is not None:
+                return self._named(place, found)
+        return None
+
+    async def _rest(self, request: HttpRequest, place: int, awaited: Awaitable[Key | None]) -> Key | None:
+        found = await awaited
+        while found is None:
+            place += 1
+            if place == len(self.keys):
+                return None
+            answer = self.keys[place](request)
+            found = await answer if isinstance(answer, Awaitable) else answer
+        return self._named(place, found)
+
+    def _named(self, place: int, found: object) -> Key:
+        """Return the key with its name before it: the user 203.0.113.7 is not the address."""
+        names = [name_of(key) for key in self.keys]
+        own = names[place]
+        name = own if names.count(own) == 1 else f"{own} {place}"
+        return bucket_key((name,), _checked(self.keys[place], found))
+
+    def __repr__(self) -> str:
+        return f"first_of({', '.join(map(repr, self.keys))})"
+
+
+def first_of(*keys: RequestKey) -> FirstOf:
+    """Return the key that is the first of several which a request has: ``first_of(user(), client_ip())``.
+
+    The answer says which one it is, ``user:42`` or ``ip:203.0.113.7``, so that different keys never give the same text.
+    It is missing where all of them are. Where one is awaited, so is the whole.
+
+    :raises InvalidConfigurationError: without a key, or for what is not a callable. The key raises
+        ``InvalidArgumentError`` where one answers with neither text nor bytes.
+    """
+    return FirstOf(_checked_keys("first_of", keys))
+
+
+def _checked_keys(function: str, keys: tuple[RequestKey, ...]) -> tuple[RequestKey, ...]:
     if not keys:
-        raise InvalidConfigurationError("combined wants at least one key", "keys")
+        raise InvalidConfigurationError(f"{function} must be given at least one key", "keys")
     for key in keys:
         if not callable(key):
-            raise InvalidConfigurationError(f"keys must be callables, not {brief(key)}", "keys")
-    return Combined(keys)
+            raise InvalidConfigurationError(f"keys must be callables; got {brief(key)}", "keys")
+    return keys
 
 
 def _checked(key: RequestKey, part: object) -> Key:
@@ -396,7 +496,8 @@ def _checked(key: RequestKey, part: object) -> Key:
     return part
 
 
-def _joined(parts: list[Key]) -> Key:
+def joined(parts: list[Key]) -> Key:
+    """Return several keys as one, with a backslash before each ``|`` and backslash within a part."""
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) == len(parts):
         return "|".join(text.replace("\\", "\\\\").replace("|", "\\|") for text in texts)

@@ -1,28 +1,52 @@
-"""Decides about requests by rules, for both faces: steps that a face drives."""
+"""The limiters: decisions about requests by rules, as steps that the sync and the asyncio face drive."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, brief
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError, brief
 from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.decision import HttpDecision, Outcome, service_limits
 from ratelimit.integrations.http.keys import Missing
-from ratelimit.integrations.http.plans import PlanLimits, Plans
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule, RuleLimits, checked_rules
-from ratelimit.integrations.managers import async_manager_of, manager_of
+from ratelimit.integrations.logs import OtherLimits, RefusalLog
+from ratelimit.integrations.managers import async_manager_of, bucket_key, manager_of, namespace_of
+from ratelimit.integrations.recording import record, recorders
+from ratelimit.integrations.switch import is_enabled
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.on_error import ErrorPolicy, OnError
+
+OnRefused: TypeAlias = Callable[[HttpRequest, HttpDecision], Awaitable[object] | object]
+"""Hears of each request that is refused; what it returns does not matter. May be ``async`` where the limiter is."""
+
+
+class LimiterSettings(TypedDict, total=False):
+    """What limiters and integrations take beside their rules and their manager."""
+
+    answers: Answers | None
+    """What clients are told; ``Answers()`` by default."""
+    on_error: ErrorPolicy | None
+    """What is decided where the store fails.
+
+    None: what the manager was made with, if it was given an ``on_error``, else ``OnError.DENY``, which is answered with
+    503."""
+    on_refused: OnRefused | None
+    """Is called with the request and the decision for each request that is refused, before it is answered."""
+    namespace: str | None
+    """Separates services that share a Redis, by their keys. None: that of the variable ``RATELIMIT_NAMESPACE``."""
+    enabled: bool
+    """False: every request goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``."""
+
 
 NOTE: Final = "ratelimit"
 """The name under which the decision about a request is kept with it."""
@@ -37,7 +61,7 @@ _logger = logging.getLogger("ratelimit")
 
 
 class _Limiter(OfThisProcess):
-    """What both faces share."""
+    """What a limiter of either face does about a request."""
 
     _advice = "pickle its rules, and make it in each process"
 
@@ -47,24 +71,37 @@ class _Limiter(OfThisProcess):
         self,
         rules: Collection[Rule | RuleLimits],
         manager: ProxyManager | AsyncProxyManager | str | None,
-        answers: Answers | None,
-        on_error: ErrorPolicy | None,
+        *,
+        answers: Answers | None = None,
+        on_error: ErrorPolicy | None = None,
+        on_refused: OnRefused | None = None,
+        namespace: str | None = None,
+        enabled: bool = True,
     ) -> None:
         self.rules = checked_rules(rules)
         self.answers = Answers() if answers is None else answers
         self._has_own_answers = answers is not None
-        if on_error is None and not isinstance(manager, ProxyManager | AsyncProxyManager):
-            on_error = OnError.DENY  # which is a 503; an error would be a 500, and a traceback for each request
-        self._on_error = on_error
-        self._kept_bucket = lru_cache(_KEPT_BUCKETS)(self._bucket)
+        has_policy = isinstance(manager, ProxyManager | AsyncProxyManager) and manager.has_error_policy
+        # To deny is a 503; an error would be a 500, and a traceback for each request.
+        self._on_error = OnError.DENY if on_error is None and not has_policy else on_error
+        if on_refused is not None and not callable(on_refused):
+            raise InvalidConfigurationError(f"on_refused must be a callable; got {brief(on_refused)}", "on_refused")
+        self._on_refused = on_refused
+        self._namespace = namespace_of(namespace)
+        self._enabled = enabled
+        self._kept_bucket = lru_cache(_KEPT_BUCKETS)(self._bucket_of)
+        self._refusals = RefusalLog()
+        self._other_limits = OtherLimits()
 
     @property
     def _buckets(self) -> ProxyManager | AsyncProxyManager:
         raise NotImplementedError
 
-    def _decide(self, request: HttpRequest) -> Steps[HttpDecision]:
+    def _decide(self, request: HttpRequest, place: str) -> Steps[HttpDecision]:
         """Ask one rule after the other, until one refuses: then what the request has paid so far is given back."""
         decision = decision_about(request)
+        if not self._enabled or not is_enabled():
+            return decision
         for rule in self.rules:
             if not decision:
                 break
@@ -72,55 +109,79 @@ class _Limiter(OfThisProcess):
                 continue
             key: Any = yield from answer_of(rule.key(request))
             if key is None and rule.missing is Missing.ERROR:
-                decision = HttpDecision(decision.outcomes, missing=rule)
+                decision = HttpDecision(decision.outcomes, missing=rule, request=request)
             elif key is not None:
-                decision = yield from self._decided_by(rule, key, request, decision)
+                decision = yield from self._decided_by(rule, place, key, request, decision)
             if not decision:
-                yield from self._give_back(decision)
+                yield from self._refused(request, decision)
         request.notes[NOTE] = decision
         if self._has_own_answers:
             request.notes[_ANSWERS] = self.answers
         return decision
 
-    def _decided_by(self, rule: Rule, key: Key, request: HttpRequest, decision: HttpDecision) -> Steps[HttpDecision]:
-        """The decision as it is after one rule more."""
-        stored_key = rule.stored_key(key)
-        if any(outcome.bucket.key == stored_key for outcome in decision.outcomes):
-            return decision  # paid already
+    def _decided_by(
+        self, rule: Rule, place: str, key: Key, request: HttpRequest, decision: HttpDecision
+    ) -> Steps[HttpDecision]:
+        """Return the decision as it is after one rule more."""
+        stored_key = bucket_key(rule.bucket_name(place), rule.counted_by(request, key), self._namespace)
+        paid = next((outcome for outcome in decision.outcomes if outcome.bucket.key == stored_key), None)
+        if paid is not None:
+            if isinstance(rule.limits, BucketConfiguration):
+                self._compare(rule, rule.limits, paid.configuration, degraded=paid.probe.degraded)
+            return decision
         tokens: Any = rule.cost
         if callable(tokens):
             tokens = yield from answer_of(tokens(request))
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
-                raise InvalidArgumentError(f"the cost of a request must be an int of 0 or more, not {brief(tokens)}")
+                raise InvalidArgumentError(f"the cost of a request must be an int of 0 or more; got {brief(tokens)}")
         if tokens == 0:
             return decision
-        configuration, version = yield from _limits(rule, request, key)
+        configuration, version = yield from rule.limits_of(request, key)
         if configuration is None:
             return decision
         if configuration is rule.limits and len(stored_key) <= _LONGEST_KEPT_KEY:
-            bucket = self._kept_bucket(stored_key, configuration)
+            bucket = self._kept_bucket(self._buckets, stored_key, configuration, version, rule.inheritance)
         else:
-            inheritance = rule.limits.inheritance if isinstance(rule.limits, Plans) else None
-            bucket = self._bucket(stored_key, configuration, version, inheritance)
+            bucket = self._bucket_of(self._buckets, stored_key, configuration, version, rule.inheritance)
         result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
+        self._compare(rule, configuration, result.configuration, degraded=result.degraded)
+        if recorders:
+            record(rule.name, key, admitted=result.value.consumed)
         limits = service_limits(rule, tokens, result)
         outcome = Outcome(rule, key, bucket, tokens, result.value, limits, result.configuration)
-        return HttpDecision((*decision.outcomes, outcome))
+        return HttpDecision((*decision.outcomes, outcome), request=request)
 
-    def _bucket(
+    def _compare(
+        self, rule: Rule, wanted: BucketConfiguration, stored: BucketConfiguration | None, *, degraded: bool
+    ) -> None:
+        """Log where a bucket has other limits than its rule; a local bucket that stands in for it has them rightly."""
+        if stored is not None and rule.named and not degraded:
+            self._other_limits.compare(rule.name, wanted, stored)
+
+    def _bucket_of(
         self,
+        manager: ProxyManager | AsyncProxyManager,
         stored_key: Key,
         configuration: BucketConfiguration,
-        version: int | None = None,
-        inheritance: TokensInheritance | None = None,
+        version: int | None,
+        inheritance: TokensInheritance,
     ) -> Bucket | AsyncBucket:
-        return self._buckets.bucket(
+        return manager.bucket(
             stored_key,
             configuration,
             configuration_version=version,
             inheritance=inheritance,
             on_error=self._on_error,
         )
+
+    def _refused(self, request: HttpRequest, decision: HttpDecision) -> Steps[None]:
+        """Do what a refusal entails: give back what the request has paid, log it, and call the hook."""
+        yield from self._give_back(decision)
+        refused = decision.refused
+        if refused is not None:
+            self._refusals.log(refused.rule.name, refused.key, refused.configuration)
+        if self._on_refused is not None:
+            yield from answer_of(self._on_refused(request, decision))
 
     def _give_back(self, decision: HttpDecision) -> Steps[None]:
         """Undo what a request has paid that is refused in the end."""
@@ -142,9 +203,7 @@ class Limiter(_Limiter):
     :param rules: looked at in this order; limits alone stand for a rule for all requests, by the peer's address. After
         a refusal nothing more is asked, and what the request has paid for the rules before is given back.
     :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
-    :param answers: what clients are told.
-    :param on_error: what is decided where the store fails. None: as a manager of the caller's says, else
-        :attr:`OnError.DENY`, which is answered with 503.
+    :param settings: those of every limiter, see :class:`LimiterSettings`.
     """
 
     _face = Bucket
@@ -153,22 +212,23 @@ class Limiter(_Limiter):
         self,
         *rules: Rule | RuleLimits,
         manager: ProxyManager | str | None = None,
-        answers: Answers | None = None,
-        on_error: ErrorPolicy | None = None,
+        **settings: Unpack[LimiterSettings],
     ) -> None:
-        super().__init__(rules, manager, answers, on_error)
+        super().__init__(rules, manager, **settings)
         self._manager = manager if isinstance(manager, str | None) else manager_of(manager)
 
     @property
     def _buckets(self) -> ProxyManager:
         return manager_of(self._manager)
 
-    def decide(self, request: HttpRequest) -> HttpDecision:
-        """Whether a request may go on; what it has paid for already, it does not pay for again.
+    def decide(self, request: HttpRequest, place: str = "") -> HttpDecision:
+        """Decide whether a request may go on; what it has paid for already, it does not pay for again.
 
+        :param place: where the rules stand: the route or view that rules without a name count for; empty for a whole
+            application.
         :raises RateLimitError: where the store fails, and the policy is to raise.
         """
-        return drive(self._decide(request))
+        return drive(self._decide(request, place))
 
 
 class AsyncLimiter(_Limiter):
@@ -180,19 +240,18 @@ class AsyncLimiter(_Limiter):
         self,
         *rules: Rule | RuleLimits,
         manager: AsyncProxyManager | str | None = None,
-        answers: Answers | None = None,
-        on_error: ErrorPolicy | None = None,
+        **settings: Unpack[LimiterSettings],
     ) -> None:
-        super().__init__(rules, manager, answers, on_error)
+        super().__init__(rules, manager, **settings)
         self._manager = manager if isinstance(manager, str | None) else async_manager_of(manager)
 
     @property
     def _buckets(self) -> AsyncProxyManager:
         return async_manager_of(self._manager)
 
-    async def decide(self, request: HttpRequest) -> HttpDecision:
+    async def decide(self, request: HttpRequest, place: str = "") -> HttpDecision:
         """See :meth:`Limiter.decide`."""
-        return await adrive(self._decide(request))
+        return await adrive(self._decide(request, place))
 
 
 def decision_about(request: HttpRequest) -> HttpDecision:
@@ -219,12 +278,3 @@ def _applies(rule: Rule, request: HttpRequest) -> Steps[bool]:
     if rule.when is not None and not (yield from answer_of(rule.when(request))):
         return False
     return rule.exempt is None or not (yield from answer_of(rule.exempt(request)))
-
-
-def _limits(rule: Rule, request: HttpRequest, key: Key) -> Steps[PlanLimits]:
-    if isinstance(rule.limits, BucketConfiguration):
-        return PlanLimits(rule.limits, None)
-    if isinstance(rule.limits, Plans):
-        return (yield from rule.limits.limits_of(request, key))
-    limits: Any = yield from answer_of(rule.limits(key))
-    return PlanLimits(None if limits is None else BucketConfiguration.of(limits), None)

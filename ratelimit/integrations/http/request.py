@@ -11,6 +11,10 @@ def _nobody() -> None:
     return None
 
 
+def _no_routes() -> frozenset[str]:
+    return frozenset()
+
+
 @dataclass(slots=True, eq=False)
 class HttpRequest:
     """What rules and keys may look at. Adapters make one for each request; nothing is computed before it is asked for.
@@ -27,6 +31,10 @@ class HttpRequest:
     :param find_route: the template of the route, ``/users/{id}`` say; None where the framework does not know one.
     :param find_user: who has logged in, as the framework knows it; None for nobody.
     :param notes: what is kept with the request for as long as it lives, by all that limits it.
+    :param find_routes: the templates of all routes that the framework's router can be asked about, as
+        :func:`ratelimit.integrations.http.routes.canonical` writes them; empty where it cannot be asked. A rule for one
+        of these routes is about the requests for which ``find_route`` gives it; a rule for another one goes by the
+        path.
     """
 
     method: str
@@ -37,6 +45,7 @@ class HttpRequest:
     find_route: Callable[[], str | None] = _nobody
     find_user: Callable[[], object] = _nobody
     notes: MutableMapping[Any, Any] = field(default_factory=dict)
+    find_routes: Callable[[], frozenset[str]] = _no_routes
 
     def __getattr__(self, name: str) -> Any:
         try:
