@@ -229,7 +229,7 @@ def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
     with _refusals(url):
         connection(**{name: value for name, value in options.items() if name not in own})
         if topology == "cluster":
-            redis.asyncio.RedisCluster(**options)  # which knows fewer of them
+            _ = redis.asyncio.RedisCluster(**options)  # which knows fewer of them
 
 
 @contextmanager
