@@ -195,6 +195,7 @@ class Guard:
     """The policy of a manager, its listener, and its local buckets.
 
     :param spawn: runs steps beside the caller.
+    :param described: prints the manager, with its store, for logs.
     :param asynchronous: whether callers are tasks.
     """
 
@@ -203,12 +204,14 @@ class Guard:
         listener: Listener | None,
         local: LocalBuckets,
         spawn: Callable[[Steps[None]], None],
+        described: Callable[[], str],
         *,
         asynchronous: bool,
     ) -> None:
         self.listener = listener
         self._local = local
         self._spawn = spawn
+        self._described = described
         self._asynchronous = asynchronous
         self._lock = fork_safety.lock()
         fork_safety.call_in_child(self._end_sweep)
@@ -317,10 +320,11 @@ class Guard:
                 self._logged_at, self._is_announced = now, True
         if logs:
             _logger.warning(
-                "the store fails (%s); decisions are made without it, by on_error=%s, for the key %s and others",
+                "the store fails (%s); decisions are made without it, by on_error=%s, for the key %s and others of %s",
                 type(error).__name__ if isinstance(error, CorruptStateError) else _bounded(str(error)),
                 chosen.kind,
                 shown(key),
+                self._described(),
             )
 
     def _recovered(self, exchange: Exchange, backend: Backend) -> None:
@@ -333,7 +337,12 @@ class Guard:
             if sweeps:
                 self._swept_at = now
         if logs:
-            _logger.info("the store answers again; %d decisions were made without it in %.1f s", degraded, now - since)
+            _logger.info(
+                "the store answers again; %d decisions were made without it in %.1f s, by %s",
+                degraded,
+                now - since,
+                self._described(),
+            )
         if sweeps:
             with suppress(RuntimeError):  # no thread to be had: the next one that the store answers tries again
                 self._spawn(self._sweep(exchange, backend))

@@ -141,10 +141,18 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         self._on_error = OnError.RAISE if on_error is None else _checked_policy(on_error)
         self.has_error_policy = on_error is not None
         self._local = LocalBuckets(None if clock is None else _by_clock(clock), memory_limit_bytes)
-        self._guard = Guard(_checked_listener(listener), self._local, spawn, asynchronous=iscoroutinefunction(pause))
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
+        # Without the manager, which would be kept alive by its own guard.
+        self._described = partial(_described, type(self).__name__, store, self._limits, prefix)
+        self._guard = Guard(
+            _checked_listener(listener),
+            self._local,
+            spawn,
+            self._described,
+            asynchronous=iscoroutinefunction(pause),
+        )
         self._version = _checked_version(configuration_version)
         self._inheritance = checked_inheritance(inheritance)
         self._expiration = Expiration.automatic() if expiration is None else _checked_expiration(expiration)
@@ -212,6 +220,14 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickle what :meth:`from_url` was given, for a manager with connections of its own."""
         return super().__reduce_ex__(protocol) if self._opened is None else self._opened
+
+    def __repr__(self) -> str:
+        return self._described()
+
+    @property
+    def prefix(self) -> bytes:
+        """What the keys of all buckets of this manager begin with in the store."""
+        return self._prefix
 
     @property
     def store(self) -> StoreT:
@@ -677,3 +693,15 @@ def _checked_recovery(recovery: Recovery) -> Recovery:
     if not isinstance(recovery, Recovery):
         raise InvalidArgumentError(f"recovery must be a Recovery, not {brief(recovery)}")
     return recovery
+
+
+def _described(kind: str, store: object, limits: object, prefix: Key) -> str:
+    """Print a manager: ``ProxyManager(RedisStore(localhost:6379/0), '100/minute', prefix='users:')``."""
+    shown = [brief(store)]
+    if isinstance(limits, BucketConfiguration):
+        shown.append(brief(str(limits)))
+    elif limits is not None:
+        shown.append(brief(limits))
+    if prefix:
+        shown.append(f"prefix={brief(prefix)}")
+    return f"{kind}({', '.join(shown)})"

@@ -1,4 +1,4 @@
-"""For the tests of services that use this library: time that moves when told to, and a store that fails on command."""
+"""For the tests of services that use this library: a clock to move, a store that fails on command, full buckets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
+from typing import Any
 
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.duration import Duration, to_nanos
-from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
+from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError, brief
+from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.stores.memory import MemoryStore
 from ratelimit.stores.protocol import Lost
 
@@ -58,6 +60,92 @@ class ManualClock(OfThisProcess):
         """Take note of the sleep, let other tasks run, and end it."""
         self.sleep(nanos)
         await asyncio.sleep(0)
+
+
+def reset_all(manager: ProxyManager | None = None) -> None:
+    """Remove all buckets of a manager: all keys of its store that begin with its prefix.
+
+    :param manager: None: all managers that the integrations of this process have made, of URLs or by default, those for
+        asyncio too. Their prefix is ``ratelimit:``.
+    :raises InvalidArgumentError: for a manager without a prefix, for one over a store that cannot list its keys, and
+        for one of asyncio.
+    :raises StoreError: where the store fails.
+    :raises RuntimeError: with None in a running event loop, where there are managers for asyncio.
+    """
+    if manager is not None:
+        _reset(manager)
+        return
+    made, made_for_asyncio = _of_integrations()
+    if made_for_asyncio:
+        if _loop_runs():
+            raise RuntimeError("reset_all() cannot wait in a running event loop; await areset_all() there")
+        # A loop of its own, which does not become that of the thread.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(_areset_and_disconnect(made_for_asyncio))
+    for each in made:
+        _reset(each)
+
+
+async def areset_all(manager: AsyncProxyManager | None = None) -> None:
+    """Remove all buckets of a manager of asyncio, see :func:`reset_all`.
+
+    :param manager: None: all managers that the integrations of this process have made, those for sync code too.
+    """
+    if manager is not None:
+        await _areset(manager)
+        return
+    made, made_for_asyncio = _of_integrations()
+    for one in made_for_asyncio:
+        await _areset(one)
+    for each in made:
+        _reset(each)
+
+
+def _reset(manager: ProxyManager) -> None:
+    if not isinstance(manager, ProxyManager):
+        raise InvalidArgumentError(f"manager must be a ProxyManager; got {brief(manager)}")
+    for key in _listing(manager)(manager.prefix):
+        manager.remove(key.removeprefix(manager.prefix))
+
+
+async def _areset(manager: AsyncProxyManager) -> None:
+    if not isinstance(manager, AsyncProxyManager):
+        raise InvalidArgumentError(f"manager must be an AsyncProxyManager; got {brief(manager)}")
+    for key in await _listing(manager)(manager.prefix):
+        await manager.remove(key.removeprefix(manager.prefix))
+
+
+async def _areset_and_disconnect(managers: list[AsyncProxyManager]) -> None:
+    for each in managers:
+        await _areset(each)
+        # Connections belong to this event loop, which ends; in another the store opens others.
+        await each.store.aclose()
+
+
+def _listing(manager: ProxyManager | AsyncProxyManager) -> Callable[[bytes], Any]:
+    """Return what lists the keys of a manager's store."""
+    if not manager.prefix:
+        raise InvalidArgumentError(
+            f"manager must have a prefix, or keys would be removed that are not buckets; got {brief(manager)}"
+        )
+    listing: Callable[[bytes], Any] | None = getattr(manager.store, "keys", None)
+    if listing is None:
+        raise InvalidArgumentError(f"the manager's store must have keys(prefix); got {brief(manager)}")
+    return listing
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _of_integrations() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
+    from ratelimit.integrations.managers import managers_made  # most tests have no integrations
+
+    return managers_made()
 
 
 class ScriptedStore(MemoryStore):

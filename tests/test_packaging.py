@@ -275,9 +275,9 @@ LAYERS: dict[str, set[str]] = {
         "bucket",
         "threads",
     },
-    "testing": {"errors", "copies", "core", "clock", "stores"},
 }
 LAYERS["integrations"] = set(LAYERS)
+LAYERS["testing"] = set(LAYERS)
 NOT_IN_THE_CORE = {"redis", "asyncio", "threading", "time", "random", "socket", "os"}
 
 

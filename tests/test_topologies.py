@@ -25,6 +25,7 @@ from ratelimit import (
     RedisStore,
     StoreUnavailableError,
 )
+from ratelimit.testing import areset_all, reset_all
 from tests import servers
 from tests.faces import Manager, closing, settled
 from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, TlsServer, wait_until
@@ -380,3 +381,38 @@ async def test_sentinel_leads_to_the_new_master_after_a_failover(face: Face, ser
             await until_served(manager)
             assert not await settled(manager.try_consume("user:42"))
             assert (await settled(manager.snapshot("user:42"))).consumed_tokens == 5
+
+
+@pytest.mark.parametrize("topology", ["cluster", "sentinel"])
+async def test_all_buckets_under_a_prefix_are_removed_and_no_others(
+    face: Face, topology: str, request: pytest.FixtureRequest
+) -> None:
+    servers_of: Cluster | SentinelSetup = request.getfixturevalue(topology)
+    keys = [f"user:{number}" for number in range(20)]
+    async with (
+        closing(face.manager.from_url(servers_of.url, LIMITS, prefix="reset[*]:")) as manager,
+        closing(face.manager.from_url(servers_of.url, LIMITS, prefix="reset*:")) as other,
+    ):
+        for _ in range(2):
+            for key in keys:
+                assert await settled(manager.try_consume(key, 5))
+            await settled(other.try_consume("kept", 5))
+            if isinstance(manager, ProxyManager):
+                reset_all(manager)
+            else:
+                await areset_all(manager)
+            assert [await settled(manager.configuration(key)) for key in keys] == [None] * len(keys)
+            assert await settled(other.available_tokens("kept")) == 0
+        await settled(other.remove("kept"))
+
+
+def test_a_store_says_where_its_servers_are(face: Face, cluster: Cluster, sentinel: SentinelSetup) -> None:
+    kind = face.store.__name__
+    node = cluster.nodes[0]
+    by_sentinel = f"{kind}({sentinel.service}/0 by Sentinel at 127.0.0.1:{sentinel.sentinel.port})"
+    assert repr(face.from_url(cluster.url).store) == f"{kind}(cluster at {node.host}:{node.port})"
+    assert repr(face.from_url(sentinel.url).store) == by_sentinel
+    client = face.redis.RedisCluster(host=node.host, port=node.port)
+    assert f"{node.host}:{node.port}" in repr(face.store(client))
+    if face is SYNC:
+        client.close()

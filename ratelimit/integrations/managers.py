@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Final
+from weakref import WeakSet
 
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
@@ -19,6 +20,9 @@ PREFIX: Final = "ratelimit:"
 NAMESPACE_VARIABLE: Final = "RATELIMIT_NAMESPACE"
 """The environment variable that names the namespace of a process whose integrations are not given one."""
 
+# Those that the caches below have let go of are not kept alive by this.
+_made: Final[WeakSet[ProxyManager]] = WeakSet()
+_async_made: Final[WeakSet[AsyncProxyManager]] = WeakSet()
 _replacements: Final[list[tuple[ProxyManager, AsyncProxyManager]]] = []
 _ESCAPED: Final = str.maketrans({"\\": r"\\", ":": r"\:", "|": r"\|", "{": r"\(", "}": r"\)"})
 _NAMESPACE: Final = re.compile(r"[\x21-\x7e]{1,100}")
@@ -60,6 +64,14 @@ def replaced(manager: ProxyManager, async_manager: AsyncProxyManager) -> Generat
         yield
     finally:
         _replacements.pop()
+
+
+def managers_made() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
+    """Return the managers by URL of this process, those of sync code and those of asyncio, or what replaces them."""
+    if _replacements:
+        manager, async_manager = _replacements[-1]
+        return [manager], [async_manager]
+    return list(_made), list(_async_made)
 
 
 def _kind(manager: object) -> str:
@@ -118,9 +130,13 @@ def _beginning(names: tuple[str, ...], namespace: str) -> str:
 
 @lru_cache(maxsize=64)
 def _of_url(url: str) -> ProxyManager:
-    return ProxyManager.from_url(url, prefix=PREFIX)
+    manager = ProxyManager.from_url(url, prefix=PREFIX)
+    _made.add(manager)
+    return manager
 
 
 @lru_cache(maxsize=64)
 def _async_of_url(url: str) -> AsyncProxyManager:
-    return AsyncProxyManager.from_url(url, prefix=PREFIX)
+    manager = AsyncProxyManager.from_url(url, prefix=PREFIX)
+    _async_made.add(manager)
+    return manager

@@ -157,6 +157,14 @@ class MemoryStore(OfThisProcess):
         with self._lock:
             self._entries.pop(key, None)
 
+    def keys(self, prefix: bytes) -> list[bytes]:
+        """List the keys that begin with a prefix, among them some that have expired."""
+        with self._lock:
+            return [key for key in self._entries if key.startswith(prefix)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def now_nanos(self, key: bytes) -> int:
         """The time by this store's clock."""
         return self._now()
@@ -242,6 +250,13 @@ class AsyncMemoryStore(OfThisProcess):
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
         self._store.delete(key)
+
+    async def keys(self, prefix: bytes) -> list[bytes]:
+        """List the keys that begin with a prefix, among them some that have expired."""
+        return self._store.keys(prefix)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def now_nanos(self, key: bytes) -> int:
         """The time by this store's clock."""

@@ -32,7 +32,8 @@ class Store(Protocol):
     """Bytes under keys, changed only by compare-and-swap.
 
     Errors are ``StoreError`` or one of its kinds, with ``in_doubt`` set where the request may have been carried out.
-    A store may have ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`.
+    A store may have ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`; and
+    ``keys(prefix)``, a list of the keys that begin with these bytes, for :func:`ratelimit.testing.reset_all`.
     """
 
     def get(self, key: bytes) -> bytes | None:

@@ -17,6 +17,7 @@ from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
 from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
+from ratelimit.stores.clients import cluster_of
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
 from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel
@@ -172,6 +173,9 @@ class _RedisSteps(OfThisProcess):
                 self._learn_time(key, answer, sent, replies)
         return reply
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._channel.server})"
+
     def _deleted(self, key: bytes, deadline: float | None) -> Steps[None]:
         yield from self._asked(key, ("DEL", key), deadline)
 
@@ -265,7 +269,7 @@ def time_nanos(time_reply: Any) -> int:
 
 def _channel(client: redis.Redis | redis.RedisCluster, breaker: CircuitBreaker | None) -> Channel:
     if isinstance(client, redis.RedisCluster):
-        return ClusterChannel(lambda: client, breaker=breaker)
+        return ClusterChannel(lambda: client, cluster_of(client), breaker=breaker)
     if isinstance(client, redis.Redis):
         return PoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
@@ -328,6 +332,10 @@ class RedisStore(_RedisSteps):
         """Forget what is stored under the key, if anything."""
         drive(self._deleted(key, deadline))
 
+    def keys(self, prefix: bytes) -> list[bytes]:
+        """List the keys that begin with a prefix: for tests, since the server looks at all that it has."""
+        return self._channel.keys(prefix)  # type: ignore[no-any-return]  # that of a channel of this face
+
     def now_nanos(self, key: bytes, *, deadline: float | None = None) -> int:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""
         now = self.known_now(key)
@@ -386,6 +394,10 @@ class AsyncRedisStore(_RedisSteps):
     async def delete(self, key: bytes, *, deadline: float | None = None) -> None:
         """Forget what is stored under the key, if anything."""
         await adrive(self._deleted(key, deadline))
+
+    async def keys(self, prefix: bytes) -> list[bytes]:
+        """List the keys that begin with a prefix: for tests, since the server looks at all that it has."""
+        return await self._channel.keys(prefix)  # type: ignore[no-any-return]  # that of a channel of this face
 
     def now_nanos(self, key: bytes, *, deadline: float | None = None) -> int | Awaitable[int]:
         """The time of the server that holds this key; asked for when nothing is known of it, or nothing recent."""

@@ -24,6 +24,7 @@ from ratelimit.errors import StoreError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.clients import async_keys_of, cluster_of, server_of
 from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
 from ratelimit.stores.connecting import limit_retries
 from ratelimit.stores.multiplexer import Multiplexer
@@ -62,6 +63,21 @@ class AsyncPoolChannel:
     def circuits(self) -> dict[str, CircuitStatus]:
         """There is one."""
         return {"": self._multiplexer.circuit.status()}
+
+    @property
+    def server(self) -> str:
+        """See :attr:`Channel.server`."""
+        return server_of(self._clients[0].connection_pool)
+
+    async def keys(self, prefix: bytes) -> list[bytes]:
+        """See :meth:`Channel.keys`."""
+        try:
+            return await async_keys_of(self._clients[0], prefix)
+        finally:
+            if self._owned:
+                # They belong to this event loop, and the next who asks may be in another.
+                for client in self._clients:
+                    await client.connection_pool.disconnect()
 
     def _make_connection(self) -> Any:
         client, *sentinels = self._clients
@@ -206,6 +222,19 @@ class AsyncClusterChannel:
     def circuits(self) -> dict[str, CircuitStatus]:
         """One for each node that has been asked, and one without a name, for when no node was known."""
         return {name: circuit.status() for name, circuit in self._circuits.items()}
+
+    @property
+    def server(self) -> str:
+        """See :attr:`Channel.server`."""
+        return cluster_of(self._client)
+
+    async def keys(self, prefix: bytes) -> list[bytes]:
+        """See :meth:`Channel.keys`."""
+        if self._loop is not asyncio.get_running_loop():
+            self._enter_loop()
+        if self._reading is not None:
+            await asyncio.wait((self._reading,))
+        return await async_keys_of(self._client, prefix)
 
     def _leave_nodes_that_left(self) -> None:
         present = {node.name for node in self._client.get_nodes()}

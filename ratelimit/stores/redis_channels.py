@@ -32,6 +32,7 @@ from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableErro
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
+from ratelimit.stores.clients import keys_of, server_of
 from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
 from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.deadlines import within
@@ -77,6 +78,15 @@ class Channel(Protocol):
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """How the circuits to the servers are, by the names of the nodes."""
+        ...
+
+    @property
+    def server(self) -> str:
+        """Where the connections lead, for logs: without user and password."""
+        ...
+
+    def keys(self, prefix: bytes) -> Any:
+        """List the keys that begin with a prefix, by way of the client."""
         ...
 
     def close(self) -> Any:
@@ -582,6 +592,15 @@ class PoolChannel:
         """There is one."""
         return {"": self._circuit.status()}
 
+    @property
+    def server(self) -> str:
+        """See :attr:`Channel.server`."""
+        return server_of(self._clients[0].connection_pool)
+
+    def keys(self, prefix: bytes) -> list[bytes]:
+        """See :meth:`Channel.keys`."""
+        return keys_of(self._clients[0], prefix)
+
     def close(self) -> None:
         """Give all connections back to the pool, and close the client where it is owned."""
         self._connections.close()
@@ -601,6 +620,7 @@ class ClusterChannel:
 
     :param connect: gives the client when it is first needed: making one asks the servers already.
     :param given: hosts and ports by which the cluster is found; empty: those of the client.
+    :param server: where the cluster is, for logs.
     :param owned: whether closing closes the client as well.
     """
 
@@ -609,10 +629,12 @@ class ClusterChannel:
         connect: Callable[[], redis.RedisCluster],
         given: Sequence[tuple[str, int]] = (),
         *,
+        server: str,
         breaker: CircuitBreaker | None = None,
         owned: bool = False,
     ) -> None:
         self.spans_nodes = True
+        self.server = server
         self._connect = connect
         self._given = given
         self._owned = owned
@@ -743,6 +765,14 @@ class ClusterChannel:
     def circuits(self) -> dict[str, CircuitStatus]:
         """One for each node that has been asked, and one without a name, for when no node was known."""
         return {name: circuit.status() for name, circuit in list(self._circuits.items())}
+
+    def keys(self, prefix: bytes) -> list[bytes]:
+        """See :meth:`Channel.keys`."""
+        try:
+            table = self._connected(None)
+        except Exception as error:
+            raise translated(error, prefix, in_doubt=False) from error
+        return keys_of(table.client, prefix)
 
     def _connections_to(self, table: ClusterTable, node: Any) -> _KeptConnections:
         pool = table.client.get_redis_connection(node).connection_pool

@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 
 from ratelimit.errors import InvalidConfigurationError, brief
 from ratelimit.stores.circuit import CircuitBreaker
+from ratelimit.stores.clients import cluster_at, place
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
 from ratelimit.stores.redis import AsyncRedisStore, RedisStore
@@ -75,8 +76,10 @@ def store_from_url(url: str) -> Store:
         return MemoryStore()
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
+        server = cluster_at(place(options["host"], options.get("port", 6379)))
         connect = partial(redis.RedisCluster, **options)
-        return RedisStore.over(ClusterChannel(connect, _given(options), breaker=_BREAKER, owned=True))
+        channel = ClusterChannel(connect, _given(options), server=server, breaker=_BREAKER, owned=True)
+        return RedisStore.over(channel)
     with _refusals(url):
         clients = _clients(redis, location, options)
     return RedisStore.over(PoolChannel(*clients, breaker=_BREAKER, owned=True))

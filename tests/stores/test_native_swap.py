@@ -28,6 +28,7 @@ class MadeUp:
 
     def __init__(self, *, native: bool) -> None:
         self.spans_nodes = True
+        self.server = "made up"
         self.native = native
         self.refusal: Exception | None = None
         self.lost = False
@@ -39,6 +40,9 @@ class MadeUp:
 
     def circuits(self) -> dict[str, CircuitStatus]:
         return {}
+
+    def keys(self, prefix: bytes) -> list[bytes]:
+        return []
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float | None = None) -> Replies:
         self._trips.append(commands)
