@@ -20,6 +20,8 @@ from ratelimit import (
     ProxyManager,
     RedisStore,
 )
+from ratelimit.integrations import asgi, wsgi
+from ratelimit.integrations.http import AsyncLimiter, Limiter, Rule
 from ratelimit.testing import ScriptedStore
 
 
@@ -100,3 +102,23 @@ def test_the_log_of_its_end_names_them_too(caplog: pytest.LogCaptureFixture) -> 
     assert manager.try_consume("7")
     assert manager.try_consume("7")
     assert caplog.messages[-1].endswith(", by ProxyManager(ScriptedStore(), '3/hour')")
+
+
+LIMITER = "Limiter(Rule('3/hour', key=client_ip(), name='api'), manager={manager}, namespace='shop')"
+
+
+def test_limiters_and_middlewares_show_their_rules() -> None:
+    rule = Rule("3/hour", name="api")
+    url = "redis://me:secret@localhost:6380/3"
+    by_url = Limiter(rule, manager=url, namespace="shop")
+    assert repr(by_url) == LIMITER.format(manager="'redis://***@localhost:6380/3'")
+    manager = ProxyManager(MemoryStore())
+    assert repr(Limiter(rule, manager=manager, namespace="shop")) == LIMITER.format(
+        manager="ProxyManager(MemoryStore())"
+    )
+    assert repr(AsyncLimiter(enabled=False)) == "AsyncLimiter(enabled=False)"
+    app: Any = print
+    for middleware in (asgi.RateLimitMiddleware, wsgi.RateLimitMiddleware):
+        shown = repr(middleware(app, rule, manager=url, namespace="shop"))
+        assert shown.startswith("RateLimitMiddleware(")
+        assert LIMITER.format(manager="'redis://***@localhost:6380/3'") in shown

@@ -67,6 +67,9 @@ class RateLimitMiddleware:
         self._limiter = AsyncLimiter(*rules, manager=manager, **settings)
         self._router = _router_within(app)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._limiter!r})"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)

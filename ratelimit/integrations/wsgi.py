@@ -55,6 +55,9 @@ class RateLimitMiddleware:
         self._url_map = _url_map_within(app)
         self._limiter = Limiter(*rules, manager=manager, **settings)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._limiter!r})"
+
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         request = http_request(environ)
         if self._url_map is not None:

@@ -296,11 +296,12 @@ def _unknown_option(url: str, error: Exception) -> str | None:
     name = re.search(r"unexpected keyword argument '(.*)'", str(error))
     if name is None:
         return None
-    shown = name[1] in _without_secrets(url)
+    shown = name[1] in without_secrets(url)
     return f"{brief(name[1])} is not a valid option here" if shown else "it has an option that is not valid"
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
+    """Return a URL for a message: with stars in the place of user, password, and whatever may be a part of them."""
     # To the last @ and to the end, since a password may hold what a URL may not.
     named = re.search(r"(?i)password=", url)
     shown = f"{url[: named.end()]}***" if named else url
@@ -313,4 +314,4 @@ def _without_secrets(url: str) -> str:
 
 
 def _invalid(url: str, reason: str) -> InvalidConfigurationError:
-    return InvalidConfigurationError(f"the URL {brief(_without_secrets(url))} is not valid: {reason[:300]}", "url")
+    return InvalidConfigurationError(f"the URL {brief(without_secrets(url))} is not valid: {reason[:300]}", "url")

@@ -25,6 +25,7 @@ from ratelimit.integrations.recording import record, recorders
 from ratelimit.integrations.switch import is_enabled
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.on_error import ErrorPolicy, OnError
+from ratelimit.stores.urls import without_secrets
 
 OnRefused: TypeAlias = Callable[[HttpRequest, HttpDecision], Awaitable[object] | object]
 """Hears of each request that is refused; what it returns does not matter. May be ``async`` where the limiter is."""
@@ -79,6 +80,7 @@ class _Limiter(OfThisProcess):
         enabled: bool = True,
     ) -> None:
         self.rules = checked_rules(rules)
+        self._shown_manager = without_secrets(manager) if isinstance(manager, str) else manager
         self.answers = Answers() if answers is None else answers
         self._has_own_answers = answers is not None
         has_policy = isinstance(manager, ProxyManager | AsyncProxyManager) and manager.has_error_policy
@@ -92,6 +94,16 @@ class _Limiter(OfThisProcess):
         self._kept_bucket = lru_cache(_KEPT_BUCKETS)(self._bucket_of)
         self._refusals = RefusalLog()
         self._other_limits = OtherLimits()
+
+    def __repr__(self) -> str:
+        shown = [*map(repr, self.rules)]
+        if self._shown_manager is not None:
+            shown.append(f"manager={self._shown_manager!r}")
+        if self._namespace:
+            shown.append(f"namespace={self._namespace!r}")
+        if not self._enabled:
+            shown.append("enabled=False")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def _buckets(self) -> ProxyManager | AsyncProxyManager:
