@@ -17,6 +17,7 @@ from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, d
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
+from ratelimit.integrations.marks import marked
 from ratelimit.manager import AsyncProxyManager
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -169,9 +170,8 @@ def exempt(endpoint: EndpointT) -> EndpointT:
     """
     if not callable(endpoint):
         raise InvalidArgumentError(f"exempt must be given an endpoint; got {brief(endpoint)}")
-    setattr(endpoint, _EXEMPT, True)
     _exempted.append(True)
-    return endpoint
+    return marked(endpoint, _EXEMPT, True)
 
 
 def is_exempt(scope: Scope, router: object = None) -> bool:

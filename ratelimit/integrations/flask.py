@@ -27,6 +27,7 @@ from ratelimit.integrations.http.limiter import Limiter, LimiterSettings
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings, checked_rules
 from ratelimit.integrations.managers import manager_of
+from ratelimit.integrations.marks import marked
 from ratelimit.integrations.wsgi import ask_router, decision_of
 from ratelimit.integrations.wsgi import http_request as wsgi_request
 from ratelimit.manager import ProxyManager
@@ -179,8 +180,7 @@ class RateLimiter:
         """
         exempt: Any = view if isinstance(view, Blueprint) else _checked_view(view)
         # Kept with the view, whence functools.wraps takes it along to what other decorators make of it.
-        setattr(exempt, _EXEMPT_OF, {*getattr(exempt, _EXEMPT_OF, ()), self})
-        return view
+        return marked(exempt, _EXEMPT_OF, {*getattr(exempt, _EXEMPT_OF, ()), self})  # type: ignore[no-any-return]
 
     @property
     def decision(self) -> HttpDecision:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, AuthenticationBackend, SimpleUser
+from starlette.endpoints import HTTPEndpoint
 from starlette.middleware import Middleware
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.requests import HTTPConnection, Request
@@ -29,7 +30,7 @@ from ratelimit import (
     ProxyManager,
     StoreUnavailableError,
 )
-from ratelimit.integrations.asgi import App, Message, RateLimitMiddleware, Receive, Scope, Send, http_request
+from ratelimit.integrations.asgi import App, Message, RateLimitMiddleware, Receive, Scope, Send, exempt, http_request
 from ratelimit.integrations.http import Answers, AsyncLimiter, HttpDecision, Rule, client_ip, combined, route, user
 from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
@@ -458,3 +459,40 @@ class TestUvicorn:
         assert refused.value.response.status_code == 429
         assert refused.value.response.headers["Retry-After"] == "3600"
         assert b"quota-exceeded" in refused.value.response.body
+
+
+class TestExempt:
+    @pytest.mark.parametrize("around", [False, True])
+    async def test_endpoints_of_starlette_are_not_limited(self, stored: Stored, around: bool) -> None:
+        @exempt
+        async def health(_: Request) -> Response:
+            return PlainTextResponse("well")
+
+        @exempt
+        class Status(HTTPEndpoint):
+            def get(self, _: Request) -> Response:
+                return PlainTextResponse("well")
+
+        async def index(_: Request) -> Response:
+            return PlainTextResponse("hello")
+
+        inner = Mount("/inner", routes=[Route("/health", health)])
+        routes = [Route("/health", health), Route("/status", Status), Route("/", index), inner]
+        middleware = Middleware(RateLimitMiddleware, "1/hour", manager=stored.amanager)
+        app: App = Starlette(routes=routes, middleware=[] if around else [middleware])
+        if around:
+            app = limiting(stored, app, "1/hour")
+        async with client_of(app) as client:
+            for path in ("/health", "/status", "/inner/health"):
+                for _ in range(2):
+                    response = await client.get(path)
+                    assert response.status_code == 200
+                    assert "RateLimit" not in response.headers
+            assert len(stored.memory) == 0
+            assert [(await client.get("/")).status_code for _ in range(2)] == [200, 429]
+            assert [(await client.get(path)).status_code for path in ("/health", "/nowhere")] == [200, 429]
+
+    def test_what_is_not_an_endpoint_is_refused(self) -> None:
+        wrong: Any = "health"
+        with pytest.raises(InvalidArgumentError, match="exempt must be given an endpoint; got 'health'"):
+            exempt(wrong)

@@ -21,7 +21,7 @@ from django.views import View
 from ratelimit import InvalidArgumentError, InvalidConfigurationError, OnError, ProxyManager
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.integrations import http
-from ratelimit.integrations.django import rate_limit, user_or_client
+from ratelimit.integrations.django import exempt, rate_limit, user_or_client
 from ratelimit.integrations.django.conf import current
 from ratelimit.integrations.http import Answers, HttpDecision, Missing, Rule, client_ip, header, route, user
 from ratelimit.testing import ScriptedStore
@@ -415,6 +415,54 @@ class TestDecorator:
 
         with pytest.raises(InvalidArgumentError, match="a method is limited by method_decorator"):
             Undecorated.as_view()(RequestFactory().get("/"))
+
+
+class TestExempt:
+    def views(self, site: Site) -> dict[str, Any]:
+        """One of each kind, as an application would have it."""
+
+        class Plain(View):
+            def get(self, _: HttpRequest) -> HttpResponse:
+                return HttpResponse("hello")
+
+        class Async(View):
+            async def get(self, _: HttpRequest) -> HttpResponse:
+                return HttpResponse("hello")
+
+        kind: Any = Async if site.asynchronous else Plain
+        by_method: Any = method_decorator(exempt, name="dispatch")
+        decorated = by_method(type("Decorated", (kind,), {}))
+        return {
+            "function": exempt(Views().of(asynchronous=site.asynchronous)),
+            "class": decorated.as_view(),
+            "around": exempt(kind.as_view()),
+            "not": kind.as_view(),
+        }
+
+    @pytest.mark.parametrize("kind", ["function", "class", "around"])
+    def test_the_rules_of_the_middleware_do_not_count_for_a_view(self, site: Callable[..., Site], kind: str) -> None:
+        with site(RULES=["1/minute"]) as one, one.showing(**self.views(one)):
+            assert one.statuses(3, f"/{kind}") == [200, 200, 200]
+            assert "RateLimit" not in one.get(f"/{kind}")
+            assert len(one.memory) == 0
+            assert one.statuses(2, "/not") == [200, 429]
+            assert one.statuses(1, "/nowhere") == [429]
+            assert one.statuses(1, f"/{kind}") == [200]
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_the_limits_of_its_own_decorators_count(self, site: Callable[..., Site], inside: bool) -> None:
+        with site(RULES=["1/minute"]) as one:
+            limit = rate_limit("2/minute")
+            of_its_own = Views().of(asynchronous=one.asynchronous)
+            view = limited(one, *((limit, exempt) if inside else (exempt, limit)), view=of_its_own)
+            with one.showing(own=view):
+                assert one.statuses(3, "/own") == [200, 200, 429]
+
+    def test_refuses_what_is_not_a_view(self) -> None:
+        wrong: Any
+        for wrong in (View, "view"):
+            with pytest.raises(InvalidArgumentError, match="exempt must be given a view that is a function; got"):
+                exempt(wrong)
 
 
 class TestSetting:

@@ -603,6 +603,16 @@ class TestConfigure:
         ]
         assert fields_of(client.get("/health")) == []
 
+    def test_a_bound_method_may_be_exempt(self, limit: Callable[..., RateLimit]) -> None:
+        class Pages:
+            async def health(self, name: str) -> str:
+                return name
+
+        app = FastAPI(dependencies=[Depends(limit("1/minute"))])
+        app.get("/health/{name}")(exempt(Pages().health))
+        client = client_of(app)
+        assert [client.get("/health/db").json() for _ in range(2)] == ["db", "db"]
+
     def test_rules_of_one_name_with_other_limits_are_an_error(self, limit: Callable[..., RateLimit]) -> None:
         app = FastAPI()
         configure(app)

@@ -271,6 +271,15 @@ class TestExempt:
         assert limited.statuses("/part/own", "/part/same") == [429, 200]
         assert (limited.consumed("1/minute"), limited.consumed("1/hour")) == (0, 0)
 
+    def test_a_bound_method_may_be_a_view(self) -> None:
+        class Pages:
+            def health(self) -> str:
+                return "well"
+
+        limited = Limited("1/minute")
+        limited.app.add_url_rule("/health", view_func=limited.limiter.exempt(Pages().health))
+        assert limited.statuses("/health", "/health", "/nowhere", "/nowhere") == [200, 200, 404, 429]
+
     def test_blueprints_are_so_with_those_that_are_nested_in_them(self) -> None:
         limited = Limited("1/minute")
         outer, inner = Blueprint("outer", __name__, url_prefix="/outer"), Blueprint("inner", __name__)

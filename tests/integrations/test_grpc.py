@@ -37,6 +37,7 @@ from ratelimit.integrations.grpc import (
     peer_ip,
 )
 from ratelimit.integrations.http import Missing
+from ratelimit.integrations.logs import hashed
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.faces import Manager
@@ -597,3 +598,85 @@ async def test_sync_and_aio_servers_share_their_buckets_in_redis(redis_url: str)
             assert await client.call() == b"abab"
         for client in (one, other):
             assert (await client.refused()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_interceptors_without_a_name_count_apart(face: Face) -> None:
+    """By their limits, their methods and their kind of key; those that have all of these in common count together."""
+    unary, stream = "/test.Service/unary_unary", "/test.Service/stream_unary"
+    interceptors = [
+        face.interceptor(limits, name=None, key=key, methods=methods)
+        for limits, key, methods in (
+            ("2/hour", peer_ip, [unary]),
+            ("2/hour", peer_ip, [stream]),
+            ("3/hour", peer_ip, None),
+            ("3/hour", method_name, None),
+        )
+    ]
+    async with face.serving(*interceptors) as client:
+        assert [await client.call("unary_unary") for _ in range(2)]
+        assert (await client.refused("unary_unary")).details().startswith("the limit '2/hour' is exceeded")
+        assert await client.call("stream_unary")
+        assert (await client.refused("unary_stream")).details().startswith("the limit '3/hour' is exceeded")
+    assert len(face.store) == 5, "the last one has a bucket for each of two methods"
+    async with face.limited("2/hour", name=None, key=peer_ip, methods=[unary]) as client:
+        await client.refused("unary_unary")
+
+
+async def test_services_are_apart_by_namespace(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop = face.interceptor("1/hour", namespace="shop")
+    monkeypatch.setenv("RATELIMIT_NAMESPACE", "blog")
+    blog = face.interceptor("1/hour")
+    for interceptor in (shop, blog):
+        async with face.serving(interceptor) as client:
+            await client.call()
+            await client.refused()
+    assert face.store.get("shop||calls:/test.Service/unary_unary") is not None
+    assert face.store.get("blog||calls:/test.Service/unary_unary") is not None
+    assert len(face.store) == 2
+
+
+async def test_a_higher_version_replaces_the_limits_of_live_buckets(
+    face: Face, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = face.interceptor("2/hour", version=1), face.interceptor("4/hour", version=2)
+    async with face.serving(old) as old_client, face.serving(new) as new_client:
+        await old_client.call()
+        assert [await new_client.call() for _ in range(2)], "half full before, and after"
+        assert details(await new_client.refused())["QuotaFailure"].violations[0].description == "4/hour"
+        assert details(await old_client.refused())["QuotaFailure"].violations[0].description == "4/hour"
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "the limits of 'calls' are 2/hour in the code, but 4/hour in the store" in warning
+
+
+async def test_an_interceptor_is_switched_off_by_its_argument_or_the_variable(
+    face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with face.limited("1/hour", enabled=False) as client:
+        assert [await client.call() for _ in range(2)]
+    async with face.limited("1/hour") as client:
+        monkeypatch.setenv("RATELIMIT_ENABLED", "false")
+        assert [await client.call() for _ in range(2)]
+        monkeypatch.delenv("RATELIMIT_ENABLED")
+        await client.call()
+        await client.refused()
+
+
+async def test_a_refusal_is_logged_with_the_hash_of_its_key(face: Face, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ratelimit")
+    async with face.limited("1/hour", key=metadata_value("x-user")) as client:
+        await client.call(metadata=(("x-user", "ann"),))
+        await client.refused(metadata=(("x-user", "ann"),))
+    assert caplog.messages == [f"refused by 'calls': key {hashed('ann')}, limits 1/hour"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("version", -1, "version must be None or an int of 0 or more; got -1"),
+        ("namespace", "a b", "namespace must be 1 to 100 printable ASCII characters without spaces; got 'a b'"),
+    ],
+)
+def test_versions_and_namespaces_that_cannot_be_are_refused(option: str, value: Any, message: str) -> None:
+    with pytest.raises(InvalidConfigurationError) as error:
+        RateLimitInterceptor("1/hour", key=peer_ip, **{option: value})
+    assert (str(error.value), error.value.field) == (message, option)

@@ -15,6 +15,7 @@ from ratelimit.integrations.django.conf import async_limiter, current, limiter, 
 from ratelimit.integrations.django.requests import EXEMPT, answered, exempted, native_of
 from ratelimit.integrations.http import Rule, RuleSettings
 from ratelimit.integrations.http.rules import RuleLimits
+from ratelimit.integrations.marks import marked
 
 ViewT = TypeVar("ViewT", bound=Callable[..., Any])
 
@@ -71,15 +72,15 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
 def exempt(view: ViewT) -> ViewT:
     """Let the rules of the middleware not count for a view; those of its own decorators do.
 
-    Class-based views take it as they take :func:`rate_limit`, or around ``as_view()``.
+    Class-based views take it as they take :func:`rate_limit`, or around ``as_view()``. The function itself is marked,
+    so that all of its routes are exempt.
 
     :raises InvalidArgumentError: for what is not callable, and for a class.
     """
     if isclass(view) or not callable(view):
         raise InvalidArgumentError(f"exempt must be given a view that is a function; got {brief(view)}")
-    setattr(view, EXEMPT, True)
     exempted.append(True)
-    return view
+    return marked(view, EXEMPT, True)
 
 
 def _place(view: Callable[..., Any]) -> str:
