@@ -86,3 +86,47 @@ def test_pytest_finds_them_where_the_library_is_installed(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+CONFTEST = """
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _without_limits(ratelimit_disabled):
+    pass
+"""
+
+TESTS = """
+import pytest
+
+from ratelimit import RateLimitExceeded
+from ratelimit.integrations.functions import limited
+
+
+@limited("1/minute", name="mail")
+def send():
+    return "sent"
+
+
+def test_others():
+    assert [send(), send()] == ["sent", "sent"]
+
+
+def test_limits(ratelimit_clock):
+    send()
+    with pytest.raises(RateLimitExceeded):
+        send()
+
+
+def test_others_after_it():
+    assert [send(), send()] == ["sent", "sent"]
+"""
+
+
+def test_a_test_about_limits_may_have_them_where_they_are_off_for_all_others(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_service.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
