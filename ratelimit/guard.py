@@ -321,7 +321,7 @@ class Guard:
         if logs:
             _logger.warning(
                 "the store fails (%s); decisions are made without it, by on_error=%s, for the key %s and others of %s",
-                type(error).__name__ if isinstance(error, CorruptStateError) else _bounded(str(error)),
+                type(error).__name__ if isinstance(error, CorruptStateError) else _bounded(_reason(error)),
                 chosen.kind,
                 shown(key),
                 self._described(),
@@ -474,6 +474,11 @@ def _seen(command: Command[Any], tokens: int, answer: Any) -> tuple[int, int | N
         wait = answer.wait if isinstance(answer, Reserved) else answer
         return (0 if wait == NEVER else tokens), remaining, wait
     return (tokens if answer else 0), remaining, wait
+
+
+def _reason(error: RateLimitError) -> str:
+    """Return what has happened, without the key, which the log names by itself."""
+    return error.message if isinstance(error, StoreError) else str(error)
 
 
 def _bounded(text: str) -> str:

@@ -91,6 +91,7 @@ def test_the_log_of_an_outage_names_the_manager_and_the_server(caplog: pytest.Lo
     assert record.message.endswith(
         "for the key '7' and others of ProxyManager(RedisStore(localhost:1/2), '3/hour', prefix='users:')"
     )
+    assert record.message.count("'7'") == 1
     assert "secret" not in record.message
 
 

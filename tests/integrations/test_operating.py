@@ -239,6 +239,10 @@ class TestProxies:
             (client_ip(), "testclient", "203.0.113.7"),
             (client_ip(trusted_proxies=["10.0.0.5"]), "10.0.0.5", "203.0.113.7"),
             (client_ip(hops=1), "10.0.0.5", "203.0.113.7"),
+            # What a server has made of the header already.
+            (client_ip(), "192.168.1.7", "192.168.1.7"),
+            (client_ip(), "192.168.1.7", "6.6.6.6, 192.168.1.7, 10.0.0.5"),
+            (client_ip(), "fd00::7", "[FD00:0::7]:4711"),
         ],
     )
     def test_nothing_is_said_where_all_is_well(

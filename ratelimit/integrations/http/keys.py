@@ -150,9 +150,12 @@ def _is_of_proxy(peer: str) -> bool:
 
 
 def _warn_of_proxy(request: HttpRequest, peer: str) -> None:
-    """Warn, once for each process, where all clients seem to be counted as the proxy that they come through."""
+    """Warn, once for each process, where all clients seem to be counted as the proxy that they come through.
+
+    A peer that the header lists is not the proxy, but the client, which the server has put in the place of the proxy.
+    """
     header = next((name for name in _READERS if request.header(name)), None)
-    if header is None:
+    if header is None or address.parse(peer) in _READERS[header](request.header(header) or ""):
         return
     _warned_of_proxy.append(True)
     _logger.warning(
