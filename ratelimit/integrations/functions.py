@@ -230,7 +230,10 @@ def _name_of(function: object) -> str:
 def _checked_manager(manager: object, kind: type[M], function: str) -> M | str | None:
     if manager is None or isinstance(manager, str | kind):
         return manager
-    raise InvalidArgumentError(f"{function} function needs a manager that is a {kind.__name__}, not {brief(manager)}")
+    article = "an" if kind is AsyncProxyManager else "a"
+    raise InvalidArgumentError(
+        f"manager of {function} function must be {article} {kind.__name__} or a URL; got {brief(manager)}"
+    )
 
 
 def _checked(value: T, kinds: type | tuple[type, ...], name: str, wanted: str) -> T:

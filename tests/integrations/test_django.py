@@ -506,7 +506,7 @@ class TestSetting:
             ON_ERROR=f"{here}.policy",
         ) as at:
             response = at.get(headers={"X-Forwarded-For": "203.0.113.7"})
-            assert current().limiters["on_error"] is policy
+            assert current().limiters.get("on_error") is policy
             assert current().rules[0] is LOGIN
         assert response["X-RateLimit-Limit"] == "3"
         assert "RateLimit" not in response

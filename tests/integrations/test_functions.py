@@ -421,7 +421,7 @@ async def test_objects_that_are_called_are_limited_by_the_kind_of_their_call() -
 def test_a_manager_of_the_other_kind_is_refused_at_decoration(face: Face) -> None:
     other = Face(not face.asynchronous).manager()
     with pytest.raises(
-        InvalidArgumentError, match=f"needs a manager that is a.*ProxyManager, not <.*{type(other).__name__}"
+        InvalidArgumentError, match=rf"must be an? (Async)?ProxyManager or a URL; got {type(other).__name__}\("
     ):
         limited("1/hour", manager=other)(face.function())
 

@@ -75,7 +75,7 @@ class RateLimitSettings:
     @property
     def answers(self) -> Answers:
         """What clients are told."""
-        return self.limiters["answers"] or Answers()
+        return self.limiters.get("answers") or Answers()
 
     def keyed(self, rule: Rule) -> Rule:
         """Return the rule, with the key of the setting where it has none of its own."""
