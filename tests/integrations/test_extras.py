@@ -19,7 +19,7 @@ from tests.integrations.packages import PACKAGES
 ROOT = Path(__file__).parents[2]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 WITHOUT_EXTRAS = "RATELIMIT_TEST_WITHOUT_EXTRAS"
-HELPERS = {"extras", "logs", "managers", "recording", "switch"}
+HELPERS = {"extras", "logs", "managers", "marks", "recording", "switch"}
 
 
 def test_every_integration_is_tested() -> None:

@@ -440,7 +440,7 @@ async def later(*_: object) -> Any: ...
         ({"wait": 0}, "wait must be above 0, not 0"),
         ({"wait": "5"}, "wait must be a timedelta or a number of seconds, not '5'"),
         ({"name": b"send"}, "name must be a str, not b'send'"),
-        ({"manager": 42}, "a sync function needs a manager that is a ProxyManager, not 42"),
+        ({"manager": 42}, "manager of a sync function must be a ProxyManager or a URL; got 42"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_at_decoration(arguments: dict[str, Any], complaint: str) -> None:
