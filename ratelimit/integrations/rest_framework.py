@@ -59,6 +59,8 @@ class RateLimitThrottle(BaseThrottle):
     :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.
     :cvar cost: tokens of a request.
     :cvar exempt: not limited are requests for which this is true.
+    :cvar version: of the limits; raise it whenever they change, so that live buckets get the new ones.
+    :cvar enabled: False: the throttle lets every request through.
     """
 
     limits: RuleLimits | None = None
@@ -67,6 +69,8 @@ class RateLimitThrottle(BaseThrottle):
     key: RequestKey = user_or_client
     cost: Cost = 1
     exempt: Predicate | None = None
+    version: int | None = None
+    enabled: bool = True
 
     _decision = HttpDecision()
 
@@ -101,7 +105,9 @@ class RateLimitThrottle(BaseThrottle):
         try:
             if isinstance(limits, list | tuple):  # which may have no hash
                 limits = BucketConfiguration.of(limits)
-            return None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt)
+            return (
+                None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt, cls.version, cls.enabled)
+            )
         except InvalidConfigurationError as error:
             raise ImproperlyConfigured(f"{cls.__name__} cannot be: {error}") from error
 
@@ -117,8 +123,16 @@ def _rate(throttle: str, scope: str | None) -> Limits | None:
 
 
 @lru_cache(maxsize=1024)
-def _made(limits: RuleLimits, name: str | None, key: RequestKey, cost: Cost, exempt: Predicate | None) -> Rule:
-    return Rule(limits, name=name, key=key, cost=cost, exempt=exempt)
+def _made(  # noqa: PLR0917  # as a class has them
+    limits: RuleLimits,
+    name: str | None,
+    key: RequestKey,
+    cost: Cost,
+    exempt: Predicate | None,
+    version: int | None,
+    enabled: bool,
+) -> Rule:
+    return Rule(limits, name=name, key=key, cost=cost, exempt=exempt, version=version, enabled=enabled)
 
 
 def _is_known(request: HttpRequest) -> bool:

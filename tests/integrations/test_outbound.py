@@ -98,6 +98,20 @@ async def test_each_waits_for_its_turn(face: Face) -> None:
     assert face.clock.slept == [SECOND] * 3
 
 
+@pytest.mark.parametrize("by", ["argument", "variable"])
+async def test_nobody_waits_where_it_is_switched_off(face: Face, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = face.limit(enabled=by != "argument")
+    if by == "variable":
+        monkeypatch.setenv("RATELIMIT_ENABLED", "false")
+    for _ in range(3):
+        assert await face.acquire(limit) is None
+    assert limit.remaining_hold() == 0
+    assert face.clock.slept == []
+    assert len(face.store) == 0
+    monkeypatch.delenv("RATELIMIT_ENABLED", raising=False)
+    assert await face.acquire(limit) == (None if by == "argument" else "api")
+
+
 async def test_a_list_of_limits_is_several_limits(face: Face) -> None:
     limit = face.limit(["3/hour", "2/minute"], max_wait=None)
     for _ in range(4):

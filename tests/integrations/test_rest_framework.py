@@ -185,6 +185,28 @@ class TestThrottles:
             assert at.statuses(2, headers={"X-Tenant": "other"}) == [200, 429]
             assert at.statuses(2, headers={"X-Tenant": "other", "X-Internal": "1"}) == [200, 200]
 
+    def test_replace_the_limits_of_live_buckets_by_a_higher_version(self, site: Callable[..., Site]) -> None:
+        class Old(RateLimitThrottle):
+            scope = "searches"
+            version = 1
+
+        class New(Old):
+            version = 2
+
+        with site() as at, at.showing(old=api(Old), new=api(New)):
+            with override_settings(**rates(searches="2/day")):
+                assert at.statuses(1, "/old") == [200]
+            with override_settings(**rates(searches="4/day")):
+                assert at.statuses(3, "/new") == [200, 200, 429]
+
+    def test_let_every_request_through_where_they_are_switched_off(self, site: Callable[..., Site]) -> None:
+        class Off(First):
+            enabled = False
+
+        with site() as at, at.showing(index=api(Off)):
+            assert at.statuses(4) == [200] * 4
+            assert len(at.memory) == 0
+
     def test_let_no_client_choose_its_bucket_by_a_header(self, site: Callable[..., Site]) -> None:
         headers = [{"X-Forwarded-For": f"203.0.113.{number}"} for number in range(3)]
         views = {"anon": api(AnonRateLimit), "user": api(UserRateLimit)}

@@ -31,6 +31,7 @@ from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, RateLimi
 from ratelimit.handle import nanos_of, token_count
 from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
+from ratelimit.integrations.switch import is_enabled
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import steady_clock
@@ -86,6 +87,7 @@ class OutboundLimit(OfThisProcess):
     :param manager: a ``ProxyManager`` for sync code, an ``AsyncProxyManager`` for asyncio; or the URL of a store that
         the process shares, by default that in the variable ``RATELIMIT_URL``, or on this machine.
     :param clock: by what holds are kept in this process, and slept out; the machine's by default.
+    :param enabled: False: no call waits, as where ``RATELIMIT_ENABLED`` is ``false``.
     :param jitter: gives numbers from 0 to 1: the part of a tenth of a hold (at most ten seconds) that is added to it.
     :raises InvalidConfigurationError: for limits that cannot be.
     :raises InvalidArgumentError: for another argument that cannot be.
@@ -103,6 +105,7 @@ class OutboundLimit(OfThisProcess):
         prefix: str = "outbound:",
         manager: ProxyManager | AsyncProxyManager | str | None = None,
         clock: Clock | None = None,
+        enabled: bool = True,
         jitter: Callable[[], float] = _random,
     ) -> None:
         arguments: dict[str, Any] = {
@@ -114,6 +117,7 @@ class OutboundLimit(OfThisProcess):
             "prefix": prefix,
             "manager": manager,
             "clock": clock,
+            "enabled": enabled,
         }
         if jitter is not _random:  # which cannot be pickled
             arguments["jitter"] = jitter
@@ -133,6 +137,7 @@ class OutboundLimit(OfThisProcess):
         self._prefix = prefix
         self._manager = manager
         self._clock = _MachineClock() if clock is None else clock
+        self._enabled = enabled
         self._jitter = jitter
         self._holds: dict[Key, _Hold] = {}
         self._lock = fork_safety.lock()
@@ -302,6 +307,8 @@ class OutboundLimit(OfThisProcess):
 
     def key_of(self, request: Any) -> Key | None:
         """The key that a request counts under; None where it is not limited."""
+        if not self._enabled or not is_enabled():
+            return None
         key = self._key(request) if callable(self._key) else self._key
         return None if key is None else _checked_key(key)
 
