@@ -269,7 +269,7 @@ def time_nanos(time_reply: Any) -> int:
 
 def _channel(client: redis.Redis | redis.RedisCluster, breaker: CircuitBreaker | None) -> Channel:
     if isinstance(client, redis.RedisCluster):
-        return ClusterChannel(lambda: client, cluster_of(client), breaker=breaker)
+        return ClusterChannel(lambda: client, server=cluster_of(client), breaker=breaker)
     if isinstance(client, redis.Redis):
         return PoolChannel(client, breaker=breaker)
     raise InvalidArgumentError(
