@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from time import monotonic
 from typing import Final
 
 from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.errors import Key
+from ratelimit.runtime.clock import monotonic
 
 _REFUSALS_PER_SECOND: Final = 10
 _HASH_BYTES: Final = 6
