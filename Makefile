@@ -37,7 +37,8 @@ interop: $(VENV)/installed-test ## run the tests that share buckets with Bucket4
 	mvn --quiet --batch-mode --file tests/interop/pom.xml compile
 	$(VENV)/bin/pytest tests/interop $(ARGS)
 
-soak: $(VENV)/installed-soak ## run a mixed load over a bad network for ten minutes, and a fuzzer
+soak: $(VENV)/installed-soak ## run storms of interruptions, a mixed load over a bad network for ten minutes, and a fuzzer
+	$(if $(ARGS),,RATELIMIT_STORM_SECONDS=60 $(VENV)/bin/pytest -q tests/test_interruptions.py)
 	$(PY) -m tests.soak $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and types

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
 
 import redis.asyncio
 
@@ -73,9 +72,10 @@ async def connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
             turn = turns.get(key)
             if turn is None:
                 turn = 0
-                await channel.send(b"", (("SET", key, STATES[0]),))
+                await channel.send(b"", ((b"SET", key.encode(), STATES[0]),))
             turns[key] = 1 - turn
-            await channel.send(b"", (("EVALSHA", sha, 1, key, STATES[turn], STATES[1 - turn], TTL),))
+            command = (b"EVALSHA", sha, b"1", key.encode(), STATES[turn], STATES[1 - turn], b"%d" % TTL)
+            await channel.send(b"", (command,))
             return True
 
         yield hit
@@ -90,7 +90,7 @@ async def core_over_connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
         async def hit(key: str) -> bool:
             if key not in known:
                 before, state = known[key] = _made(plan)
-                await channel.send(b"", (("SET", key, before),))
+                await channel.send(b"", ((b"SET", key.encode(), before),))
             before, state = known[key]
             while True:
                 now = time.time_ns()
@@ -98,7 +98,8 @@ async def core_over_connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
                 if after is None:
                     return granted
                 new = codec.encode(after)
-                command = ("EVALSHA", sha, 1, key, before, new, _TTL.ttl_millis(after, now))
+                ttl = b"%d" % _TTL.ttl_millis(after, now)
+                command = (b"EVALSHA", sha, b"1", key.encode(), before, new, ttl)
                 (reply,) = await channel.send(b"", (command,))
                 if reply == 1:
                     known[key] = new, after
@@ -109,10 +110,10 @@ async def core_over_connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
 
 
 @asynccontextmanager
-async def _channel(setup: Setup) -> AsyncGenerator[tuple[AsyncPoolChannel, str]]:
+async def _channel(setup: Setup) -> AsyncGenerator[tuple[AsyncPoolChannel, bytes]]:
     client = redis.asyncio.Redis.from_url(setup.url)
     channel = AsyncPoolChannel(client, owned=True)
     try:
-        yield channel, cast("Any", await client.script_load(SCRIPT))
+        yield channel, (await client.script_load(SCRIPT)).encode()
     finally:
         await channel.close()

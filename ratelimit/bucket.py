@@ -94,7 +94,7 @@ class Bucket(OfThisProcess):
 
         A wait that is interrupted gives its tokens back, unless others wait behind it: they keep their times.
         """
-        return drive(self._handle.consume(tokens, timeout))
+        return self._handle.shielded(self._handle.consume, tokens, timeout)
 
     def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """Whether the tokens could be consumed now, and how long to wait for them."""
@@ -188,7 +188,7 @@ class VerboseBucket(OfThisProcess):
 
     def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.consume`."""
-        return drive(self._handle.consume_verbosely(tokens, timeout))
+        return self._handle.shielded(self._handle.consume_verbosely, tokens, timeout)
 
     def estimate_ability_to_consume(
         self, tokens: int, *, timeout: Duration | None = None

@@ -23,6 +23,21 @@ def drive(steps: Steps[T]) -> T:
             value = steps.send(value)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
+    except BaseException as error:
+        if steps.gi_frame is None:  # type: ignore[attr-defined]  # they have ended by it
+            raise
+        # The handler of a signal has raised it here, while the steps stand still. Left alone they would hold what they
+        # hold for as long as somebody keeps the error, whose traceback has them in it.
+        return _driven_on(steps, error)
+
+
+def _driven_on(steps: Steps[T], error: BaseException) -> T:
+    try:
+        value = steps.throw(error)
+        while True:
+            value = steps.send(value)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
 async def adrive(steps: Steps[T]) -> T:

@@ -27,7 +27,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ratelimit.cancelled import CancelledWaits
 from ratelimit.core import codec
@@ -49,6 +49,9 @@ from ratelimit.errors import (
 from ratelimit.remembered import Remembered, Seen
 from ratelimit.runtime import fork_safety
 from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, Store
+
+if TYPE_CHECKING:
+    from ratelimit.shield import Shield
 
 T = TypeVar("T")
 
@@ -78,6 +81,7 @@ class Call:
     :ivar carried: whether another call's exchange carries the command.
     :ivar degraded: whether the answer is not the store's, which has failed.
     :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
+    :ivar shield: keeps the tokens of a wait in sync code.
     """
 
     # Of the class until they are set, as mostly they are not: every decision makes a call.
@@ -86,6 +90,7 @@ class Call:
     carried: bool = False
     degraded: bool = False
     charged: bool = True
+    shield: Shield | None = None
 
     def __init__(self, deadline: float | None = None, holds: bool = False) -> None:
         self.deadline = deadline

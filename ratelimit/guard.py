@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple, TypeVar
+from weakref import ref
 
 from ratelimit.core.commands import (
     Book,
@@ -74,18 +75,64 @@ _VERBS: Final[dict[type[Command[Any]], str]] = {
 _logger = logging.getLogger("ratelimit")
 
 
+class _UnderWay(NamedTuple):
+    """A debt that an exchange carries to the store.
+
+    :ivar debt: refers to it for as long as there is somebody who will say what came of it.
+    :ivar call: the call that carries it.
+    """
+
+    debt: ref[Debt]
+    tokens: int
+    call: Call
+
+
+class _Books(NamedTuple):
+    """What was consumed of a local bucket; replaced as a whole, so that no interruption leaves them half written.
+
+    :ivar uncharged: tokens that are not charged to the shared bucket, as far as is known.
+    :ivar under_way: which of them are being charged.
+    """
+
+    uncharged: int = 0
+    under_way: tuple[_UnderWay, ...] = ()
+
+    def looked_through(self) -> _Books:
+        """The books without the debts whose carrier was interrupted.
+
+        They are to be charged by another, unless the store was asked: then it may have them already.
+        """
+        if all(one.debt() is not None for one in self.under_way):
+            return self
+        lost = [one.tokens for one in self.under_way if one.debt() is None and _was_asked(one.call)]
+        return _Books(self.uncharged - sum(lost), tuple(one for one in self.under_way if one.debt() is not None))
+
+    def without(self, debt: Debt, charged: int) -> _Books:
+        """The books after the end of a debt."""
+        return _Books(self.uncharged - charged, tuple(one for one in self.under_way if one.debt() is not debt))
+
+    @property
+    def free(self) -> int:
+        """Tokens that are not charged, and that nobody is charging."""
+        return self.uncharged - sum(one.tokens for one in self.under_way)
+
+
+_NOTHING: Final = _Books()
+
+
 @dataclass(slots=True, eq=False)
 class _Local:
-    """A bucket that stands in for a shared one; tokens that were consumed of it and are not charged yet."""
+    """A bucket that stands in for a shared one, and the books about it."""
 
     target: Target
     plan: Plan
     state: BucketState
-    uncharged: int = 0
+    books: _Books = _NOTHING
 
 
-class Debt(NamedTuple):
-    """Tokens that were consumed of a local bucket, and are not charged to the shared one."""
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Debt:
+    """Tokens that were consumed of a local bucket, and are on their way to the shared one."""
 
     local: _Local
     tokens: int
@@ -110,7 +157,7 @@ class LocalBuckets:
     def __bool__(self) -> bool:
         return bool(self._buckets)
 
-    def decide(self, target: Target, plan: Plan, share: Any, command: Command[T], *, in_doubt: bool) -> T:
+    def decide(self, target: Target, plan: Plan, share: Any, command: Command[T], call: Call, *, in_doubt: bool) -> T:
         """The answer of the local bucket.
 
         :param in_doubt: whether the store may have decided as well, so that nothing is to be charged to it.
@@ -124,24 +171,38 @@ class LocalBuckets:
             before = BucketState.initial(own.configuration, own.version, now) if state is None else state.refilled(now)
             after, answer = execute(command, own, before, now)
             if local is None:
-                local = self._buckets[key] = _Local(target, plan, before)
-                self._size += _weight(key)
+                local, weight = _Local(target, plan, before), _weight(key)
+                self._buckets[key] = local
+                self._size += weight
+            books = local.books
             if after is not None and not in_doubt:
-                local.uncharged += wrap(after.consumed_tokens - before.consumed_tokens)
-            local.plan, local.state = plan, after or before
+                consumed = wrap(after.consumed_tokens - before.consumed_tokens)
+                books = _Books(books.uncharged + consumed, books.under_way)
+            # From here to the end of what the shield gets there is no call, at which a signal might be let in.
+            local.plan, local.state, local.books = plan, after or before, books
+            if call.shield is not None and not in_doubt:
+                call.shield.local_answers.append(answer)
             self._buckets.move_to_end(key)
             while self._size > self._limit and len(self._buckets) > 1:
-                forgotten, _ = self._buckets.popitem(last=False)
-                self._size -= _weight(forgotten)
+                self._drop(next(iter(self._buckets)))
             return answer
+
+    def _drop(self, key: bytes) -> None:
+        weight = _weight(key)
+        del self._buckets[key]
+        self._size -= weight
 
     def give_back(self, target: Target, tokens: int) -> None:
         """Undo a consumption of the local bucket, if it is still there."""
         with self._lock:
             local = self._buckets.get(target.stored_key)
             if local is not None:
-                local.state = local.state.given_back(tokens)
-                local.uncharged -= min(tokens, local.uncharged)
+                books = local.books
+                state, books = (
+                    local.state.given_back(tokens),
+                    books._replace(uncharged=books.uncharged - max(0, min(tokens, books.free))),
+                )
+                local.state, local.books = state, books
 
     def cancel(self, target: Target, command: Cancel) -> None:
         """Undo a reservation of the local bucket, if that is still there; what is not used is not charged either."""
@@ -149,42 +210,53 @@ class LocalBuckets:
         with self._lock:
             local = self._buckets.get(key)
             if local is not None:
-                state = local.state.refilled(self._now(key))
-                local.state = command.decide(state, 0)[0] or state
-                local.uncharged -= min(command.tokens, local.uncharged)
+                books, state = local.books, local.state.refilled(self._now(key))
+                state = command.decide(state, 0)[0] or state
+                books = books._replace(uncharged=books.uncharged - max(0, min(command.tokens, books.free)))
+                local.state, local.books = state, books
 
-    def debt(self, key: bytes) -> Debt | None:
-        """What was consumed of a local bucket, now on its way to the store; None where that is nothing."""
+    def debt(self, key: bytes, call: Call) -> Debt | None:
+        """What was consumed of a local bucket, now on its way to the store; None where that is nothing.
+
+        :param call: the one that carries it.
+        """
         with self._lock:
             local = self._buckets.get(key)
-            if local is None or local.uncharged <= 0:
+            if local is None or local.books.uncharged <= 0:
                 return None
-            tokens, local.uncharged = local.uncharged, 0
-            return Debt(local, tokens)
+            books = local.books.looked_through()
+            debt = Debt(local, books.free)
+            under_way = () if debt.tokens <= 0 else (_UnderWay(ref(debt), debt.tokens, call),)
+            local.books = books._replace(under_way=books.under_way + under_way)
+            return debt if under_way else None
 
     def forget(self, key: bytes) -> None:
         """Drop a local bucket, and what was consumed of it: the shared one has been removed."""
         with self._lock:
-            if self._buckets.pop(key, None) is not None:
-                self._size -= _weight(key)
+            if key in self._buckets:
+                self._drop(key)
 
     def forget_debts(self) -> None:
         """In a forked process: they are the parent's to charge."""
         for local in self._buckets.values():
-            local.uncharged = 0
+            local.books = _NOTHING
 
-    def put_back(self, debt: Debt) -> None:
-        """It has not got there."""
-        with self._lock:
-            debt.local.uncharged += debt.tokens
+    def settle(self, debt: Debt, *, charged: bool) -> None:
+        """Take note of the end of a debt.
 
-    def debts(self) -> Iterator[Debt]:
-        """Of all local buckets."""
+        :param charged: whether the store has it, or may have it.
+        """
         with self._lock:
-            keys = [key for key, local in self._buckets.items() if local.uncharged]
+            debt.local.books = debt.local.books.without(debt, debt.tokens if charged else 0)
+
+    def debts(self, call: Callable[[], Call]) -> Iterator[tuple[Debt, Call]]:
+        """The debts of all local buckets, and the calls that are to carry them."""
+        with self._lock:
+            keys = [key for key, local in self._buckets.items() if local.books.uncharged]
         for key in keys:
-            if (debt := self.debt(key)) is not None:
-                yield debt
+            carrying = call()
+            if (debt := self.debt(key, carrying)) is not None:
+                yield debt, carrying
 
 
 def _weight(key: bytes) -> int:
@@ -195,7 +267,7 @@ class Guard:
     """The policy of a manager, its listener, and its local buckets.
 
     :param spawn: runs steps beside the caller.
-    :param described: prints the manager, with its store, for logs.
+    :param described: the manager, with its store, as logs name it.
     :param asynchronous: whether callers are tasks.
     """
 
@@ -204,7 +276,7 @@ class Guard:
         listener: Listener | None,
         local: LocalBuckets,
         spawn: Callable[[Steps[None]], None],
-        described: Callable[[], str],
+        described: str,
         *,
         asynchronous: bool,
     ) -> None:
@@ -236,7 +308,7 @@ class Guard:
         """Do the exchange, and what is to be done around it."""
         begun = backend.monotonic()
         observed = _observed(command) if self.listener is not None and command.is_decision else command
-        debt = self._local.debt(target.stored_key) if self._local and not command.only_reads else None
+        debt = self._local.debt(target.stored_key, call) if self._local and not command.only_reads else None
         error: Exception | None = None
         try:
             if debt is None:
@@ -271,10 +343,10 @@ class Guard:
         try:
             outcome = yield from exchange(backend, target, plan, Synchronize(debt.tokens, command, booking=True), call)
         except BaseException as error:
-            was_asked = call.round_trips or call.carried or isinstance(error, StoreError)
-            if not (was_asked and _is_in_doubt(error)):
-                self._local.put_back(debt)
+            was_asked = _was_asked(call) or isinstance(error, StoreError)
+            self._local.settle(debt, charged=was_asked and _is_in_doubt(error))
             raise
+        self._local.settle(debt, charged=True)
         return outcome.answer
 
     def _answer_without_store(  # noqa: PLR0917  # a policy, and an exchange
@@ -300,7 +372,7 @@ class Guard:
             self._local.give_back(target, command.tokens)
         else:
             call.charged = not _is_in_doubt(error)
-            answer = self._local.decide(target, plan, chosen.share, command, in_doubt=_is_in_doubt(error))
+            answer = self._local.decide(target, plan, chosen.share, command, call, in_doubt=_is_in_doubt(error))
         self._log_degraded(target.key, chosen, error)
         if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
             if isinstance(answer, VerboseResult) and isinstance(answer.value, ConsumptionProbe | EstimationProbe):
@@ -324,7 +396,7 @@ class Guard:
                 type(error).__name__ if isinstance(error, CorruptStateError) else _bounded(_reason(error)),
                 chosen.kind,
                 shown(key),
-                self._described(),
+                self._described,
             )
 
     def _recovered(self, exchange: Exchange, backend: Backend) -> None:
@@ -341,7 +413,7 @@ class Guard:
                 "the store answers again; %d decisions were made without it in %.1f s, by %s",
                 degraded,
                 now - since,
-                self._described(),
+                self._described,
             )
         if sweeps:
             with suppress(RuntimeError):  # no thread to be had: the next one that the store answers tries again
@@ -370,20 +442,20 @@ class Guard:
         """
         failure: RateLimitError | None = None
         in_a_row = 0
-        for debt in self._local.debts():
+        for debt, call in self._local.debts(backend.own_call):
             local = debt.local
             try:
-                yield from exchange(backend, local.target, local.plan, Book(debt.tokens), backend.own_call())
+                yield from exchange(backend, local.target, local.plan, Book(debt.tokens), call)
             except (BucketNotFoundError, CorruptStateError):  # there is nothing to charge it to
-                continue
+                self._local.settle(debt, charged=True)
             except BaseException as error:
-                if not _is_in_doubt(error):
-                    self._local.put_back(debt)
+                self._local.settle(debt, charged=_is_in_doubt(error))
                 in_a_row += 1
                 if not isinstance(error, RateLimitError) or in_a_row >= _FAILURES_OF_A_SWEEP:
                     raise
                 failure = failure or error
             else:
+                self._local.settle(debt, charged=True)
                 in_a_row = 0
         if failure is not None:
             raise failure
@@ -432,6 +504,10 @@ class Guard:
             self.listener.on_decision(decision)
         except Exception:
             _logger.exception("a listener has failed")
+
+
+def _was_asked(call: Call) -> bool:
+    return bool(call.round_trips or call.carried)
 
 
 def _is_in_doubt(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from ratelimit.cancelled import Place
@@ -46,6 +46,7 @@ from ratelimit.merging import TaskMerger
 from ratelimit.on_error import ErrorPolicy
 from ratelimit.optimizing import Optimizer
 from ratelimit.runtime import fork_safety
+from ratelimit.shield import Shield
 
 T = TypeVar("T")
 
@@ -104,9 +105,10 @@ class Handle:
         return (yield from self._exchanged(plan, command, call))
 
     def _exchanged(self, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
+        exchange = self.exchange if call.shield is None else call.shield.exchange
         if self.guard is None:
-            return self.exchange(self.backend, self.target, plan, command, call)
-        return self.guard.run(self.on_error, self.exchange, self.backend, self.target, plan, command, call)
+            return exchange(self.backend, self.target, plan, command, call)
+        return self.guard.run(self.on_error, exchange, self.backend, self.target, plan, command, call)
 
     def call(self, timeout: Duration | None = None, *, holds: bool = False) -> Call:
         """A call that begins now, with its own timeout or that of the bucket."""
@@ -138,20 +140,38 @@ class Handle:
             return answer
         return adrive(merger.lead(self.backend, self.target, plan, command, call))
 
-    def consume(self, tokens: int, timeout: Duration | None) -> Steps[bool]:
+    def consume(self, tokens: int, timeout: Duration | None, shield: Shield | None = None) -> Steps[bool]:
         """Reserve the tokens and sleep until they are there; False where that would take longer than the timeout."""
-        reserved = yield from self._wait(tokens, timeout, _itself)
+        reserved = yield from self._wait(tokens, timeout, _itself, shield)
         return reserved.wait != NEVER
 
-    def consume_verbosely(self, tokens: int, timeout: Duration | None) -> Steps[VerboseResult[bool]]:
+    def consume_verbosely(
+        self, tokens: int, timeout: Duration | None, shield: Shield | None = None
+    ) -> Steps[VerboseResult[bool]]:
         """The same; the bucket is shown as it was after the reservation."""
-        result = yield from self._wait(tokens, timeout, _verbosely)
+        result = yield from self._wait(tokens, timeout, _verbosely, shield)
         consumed: Any = result.value.wait != NEVER
         return replace(result, value=consumed)  # type: ignore[return-value]  # whose value is a bool now
 
-    def _wait(self, tokens: int, timeout: Duration | None, wrap: Callable[[Command[Reserved]], Command[T]]) -> Steps[T]:
+    def shielded(self, verb: Callable[[int, Duration | None, Shield], Steps[T]], tokens: int, timeout: Any) -> T:
+        """Run one of these two in sync code; tokens are given back wherever it is interrupted."""
+        shield = Shield(self.exchange, partial(self._cancel_late, tokens), self.timeout)
+        try:
+            return drive(verb(tokens, timeout, shield))
+        except BaseException:
+            shield.undo()
+            raise
+
+    def _wait(
+        self,
+        tokens: int,
+        timeout: Duration | None,
+        wrap: Callable[[Command[Reserved]], Command[T]],
+        shield: Shield | None,
+    ) -> Steps[T]:
         reservation = Reserve(token_count(tokens), NEVER if timeout is None else _longest_wait(timeout))
         call = self.call(holds=True)
+        call.shield = shield
         try:
             answer = yield from self.run(wrap(reservation), call)
         except RateLimitError as error:
@@ -174,22 +194,36 @@ class Handle:
                 call.interruption = error
         if call.interruption is not None:
             if reserved.noted is not None and call.charged:
-                cancel = Cancel(tokens, reserved.noted, reserved.surplus)
-                yield from self._cancel(Place(cancel, until), call.interruption, degraded=call.degraded)
+                yield from self._interrupted(tokens, reserved, until, call)
             raise call.interruption
         return answer
 
-    def _cancel(self, place: Place, interruption: BaseException, *, degraded: bool) -> Steps[None]:
+    def _interrupted(self, tokens: int, reserved: Reserved, until: float, call: Call) -> Steps[None]:
+        if self.guard is not None:
+            self.guard.interrupted(self.target.key, tokens, call.interruption)  # type: ignore[arg-type]  # there is one
+        if call.shield is None:  # a shield undoes it where the call ends
+            yield from self._cancel(tokens, reserved, until, degraded=call.degraded)
+
+    def _cancel_late(self, tokens: int, answer: Any, answered_at: float | None) -> None:
+        """Undo what has reserved tokens, if it has.
+
+        :param answered_at: when the store has answered so; None: a local bucket has.
+        """
+        reserved: Reserved = _value(answer)
+        if reserved.noted is not None:
+            until = (answered_at or 0.0) + reserved.wait / NANOS_PER_SECOND
+            drive(self._cancel(tokens, reserved, until, degraded=answered_at is None))
+
+    def _cancel(self, tokens: int, reserved: Reserved, until: float, *, degraded: bool) -> Steps[None]:
         """Undo a reservation, unless others count on its place.
 
         :param degraded: whether it was made in a local bucket.
         """
-        tokens = place.cancel.tokens
-        if self.guard is not None:
-            self.guard.interrupted(self.target.key, tokens, interruption)
-            if degraded:
-                self.guard.cancel_locally(self.target, place.cancel)
-                return
+        cancel = Cancel(tokens, reserved.noted, reserved.surplus)  # type: ignore[arg-type]  # it is noted
+        if degraded and self.guard is not None:
+            self.guard.cancel_locally(self.target, cancel)
+            return
+        place = Place(cancel, until)
         try:
             yield from self._cancelled(place)
         except RateLimitError as error:  # the interruption is what the caller must hear of

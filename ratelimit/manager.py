@@ -144,8 +144,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         self._make = make
         self._limits = None if limits is None else _checked_limits(limits)
         self._prefix = stored_key(b"", prefix)
-        # Without the manager, which would be kept alive by its own guard.
-        self._described = partial(_described, type(self).__name__, store, self._limits, prefix)
+        self._described = _described(type(self).__name__, store, self._limits, prefix)
         self._guard = Guard(
             _checked_listener(listener),
             self._local,
@@ -222,7 +221,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         return super().__reduce_ex__(protocol) if self._opened is None else self._opened
 
     def __repr__(self) -> str:
-        return self._described()
+        return self._described
 
     @property
     def prefix(self) -> bytes:
@@ -615,7 +614,7 @@ def _pause(nanos: int) -> None:
 
 
 def _spawn(steps: Steps[None]) -> None:
-    threads.start(partial(drive, steps), "ratelimit-charge")
+    threads.start(partial(drive, steps))
 
 
 _spawned: set[asyncio.Task[None]] = set()  # event loops do not keep their tasks alive

@@ -18,25 +18,32 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import threading
 from asyncio import AbstractEventLoop
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
+from weakref import ref
 
 from ratelimit import threads
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
-from ratelimit.errors import CorruptStateError, Key, StoreError, StoreTimeoutError
+from ratelimit.errors import (
+    CorruptStateError,
+    Key,
+    RateLimitError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from ratelimit.exchange import Backend, Call, Target, exchange
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 T = TypeVar("T")
 
+_LONGEST_SLEEP: Final = 0.05  # seconds, after which a thread looks whether the one that leads is still there
 _MOST_STEPS: Final = 256
 """Different commands in a row, times bandwidths, that one exchange carries: a server that decides them is busy with
 them for about a millisecond, or for ten if all of them hold back. Not less than the most bandwidths of a
@@ -53,7 +60,7 @@ def _go_together(one: _Queued[Any] | _Entry[Any], other: _Queued[Any] | _Entry[A
     )
 
 
-def _count_together(queue: Sequence[_Queued[Any]] | deque[_Entry[Any]]) -> int:
+def _count_together(queue: Sequence[_Queued[Any]] | Sequence[_Entry[Any]]) -> int:
     """Return how many from the head of a queue one exchange is to carry, which is one at least."""
     first = queue[0]
     target = first.target
@@ -283,182 +290,218 @@ async def _carry_together(backend: Backend, together: list[_Queued[Any]]) -> Non
 class _Entry(Generic[T]):
     """A command of a thread that waits for its turn.
 
-    :ivar queued: whether it is still in the queue.
-    :ivar settled: whether it has got its answer, or its error.
-    :ivar abandoned: whether nobody waits for its answer any more.
-    :ivar led: whom it is to lead, itself the first.
+    :ivar caller: refers to the call for as long as its thread has not left it, whichever way.
+    :ivar flight: the exchange that carries the command; None where it queues.
+    :ivar left: whether nobody waits for the answer any more.
     """
 
-    __slots__ = (
-        *("abandoned", "answer", "call", "command", "error", "led", "plan", "queued", "settled", "target", "woken"),
-    )
+    __slots__ = ("caller", "command", "deadline", "flight", "left", "plan", "target", "woken")
 
-    def __init__(self, target: Target, plan: Plan, command: Command[T], call: Call) -> None:
+    def __init__(self, target: Target, plan: Plan, command: Command[T], call: Call, caller: ref[Call]) -> None:
         self.target = target
         self.plan = plan
         self.command = command
-        self.call = call
-        self.woken = threading.Event()
-        self.answer: T | None = None
+        self.deadline = math.inf if call.deadline is None else call.deadline
+        self.caller = caller
+        self.woken = threads.event()
+        self.flight: _Flight | None = None
+        self.left = False
+
+    def waits(self) -> bool:
+        """Whether it is to be carried by the next exchange."""
+        flight = self.flight
+        return not self.left and self.caller() is not None and (flight is None or flight.is_void())
+
+
+class _Flight:
+    """An exchange that a thread runs for several.
+
+    :ivar leader: refers to the call of that thread, as in an entry.
+    :ivar asking: the call of the exchange.
+    :ivar led: the entries whose commands it carries, and the places of their answers.
+    :ivar error: what it has failed with, where that concerns them all.
+    :ivar over: whether it has ended, also by an interruption.
+    :ivar refused: whether it has ended without having consumed anything, and others may try again.
+    """
+
+    __slots__ = ("answers", "asking", "error", "leader", "led", "over", "refused")
+
+    def __init__(self, leader: ref[Call], asking: Call) -> None:
+        self.leader = leader
+        self.asking = asking
+        self.led: dict[_Entry[Any], int] = {}
+        self.answers: Sequence[Any] | None = None
         self.error: Exception | None = None
-        self.queued = True
-        self.settled = False
-        self.abandoned = False
-        self.led: list[_Entry[Any]] | None = None
+        self.over = False
+        self.refused = False
 
-    def settle(self) -> None:
-        self.settled = True
-        self.woken.set()
+    def is_over(self) -> bool:
+        return self.over or self.leader() is None
 
-
-def _deadline(entry: _Entry[Any]) -> float:
-    return math.inf if entry.call.deadline is None else entry.call.deadline
-
-
-_NOBODY: Final[deque[_Entry[Any]]] = deque()
-"""The queue of a place where one leads and nobody has come yet; it stays empty."""
+    def is_void(self) -> bool:
+        """Whether it has ended, and has surely changed nothing."""
+        undecided = self.answers is None and self.error is None
+        return self.is_over() and undecided and (self.refused or not self.asking.round_trips)
 
 
 class ThreadMerger:
-    """The queues of a manager for threads."""
+    """The queues of a manager for threads.
+
+    An exception may come to a thread between any two of its steps, from the handler of a signal or from another thread,
+    also in a ``finally``. Therefore nobody is handed anything that could be lost on the way. What is stored is true
+    wherever its writer stops, and each thread that waits looks for what it needs, once woken and a few times a second:
+
+    - A key is taken while ``_leaders`` refers to a call that a thread is in. A thread that leaves takes it out, in one
+      step that comes first; where even that was skipped, the reference ends with the call.
+    - An entry stays in its queue until it has left, or its flight has an answer for it. The leader publishes all
+      answers in one step. What a flight without any has done is unknown, unless it never sent anything.
+    - Where nobody leads, any thread that notices appoints the next leader. To do that twice does no harm, and neither
+      would two leaders: swaps decide.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[bytes, deque[_Entry[Any]]] = {}
+        self._leaders: dict[bytes, ref[Call]] = {}
+        self._queues: dict[bytes, list[_Entry[Any]]] = {}
         self._lock = fork_safety.lock()
         fork_safety.call_in_child(self._begin_anew)
 
     def _begin_anew(self) -> None:
         """In a forked process: the threads that lead are missing there."""
+        self._leaders.clear()
         self._queues.clear()
 
     def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
         """As :func:`ratelimit.exchange.exchange`, which carries the commands of others as well."""
         if command.only_reads:
             return (yield from exchange(backend, target, plan, command, call))
-        place = target.stored_key
-        entry: _Entry[T] | None = None
-        leads = False
-        try:  # already here, for an exception may come from a signal at any moment
-            with self._lock:
-                if place not in self._queues:
-                    leads = True
-                    self._queues[place] = _NOBODY
-                elif not threads.block_greenlets():  # else nobody waits, and each does an exchange
-                    entry = self._enqueued(place, _Entry(target, plan, command, call))
-            if entry is None:
-                return (yield from exchange(backend, target, plan, command, call))
-        finally:
-            if leads:
-                self._leave(place)
-        self._wait(place, entry)
-        if entry.led is not None:
-            yield from self._lead(place, backend, entry)
-        if entry.error is not None:
-            raise entry.error
-        return entry.answer  # type: ignore[return-value]  # it has been settled
-
-    def _leave(self, place: bytes) -> None:
-        """Let the next one lead, if anybody has come."""
-        with self._lock:
-            if self._queues.get(place) is _NOBODY:
-                del self._queues[place]
-                return
-        self._hand_over(place)
-
-    def _enqueued(self, place: bytes, entry: _Entry[T]) -> _Entry[T]:
-        queue = self._queues[place]
-        if queue is _NOBODY:
-            queue = self._queues[place] = deque()
-        queue.append(entry)
-        return entry
-
-    def _wait(self, place: bytes, entry: _Entry[Any]) -> None:
-        """Block until the entry is settled, or is to lead."""
-        call = entry.call
-        while True:
+        place, me = target.stored_key, ref(call)
+        if place not in self._queues:
             try:
-                if entry.woken.wait(None if call.deadline is None else max(0.0, call.deadline - monotonic())):
-                    return
+                if self._leaders.setdefault(place, me) is me:
+                    return (yield from exchange(backend, target, plan, command, call))
+            finally:
+                # Before any call: the interpreter lets signals in at calls and loops, not in between.
+                try:
+                    if self._leaders[place] is me:
+                        del self._leaders[place]
+                except KeyError:
+                    pass
+                if place in self._queues:
+                    self._appoint(place)
+        if threads.block_greenlets():  # nobody waits, and each does an exchange
+            return (yield from exchange(backend, target, plan, command, call))
+        return (yield from self._merged(place, backend, _Entry(target, plan, command, call, me), call))
+
+    def _merged(self, place: bytes, backend: Backend, entry: _Entry[T], call: Call) -> Steps[T]:
+        """Queue, and wait for the answer or lead others."""
+        me = entry.caller
+        try:
+            with self._lock:
+                self._queues.setdefault(place, []).append(entry)
+            if self._wait(place, entry, call):
+                yield from self._lead(place, backend, entry, call)
+        finally:
+            entry.left = True
+            try:
+                if self._leaders[place] is me:
+                    del self._leaders[place]
+            except KeyError:
+                pass
+            with self._lock:  # or it could be taken along at this moment
+                flight = entry.flight
+                call.carried = flight is not None
+            self._appoint(place)
+        return self._answer(entry, flight, call)  # type: ignore[no-any-return]  # that of the command
+
+    def _answer(self, entry: _Entry[Any], flight: Any, call: Call) -> Any:
+        call.round_trips = flight.asking.round_trips
+        if flight.error is not None and flight.leader is not entry.caller:
+            raise _copied(flight.error, entry.target.key)
+        if flight.answers is None:
+            raise StoreUnavailableError(
+                entry.target.key, "the thread that asked for several was interrupted", in_doubt=True
+            )
+        return flight.answers[flight.led[entry]]
+
+    def _appoint(self, place: bytes) -> None:
+        """Let one of those who wait lead, unless somebody does, and forget those who have left."""
+        with self._lock:
+            leader = self._leaders.get(place)
+            if leader is not None and leader() is not None:
+                return
+            waiting = [entry for entry in self._queues.get(place, ()) if entry.waits()]
+            if not waiting:
+                self._queues.pop(place, None)
+                if leader is not None and self._leaders.get(place) is leader:
+                    del self._leaders[place]
+                return
+            self._queues[place] = waiting
+            chosen = max(_together(waiting), key=lambda entry: entry.deadline)
+            self._leaders[place] = chosen.caller
+        chosen.woken.set()
+
+    def _wait(self, place: bytes, entry: _Entry[Any], call: Call) -> bool:
+        """Block until the entry is decided, or is to lead; whether it is to lead."""
+        while True:
+            flight = entry.flight
+            if flight is None or flight.is_void():
+                self._appoint(place)
+                if self._leaders.get(place) is entry.caller:
+                    return True
+            elif flight.is_over():
+                return False
+            left = entry.deadline - monotonic()
+            if left <= 0:
+                self._give_up(entry)
+            try:
+                entry.woken.wait(min(left, _LONGEST_SLEEP))
             except BaseException as error:
-                with self._lock:
-                    if entry.queued:
-                        self._queues[place].remove(entry)
-                    decided = entry.settled or (entry.led is None and not entry.queued)
-                    stays = decided and call.holds
-                    entry.abandoned = not stays
-                if not stays:
-                    if entry.led is not None:
-                        self._hand_over(place, [other for other in entry.led if other is not entry])
+                if not call.holds or entry.flight is None:
                     raise
                 call.interruption = error  # what becomes of the command must be known, and then undone
-                if entry.settled:
-                    return
-                continue
-            self._give_up(place, entry)
-            return
 
-    def _give_up(self, place: bytes, entry: _Entry[Any]) -> None:
-        """Raise that the time is over, unless the entry has been settled, or is to lead, in the last moment."""
+    def _give_up(self, entry: _Entry[Any]) -> None:
         with self._lock:
-            if entry.settled or entry.led is not None:
-                return
-            queued = entry.queued
-            if queued:
-                self._queues[place].remove(entry)
-            entry.abandoned = True
-        if queued:  # who is in flight may be gone, if an exception hit it badly: others are not to wait in vain
-            self._hand_over(place)
-        raise _too_late(entry.target.key, in_doubt=not queued)
+            entry.left = True
+            flight = entry.flight
+        raise _too_late(entry.target.key, in_doubt=not (flight is None or flight.is_void()))
 
-    def _lead(self, place: bytes, backend: Backend, leader: _Entry[Any]) -> Steps[None]:
-        """Run one exchange for all that are led, and hand out the answers."""
-        led = leader.led or []
-        first, call = led[0], leader.call
-        others = [entry for entry in led if entry is not leader]
+    def _lead(self, place: bytes, backend: Backend, leader: _Entry[Any], call: Call) -> Steps[None]:
+        """Run one exchange for all that go together, and publish the answers."""
         asking = call if call.holds else Call(call.deadline, holds=True)
-        unsettled = others
+        flight = _Flight(leader.caller, asking)
         try:
-            command = Batch(tuple(entry.command for entry in led))
-            answers = yield from exchange(backend, first.target, first.plan, command, asking)
-            for entry, answer in zip(led, answers, strict=True):
-                entry.answer = answer
-            unsettled = []
-        except Exception as error:
-            if not isinstance(error, StoreTimeoutError) or error.in_doubt:  # else they may have more time, and try
-                for entry in others:
-                    entry.error = _copied(error, entry.target.key)
-                unsettled = []
+            self._board(place, leader, flight)
+            command = Batch(tuple([entry.command for entry in flight.led]))
+            first = next(iter(flight.led))
+            flight.answers = yield from exchange(backend, first.target, first.plan, command, asking)
+        except RateLimitError as error:
+            if isinstance(error, StoreTimeoutError) and not error.in_doubt:  # others may have more time
+                flight.refused = True
+            else:
+                flight.error = error
             if asking is not call and asking.interruption is not None:
                 raise asking.interruption from error
             raise
         finally:
-            for entry in led:
-                entry.call.round_trips = asking.round_trips
-            if not unsettled:
-                for entry in others:
-                    entry.settle()
-            self._hand_over(place, unsettled)
+            flight.over = True
+            call.round_trips = asking.round_trips
+            for entry in flight.led:
+                entry.woken.set()
         if asking is not call and asking.interruption is not None:
             raise asking.interruption
 
-    def _hand_over(self, place: bytes, returned: Sequence[_Entry[Any]] = ()) -> None:
-        """Let the next one lead; those that are returned go first."""
+    def _board(self, place: bytes, leader: _Entry[Any], flight: _Flight) -> None:
+        """Take along who waits, and goes together with the first."""
         with self._lock:
-            queue = self._queues.get(place)
-            if queue is None and not returned:
-                return
-            if queue is None or (returned and queue is _NOBODY):
-                queue = self._queues[place] = deque()
-            for entry in reversed(returned):
-                if not entry.abandoned:
-                    entry.queued, entry.call.carried = True, False
-                    queue.appendleft(entry)
-            if not queue:
-                del self._queues[place]
-                return
-            led = [queue.popleft() for _ in range(_count_together(queue))]
+            led = _together([entry for entry in self._queues.get(place, ()) if entry.waits()])
+            if leader not in led:
+                led = [leader]
+            flight.led = {entry: number for number, entry in enumerate(led)}
             for entry in led:
-                entry.queued, entry.call.carried = False, True
-            leader = max(led, key=_deadline)
-            leader.led = led
-        leader.woken.set()
+                entry.flight = flight
+
+
+def _together(waiting: list[_Entry[Any]]) -> list[_Entry[Any]]:
+    """The first, and those behind it that one exchange may carry with it."""
+    return waiting[: _count_together(waiting)]

@@ -21,6 +21,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
+from weakref import ref
 
 from ratelimit.core.commands import (
     Command,
@@ -67,9 +68,9 @@ class _Entry:
     :param state: as the store had it, less what was handed out here since; None: the store must be asked.
     :param seen_at: when the store had it so.
     :param seen_consumed: what the store had counted then.
-    :param unsynchronized: tokens that were handed out here and are on no way to the store.
-    :param in_flight: tokens that are on their way.
-    :param begun: exchanges that are under way.
+    :param pending: tokens that were handed out here, and that the store is not known to have.
+    :param exchanges: those under way. One that was interrupted is gone without having said what came of it: it has
+        failed, and its tokens are to be told by another.
     :param ended: exchanges that have succeeded.
     :param own: tokens that this manager has consumed in the store.
     :param empty_tokens: so many are not there before ``empty_until``.
@@ -81,9 +82,8 @@ class _Entry:
     state: BucketState | None = None
     seen_at: int = 0
     seen_consumed: int = 0
-    unsynchronized: int = 0
-    in_flight: int = 0
-    begun: int = 0
+    pending: int = 0
+    exchanges: tuple[ref[_Begun], ...] = ()
     ended: int = 0
     own: int = 0
     empty_tokens: int = 0
@@ -92,12 +92,25 @@ class _Entry:
 
     def idle(self) -> bool:
         """Whether nothing is lost when it is forgotten."""
-        return not (self.unsynchronized or self.begun)
+        return not (self.pending or self.under_way())
+
+    def under_way(self) -> list[_Begun]:
+        """The exchanges that somebody waits for."""
+        return [begun for exchange in self.exchanges if (begun := exchange()) is not None]
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens that are on their way to the store."""
+        return sum(begun.carried for begun in self.under_way())
+
+    @property
+    def unsynchronized(self) -> int:
+        """Tokens that were handed out here, and are on no way to the store."""
+        return self.pending - self.in_flight
 
     def saw(self, outcome: Synchronized[Any]) -> None:
         """Take over what the store has shown."""
-        pending = self.unsynchronized + self.in_flight
-        self.state = outcome.state.consumed(pending) if pending else outcome.state
+        self.state = outcome.state.consumed(self.pending) if self.pending else outcome.state
         self.seen_at, self.seen_consumed = outcome.now, outcome.state.consumed_tokens
         self.empty_until = MIN
 
@@ -127,7 +140,8 @@ class _Entry:
         return -(-others * (now - samples[-2].at) // (last.at - first.at))
 
 
-class _Begun(NamedTuple):
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class _Begun:
     """An exchange under way: the tokens that it carries or has to be told of, and how many had ended before."""
 
     entry: _Entry
@@ -270,18 +284,16 @@ class Optimizer:
     def _failed(self, begun: _Begun, error: BaseException) -> None:
         entry = begun.entry
         with self._lock:
-            entry.begun -= 1
-            entry.in_flight -= begun.carried
-            entry.unsynchronized += begun.carried
+            entry.exchanges = _without(entry, begun)
             if isinstance(error, RateLimitError) and not isinstance(error, StoreError):
                 entry.state = None  # it has vanished, perhaps: what was known of it counts no more
 
     def _succeeded(self, begun: _Begun, outcome: Synchronized[Any], samples: int) -> None:
         entry, carried = begun.entry, begun.carried
         with self._lock:
-            entry.begun -= 1
-            entry.in_flight -= carried
-            entry.own = wrap(entry.own + carried + outcome.consumed)
+            exchanges, own = _without(entry, begun), wrap(entry.own + carried + outcome.consumed)
+            # Together, without a call at which a signal might be let in.
+            entry.exchanges, entry.pending, entry.own = exchanges, entry.pending - carried, own
             alone = entry.ended == begun.ended
             entry.ended += 1
             if begun.not_carried:
@@ -298,7 +310,8 @@ class Optimizer:
     def _entry(self, target: Target, plan: Plan) -> _Entry:
         entry = self._entries.get(target.stored_key)
         if entry is None:
-            entry = self._entries[target.stored_key] = _Entry(target, plan, _weight(target, plan))
+            entry = _Entry(target, plan, _weight(target, plan))
+            self._entries[target.stored_key] = entry
             self._size += entry.weight
         elif entry.plan != plan:
             entry.plan, entry.state = plan, None
@@ -306,8 +319,9 @@ class Optimizer:
         return entry
 
     def _drop(self, key: bytes) -> None:
-        entry = self._entries.pop(key, None)
+        entry = self._entries.get(key)
         if entry is not None:
+            del self._entries[key]
             self._size -= entry.weight
 
     def _make_room(self, backend: Backend, weight: int, call: Call) -> Steps[bool]:
@@ -334,11 +348,16 @@ class Optimizer:
 
 
 def _begin(entry: _Entry, *, carrying: bool) -> _Begun:
-    carried = entry.unsynchronized if carrying else 0
-    entry.unsynchronized -= carried
-    entry.in_flight += carried
-    entry.begun += 1
-    return _Begun(entry, entry.target, entry.plan, carried, entry.unsynchronized, entry.ended)
+    under_way = entry.under_way()
+    unsynchronized = entry.pending - sum(begun.carried for begun in under_way)
+    carried, left = (unsynchronized, 0) if carrying else (0, unsynchronized)
+    begun = _Begun(entry, entry.target, entry.plan, carried, left, entry.ended)
+    entry.exchanges = (*map(ref, under_way), ref(begun))
+    return begun
+
+
+def _without(entry: _Entry, ended: _Begun) -> tuple[ref[_Begun], ...]:
+    return tuple(ref(begun) for begun in entry.under_way() if begun is not ended)
 
 
 def _decided(entry: _Entry, state: BucketState, optimization: Optimization, command: Command[Any], now: int) -> Any:
@@ -355,15 +374,13 @@ def _decided(entry: _Entry, state: BucketState, optimization: Optimization, comm
             entry.empty_until = now + state.nanos_until(inner.tokens, now, check_capacity=True)
         return answer
     consumed = wrap(after.consumed_tokens - state.consumed_tokens)
-    unknown = entry.unsynchronized + entry.in_flight + consumed
-    if isinstance(inner, Reserve) or unknown > optimization.max_unsynchronized_tokens:
+    if isinstance(inner, Reserve) or entry.pending + consumed > optimization.max_unsynchronized_tokens:
         return ASK
     if optimization.kind == "predicting":
         others = entry.consumed_by_others(optimization, now)
         if others is None or after.available_tokens < others:
             return ASK
-    entry.state = after
-    entry.unsynchronized += consumed
+    entry.state, entry.pending = after, entry.pending + consumed
     return answer
 
 

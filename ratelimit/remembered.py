@@ -67,13 +67,20 @@ class Remembered:
                     self._seen[key] = seen
                     self._seen.move_to_end(key)
                     return
-                self._size -= _weight(key, self._seen.pop(key))
+                self._drop(key, old)
             if state is None:
                 return
+            weight = _weight(key, seen)
             self._seen[key] = seen
-            self._size += _weight(key, seen)
+            self._size += weight
             while self._size > self._limit:
-                self._size -= _weight(*self._seen.popitem(last=False))
+                self._drop(*next(iter(self._seen.items())))
+
+    def _drop(self, key: bytes, seen: Seen) -> None:
+        weight = _weight(key, seen)
+        # Between these two there is no call, at which the handler of a signal might come in.
+        del self._seen[key]
+        self._size -= weight
 
 
 def _weight(key: bytes, seen: Seen) -> int:

@@ -1,4 +1,9 @@
-"""Work beside the caller, and waiting for it, by threads or by greenlets.
+"""Work beside the caller, and waiting for it, by threads or by greenlets, whatever interrupts the caller.
+
+An exception may come to a thread between any two of its steps: from the handler of a signal, or from another thread.
+Starting and waiting are single calls into the interpreter's own code here, between whose steps none can come:
+``threading.Thread.start`` and ``threading.Event`` are Python, and keep their locks when they are interrupted. Threads
+of the library's own are reached by nothing of that kind, and do to the end what must not be left half done.
 
 gevent and eventlet replace the sockets of the standard library, and by default its threads, locks and events as well,
 so that all of them are greenlets' own. A program may let them replace the sockets alone. There a thread cannot use the
@@ -8,14 +13,21 @@ one that it waits for.
 
 from __future__ import annotations
 
+import _thread
+import math
 import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Final, Protocol
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from ratelimit.runtime.clock import monotonic
+
+T = TypeVar("T")
 
 _PAUSE: Final = 0.005  # seconds
+_LONGEST_START: Final = 0.1  # seconds after which a thread that has not begun is taken for lost, and another started
 _EVENTS: Final = {"gevent": "gevent.event", "eventlet": "eventlet.green.threading"}
 """Modules that have events which stop no greenlets, whatever was replaced."""
 
@@ -25,13 +37,31 @@ class EndingError(RuntimeError):
 
 
 class Event(Protocol):
-    """What there is of ``threading.Event`` everywhere."""
+    """What one waits for."""
 
     def set(self) -> object: ...
 
     def wait(self, timeout: float | None = None) -> bool: ...
 
-    def is_set(self) -> bool: ...
+
+class _Event:
+    """An event of threads, for one who waits; it is over with the wait that it ends."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()  # a greenlets' one where those have replaced it
+        self._lock.acquire()
+
+    def set(self) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError as error:
+            if "release" not in str(error):  # a handler has raised it; else it was set already
+                raise
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self._lock.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX))
 
 
 def block_greenlets() -> bool:
@@ -39,7 +69,7 @@ def block_greenlets() -> bool:
     return _library() is not None
 
 
-def start(work: Callable[[], Any], name: str) -> None:
+def start(work: Callable[[], Any]) -> None:
     """Run some work beside the caller.
 
     :raises EndingError: where the interpreter is about to end.
@@ -55,7 +85,7 @@ def start(work: Callable[[], Any], name: str) -> None:
         import_module("eventlet").spawn_n(work)
     else:
         try:
-            threading.Thread(target=work, name=name, daemon=True).start()
+            _thread.start_new_thread(work, ())
         except RuntimeError as error:
             if "interpreter shutdown" in str(error):
                 raise EndingError from error
@@ -65,9 +95,102 @@ def start(work: Callable[[], Any], name: str) -> None:
 def event() -> Event:
     """Return an event for what :func:`start` runs."""
     library = _library()
-    module: Any = threading if library is None else import_module(_EVENTS[library])
-    made: Event = module.Event()
+    made: Event = _Event() if library is None else import_module(_EVENTS[library]).Event()
     return made
+
+
+def beside(work: Callable[[], Any], longest_wait: float = 0.0) -> None:
+    """Do some work in a thread of its own, and raise what it raises within so many seconds."""
+    job = Job(work, lambda _: None)
+    job.start()
+    if longest_wait > 0 and job.wait(longest_wait):
+        job.result()
+
+
+class Job(Generic[T]):
+    """Work in another thread, or in a greenlet.
+
+    :param late: gets the result once the job is abandoned, and has one.
+    :param at_end: the work where the interpreter is about to end, and it is done by the caller; None: the same.
+    """
+
+    def __init__(self, work: Callable[[], T], late: Callable[[T], Any], at_end: Callable[[], T] | None = None) -> None:
+        self._work = work
+        self._late = late
+        self._at_end = at_end or work
+        self._over = event()
+        self._to_do = [None]  # whichever thread takes it out does the work
+        self.ended = False
+        self._abandoned = False
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin; or do it here and now, where there are too many threads, or the interpreter is about to end."""
+        try:
+            start(self._run)
+        except EndingError:
+            self._work = self._at_end
+            self._run()
+        except RuntimeError as error:
+            if not str(error).startswith("can't"):  # then a handler has raised it, once the thread was started
+                raise
+            self._run()
+
+    def _run(self) -> None:
+        try:
+            self._to_do.pop()
+        except IndexError:  # another thread has begun
+            return
+        try:
+            self._result.append(self._work())
+        except BaseException as error:  # noqa: BLE001  # it is for who waits
+            self._error = error
+        self.ended = True
+        self._over.set()
+        if self._abandoned:  # looked at last, as who abandons it looks for the result last
+            self._give_late()
+
+    def wait(self, seconds: float | None) -> bool:
+        """Whether it has ended by then; None is as long as it takes. A wait that was interrupted may be repeated."""
+        deadline = math.inf if seconds is None else monotonic() + seconds
+        while self._to_do and not self.ended:
+            # CPython 3.11 gives what is set on a thread to the one that it is just starting, which ends with that.
+            if self._over.wait(max(0.0, min(_LONGEST_START, deadline - monotonic()))):
+                return True
+            if monotonic() >= deadline:
+                return self.ended
+            self.start()
+        left = None if deadline == math.inf else max(0.0, deadline - monotonic())
+        return self.ended or self._over.wait(left)
+
+    @property
+    def may_give(self) -> bool:
+        """Whether there is a result, or may be one yet, and it was not abandoned."""
+        return bool(self._result) or not self.ended
+
+    def result(self) -> T:
+        """What the work has given, or raise what it has raised; ``TimeoutError`` where it has not ended."""
+        if not self.ended:
+            raise TimeoutError
+        if self._error is None:
+            return self._result[0]
+        try:
+            raise self._error
+        finally:
+            self._error = None  # whose traceback has this job in it
+
+    def abandon(self) -> None:
+        """Nobody wants the result any more."""
+        self._abandoned = True
+        self._give_late()
+
+    def _give_late(self) -> None:
+        try:
+            result = self._result.pop()
+        except IndexError:
+            return
+        self._late(result)
 
 
 def sleep(seconds: float) -> None:

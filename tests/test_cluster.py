@@ -321,7 +321,7 @@ async def test_connecting_ends_also_where_the_client_has_no_timeouts(monkeypatch
             lambda: redis.asyncio.Connection(port=port, socket_timeout=None, socket_connect_timeout=None)
         )
         with pytest.raises(StoreTimeoutError):
-            await asyncio.wait_for(many.send(b"key", [("PING",)]), 5)
+            await asyncio.wait_for(many.send(b"key", [(b"PING",)]), 5)
         many.close()
 
 

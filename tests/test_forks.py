@@ -76,7 +76,7 @@ def test_tokens_on_their_way_to_the_store_at_a_fork_are_booked_once(url: str, ho
             optimizer._exchange = exchange
             consumed = sum(manager.try_consume("key") for _ in range(5))
             manager.close()
-            return [consumed, sum(entry.begun for entry in optimizer._entries.values())]
+            return [consumed, sum(len(entry.under_way()) for entry in optimizer._entries.values())]
 
         assert forked(consume_and_close, how) == [5, 0]
         forks.set()

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import pytest
 from hypothesis import given
@@ -19,10 +20,8 @@ from ratelimit import (
     AsyncProxyManager,
     ProxyManager,
     ReservationOverflowError,
-    StoreTimeoutError,
     StoreUnavailableError,
     TokensInheritance,
-    merging,
 )
 from ratelimit.errors import Key
 from ratelimit.exchange import Call
@@ -142,7 +141,13 @@ def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
 def queues(manager: Any) -> dict[Any, Any]:
     merger = manager._optimizer._exchange.__self__
     assert isinstance(merger, ThreadMerger | TaskMerger)
-    return merger._queues if isinstance(merger, ThreadMerger) else merger._places
+    return merger._leaders if isinstance(merger, ThreadMerger) else merger._places
+
+
+def followers(manager: Any) -> dict[bytes, list[Any]]:
+    merger = manager._optimizer._exchange.__self__
+    assert isinstance(merger, ThreadMerger)
+    return merger._queues
 
 
 @contextmanager
@@ -162,8 +167,7 @@ def test_threads_share_one_swap() -> None:
             first = threads.submit(manager.try_consume, "key", 80)
             wait_until(lambda: store.swaps == 1, "the first is in flight")
             others = [threads.submit(manager.try_consume, "key") for _ in range(30)]
-            (queue,) = queues(manager).values()
-            wait_until(lambda: len(queue) == 30, "the others queue")
+            wait_until(lambda: len(followers(manager).get(b"key", ())) == 30, "the others queue")
         assert first.result()
         assert [other.result() for other in others].count(True) == 20
     assert (store.swaps, store.reads) == (2, 0)
@@ -416,24 +420,35 @@ def test_a_leader_that_is_interrupted_lets_the_next_thread_lead() -> None:
             first = threads.submit(manager.try_consume, "key")
             wait_until(lambda: store.swaps == 1, "the first is in flight")
             answers = [threads.submit(manager.try_consume, "key") for _ in range(5)]
-            (queue,) = queues(manager).values()
-            wait_until(lambda: len(queue) == 5, "the others queue")
+            wait_until(lambda: len(followers(manager).get(b"key", ())) == 5, "the others queue")
         with pytest.raises(KeyboardInterrupt):
             first.result()
         assert all(answer.result(10) for answer in answers)
     assert manager.snapshot("key").consumed_tokens == 5
 
 
-def test_a_key_whose_leader_was_hit_badly_is_free_again_with_the_first_deadline() -> None:
-    """As by an exception of a signal in the very moment in which the next one is to be woken."""
+def test_a_key_whose_leader_is_gone_is_free_at_once() -> None:
+    """As where an exception came from a signal in the very moment in which it was to be given up."""
     store = GatedStore()
-    manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=0.05)
-    queues(manager)[b"key"] = merging._NOBODY
-    with pytest.raises(StoreTimeoutError, match="no time left") as caught:
-        manager.try_consume("key")
-    assert not caught.value.in_doubt
+    manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=3600)
+    leaders: Any = queues(manager)
+    leaders[b"key"] = ref(Call())
     assert manager.try_consume("key")
-    assert not queues(manager)
+    assert not leaders
+
+
+def test_a_thread_that_waits_for_a_leader_that_is_gone_goes_on_in_a_moment() -> None:
+    store = GatedStore()
+    manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=3600)
+    leaders, gone = queues(manager), [Call()]
+    leaders[b"key"] = ref(gone[0])
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(manager.try_consume, "key") for _ in range(3)]
+        wait_until(lambda: len(followers(manager).get(b"key", ())) == 3, "they queue")
+        gone.clear()
+        assert all(answer.result(10) for answer in answers)
+    assert not leaders
+    assert not followers(manager)
 
 
 def test_several_loops_share_a_manager() -> None:

@@ -1003,7 +1003,7 @@ def test_calls_that_run_at_once_keep_the_bound_and_lose_nothing(
         assert consumed >= calls.admitted
         assert consumed == calls.admitted or calls.doubts
     entries = [entry for manager in calls.managers for entry in manager._optimizer._entries.values()]
-    assert not any(entry.unsynchronized or entry.in_flight or entry.begun for entry in entries)
+    assert not any(entry.pending or entry.under_way() for entry in entries)
 
 
 class Overlapping:

@@ -108,7 +108,7 @@ class Tap:
 
 
 def _kind(command: RedisCommand) -> str:
-    name = str(command[0])
+    name = command[0].decode()
     if name in ("EVAL", "EVALSHA"):
-        return "decide" if command[1] in (_DECIDE.sha, _DECIDE.text) else "swap"
+        return "decide" if command[1] in (_DECIDE.sha.encode(), _DECIDE.text) else "swap"
     return {"SET": "swap", "GETRANGE": "get", "DEL": "delete", "TIME": "time"}[name]

@@ -121,6 +121,11 @@ class Circuit:
             f" (last: {self._last_error})",
         )
 
+    def left(self) -> None:
+        """Let another one try the server, where whoever tried it was interrupted."""
+        if self._trying:
+            self._retry_at = self._monotonic()
+
     def excuses(self, error: Exception, begun: float) -> bool:
         """Whether this is the fault of a caller who could not wait, while the server does answer others."""
         now = self._monotonic()

@@ -22,7 +22,7 @@ from ratelimit.stores.redis_errors import translated
 REDIRECTIONS: Final = (AskError, TryAgainError)  # a MovedError is an AskError
 """What a node answers that has not done what it was asked for, and that says who may."""
 
-_ASKING: Final = ("ASKING",)
+_ASKING: Final = (b"ASKING",)
 _MOST_REDIRECTIONS: Final = 16
 _IMMEDIATE_REDIRECTIONS: Final = 3
 _SHORTEST_PAUSE: Final = 0.002  # seconds; doubled each time
@@ -113,7 +113,7 @@ def follow(  # noqa: PLR0917  # all that sending is about
     send: Callable[[Any, bytes, Sequence[Any], float | None], Any],
     sleep: Callable[[float], Any],
     key: bytes,
-    command: tuple[Any, ...],
+    command: tuple[bytes, ...],
     asked: Any,
     reply: Any,
     deadline: float | None,
@@ -126,7 +126,7 @@ def follow(  # noqa: PLR0917  # all that sending is about
     :raises StoreUnavailableError: where they do so very often.
     """
     node = asked
-    commands: tuple[tuple[Any, ...], ...] = (command,)
+    commands: tuple[tuple[bytes, ...], ...] = (command,)
     for count in range(_MOST_REDIRECTIONS):
         if count >= _IMMEDIATE_REDIRECTIONS or isinstance(reply, TryAgainError):
             pause = min(_SHORTEST_PAUSE * 2**count, _LONGEST_PAUSE)

@@ -186,24 +186,25 @@ class MemoryStore(OfThisProcess):
     def _tidy(self, key: bytes, entry: _Entry, now: int) -> None:
         """Queue what has been written, and drop a few of those that have expired.
 
-        Each key has at most one place in the queue, by a time until which it has surely not expired.
+        Each key has one place in the queue, by a time until which it has surely not expired; a signal may add another,
+        in the order of the steps below, but not take one away.
         """
         if key not in self._queued and entry.surely_until < NEVER:
-            self._queued.add(key)
             heapq.heappush(self._queue, (entry.surely_until, key))
+            self._queued.add(key)
         for _ in range(2):
             if not self._queue or self._queue[0][0] > now:
                 return
+            self._queued.discard(self._queue[0][1])
             _, due = heapq.heappop(self._queue)
-            self._queued.discard(due)
             found = self._entries.get(due)
             if found is None:
                 continue
             if found.has_expired(now):
                 del self._entries[due]
             elif found.surely_until < NEVER:
-                self._queued.add(due)
                 heapq.heappush(self._queue, (found.surely_until, due))
+                self._queued.add(due)
 
 
 def _bytes(key: Key) -> bytes:

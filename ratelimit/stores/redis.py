@@ -20,7 +20,7 @@ from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
 from ratelimit.stores.clients import cluster_of
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
-from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel
+from ratelimit.stores.redis_channels import Channel, ClusterChannel, Command, PoolChannel, as_bytes
 from ratelimit.stores.redis_errors import translated
 from ratelimit.stores.scripts import Script, load
 from ratelimit.stores.server_time import ServerTime
@@ -35,8 +35,8 @@ _DECIDE: Final = load("decide")
 _LAST_BYTE_READ: Final = b"%d" % LONGEST_STATE
 """Of a value that is too long for a state, one byte more than a state may have: a server is not to send 512 MB."""
 
-_TIME: Final = ("TIME",)
-_PROBE: Final = (b"", "IFEQ", secrets.token_bytes(32), "GET")  # of what follows SET and the key
+_TIME: Final = (b"TIME",)
+_PROBE: Final = (b"", b"IFEQ", secrets.token_bytes(32), b"GET")  # of what follows SET and the key
 
 _LONGEST_TTL_MILLIS: Final = 2**53  # servers add it to the present time and refuse, or wrap, what gets too large
 
@@ -81,7 +81,7 @@ class _RedisSteps(OfThisProcess):
     def _read(self, key: bytes, deadline: float | None) -> Steps[bytes | None]:
         node = self._node_of(key)
         questions = (_TIME,) * (self._monotonic() >= node.time.stale_at)  # a probe would be a write
-        command = ("GETRANGE", key, b"0", _LAST_BYTE_READ)
+        command = (b"GETRANGE", key, b"0", _LAST_BYTE_READ)
         # Empty where there is none. A value that is empty is found when a bucket is not made there.
         return _state((yield from self._accompanied(questions, node, key, command, deadline)), key) or None
 
@@ -92,9 +92,9 @@ class _RedisSteps(OfThisProcess):
         node = self._only or self._node_of(key)
         ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
         if node.swaps_natively:
-            condition = ("NX",) if before is None else ("IFEQ", before)
-            expiry = ("PX", ttl) if ttl > 0 else ()
-            command = ("SET", key, after, *condition, "GET", *expiry)
+            condition = (b"NX",) if before is None else (b"IFEQ", before)
+            expiry = (b"PX", b"%d" % ttl) if ttl > 0 else ()
+            command = (b"SET", key, after, *condition, b"GET", *expiry)
             if self._monotonic() < node.time.stale_at:
                 (reply,) = yield self._channel.send(key, (command,), deadline)
             else:
@@ -104,11 +104,11 @@ class _RedisSteps(OfThisProcess):
             if not _is_refused_as_unknown(reply):
                 return Lost(_state(reply, key))
             node.swaps_natively = False  # another server has taken its place
-        arguments: tuple[Any, ...]
+        arguments: Command
         if before is None:
-            script, arguments = (_SET_NX_PX, (key, after, ttl)) if ttl > 0 else (_SET_NX, (key, after))
+            script, arguments = (_SET_NX_PX, (key, after, b"%d" % ttl)) if ttl > 0 else (_SET_NX, (key, after))
         elif ttl > 0:
-            script, arguments = _COMPARE_AND_SWAP_PX, (key, before, after, ttl)
+            script, arguments = _COMPARE_AND_SWAP_PX, (key, before, after, b"%d" % ttl)
         else:
             script, arguments = _COMPARE_AND_SWAP, (key, before, after)
         asks_nothing_else = node.swaps_natively is False and self._monotonic() < node.time.stale_at
@@ -129,9 +129,7 @@ class _RedisSteps(OfThisProcess):
             raise _senseless(reply, key)
         return Decided(reply[0] == 1, _state(reply[1], key))
 
-    def _run(
-        self, node: _Node, script: Script, key: bytes, arguments: tuple[Any, ...], deadline: float | None
-    ) -> Steps[Any]:
+    def _run(self, node: _Node, script: Script, key: bytes, arguments: Command, deadline: float | None) -> Steps[Any]:
         """By its SHA where the server should know the script; else as text, after which it does."""
         if script.sha in node.scripts:
             command = (*script.call, key, *arguments)
@@ -145,7 +143,7 @@ class _RedisSteps(OfThisProcess):
             # A server that was restarted has forgotten all of them. Trying each would cost a round trip for each.
             node.scripts.clear()
         reply = yield from self._accompanied(
-            self._questions(node, key), node, key, ("EVAL", script.text, 1, key, *arguments), deadline
+            self._questions(node, key), node, key, (b"EVAL", script.text, b"1", key, *arguments), deadline
         )
         _checked(reply, key)
         node.scripts.add(script.sha)
@@ -156,7 +154,7 @@ class _RedisSteps(OfThisProcess):
         stale = self._monotonic() >= node.time.stale_at
         if not stale and node.swaps_natively is not None:
             return ()
-        return (_TIME,) * stale + (("SET", key, *_PROBE),) * (node.swaps_natively is None)
+        return (_TIME,) * stale + ((b"SET", key, *_PROBE),) * (node.swaps_natively is None)
 
     def _accompanied(
         self, questions: tuple[Command, ...], node: _Node, key: bytes, command: Command, deadline: float | None
@@ -177,7 +175,7 @@ class _RedisSteps(OfThisProcess):
         return f"{type(self).__name__}({self._channel.server})"
 
     def _deleted(self, key: bytes, deadline: float | None) -> Steps[None]:
-        yield from self._asked(key, ("DEL", key), deadline)
+        yield from self._asked(key, (b"DEL", key), deadline)
 
     def known_now(self, key: bytes) -> int | None:
         """The server's time by the estimate; None where it is too old for a decision."""
@@ -343,7 +341,7 @@ class RedisStore(_RedisSteps):
 
     def ask(self, key: bytes, *command: Any) -> Any:
         """Send a command to the server that holds this key, and give its reply as it comes."""
-        return drive(self._asked(key, command, None))
+        return drive(self._asked(key, as_bytes(command), None))
 
     def close(self) -> None:
         """Give all connections back, and close the client that a URL has made; one of the caller's stays open."""

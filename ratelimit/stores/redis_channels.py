@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import struct
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,9 +37,10 @@ from ratelimit.stores.clients import keys_of, server_of
 from ratelimit.stores.cluster_table import REDIRECTIONS, ClusterTable, follow
 from ratelimit.stores.connecting import CONNECTS_ONCE, limit_retries, shorten_timeouts
 from ratelimit.stores.deadlines import within
-from ratelimit.stores.redis_errors import tells_of_server, translated
+from ratelimit.stores.redis_errors import EXPECTED, UnexpectedError, client_errors, tells_of_server, translated
 
-Command = tuple[Any, ...]
+Command = tuple[bytes, ...]
+"""A command and its arguments, as they are sent: :func:`pack` says why they are nothing else."""
 Replies = list[Any]
 """One reply for each command, in order: as the server sent it, undecoded, or the ``ResponseError`` that it sent."""
 
@@ -94,6 +96,18 @@ class Channel(Protocol):
         ...
 
 
+class _Lease(weakref.ref["_Kept"]):
+    """Says who has a connection of a pool: the :class:`_Kept` that it refers to; when that is gone, nobody.
+
+    :ivar whole: whether the pool may give the connection to others as it is.
+    """
+
+    __slots__ = ("connection", "whole")
+
+    connection: Any
+    whole: bool
+
+
 class _KeptConnections:
     """Connections of a pool that are kept from one request to the next.
 
@@ -101,6 +115,17 @@ class _KeptConnections:
     connection needs, though (connect, renew credentials, find the master again), so that a connection is kept for a
     second at most, and goes back at once where somebody waits for the pool and it is empty. The order of the list makes
     threads reuse what was used last.
+
+    The handler of a signal may raise between any two steps of a caller, also in a ``finally``, and so may an exception
+    that is set on its thread. No connection is lost by that, because none is held by a step:
+
+    - Only threads of the store's own ask the pool, and give back to it (:func:`~ratelimit.stores.deadlines.within`).
+      An interruption inside redis-py's pool would lose a connection, or leave its lock locked.
+    - ``_out`` has a lease for each connection that is not in the pool, whatever a caller does with it. A caller who
+      is done says so in ``_ended``. One who is interrupted says nothing, but drops the ``_Kept``; then the interpreter
+      itself appends the lease. Either is one step. The next thread that asks the pool gives back what has ended, first.
+    - A connection is given back as it is where its caller has said that it is whole, and closed otherwise: a reply that
+      is outstanding would be read by somebody else.
     """
 
     def __init__(self, pool: Any, most: float) -> None:
@@ -108,10 +133,11 @@ class _KeptConnections:
         self._most = most
         self._process_id = os.getpid()
         self._kept: list[_Kept] = []
-        self._waiting = 0
-        self._connecting = 0  # in threads, which some of those who waited have left
+        self._out: set[_Lease] = set()
+        self._ended: list[_Lease] = []
+        self._connecting = 0  # threads that ask the pool; some were left by those who waited for them
         self._closed = 0  # how often
-        self._lock = fork_safety.lock()
+        self._lock = fork_safety.lock()  # taken by the store's own threads only
         fork_safety.call_in_child(self.forget)
 
     def take(self, now: float, deadline: float | None) -> _Kept:
@@ -120,38 +146,29 @@ class _KeptConnections:
             kept = self._kept.pop()
         except IndexError:
             return self._from_pool(deadline)
-        try:
-            if kept.is_usable(now):
-                return kept
-        except BaseException:  # of a signal; or the pool would miss it for ever
-            self._release(kept)
-            raise
-        self._release(kept)
-        self._release_old(now)
+        if kept.is_usable(now):
+            return kept
+        self._end(kept)
+        self._end_old(now)
         return self._from_pool(deadline)
 
     def give_back(self, kept: _Kept, *, broken: bool = False) -> None:
-        """After the request; a broken connection has been disconnected."""
+        """After the request; a broken connection may have a reply outstanding."""
         if broken or len(self._kept) >= self._most:
-            self._release(kept)
+            self._end(kept, whole=not broken)
+            self._release()
             return
         kept.used_at = monotonic()
         self._kept.append(kept)
-        if self._waiting and _is_exhausted(self.pool):  # looked at last, as those who wait look here last
-            self.clear()
+        if self._connecting and _is_exhausted(self.pool):  # looked at last, as those who wait look here last
+            self._end_all()
+            threads.beside(self._release_ended)
 
     def clear(self) -> None:
         """Give all that is kept back to the pool."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._release(self._kept.pop())
-
-    def _release_old(self, now: float) -> None:
-        """Give those back that were kept for long enough, and that a smaller crowd does not come to."""
-        for kept in [kept for kept in self._kept if kept.is_old(now)]:
-            with contextlib.suppress(ValueError):  # another thread has just taken it
-                self._kept.remove(kept)
-                self._release(kept)
+        self._end_all()
+        if self._ended:
+            self._release()
 
     def close(self) -> None:
         """As clear, at the end; connections that are being made for somebody are closed when they are there."""
@@ -169,31 +186,71 @@ class _KeptConnections:
     def forget(self) -> None:
         """In a forked process these are the parent's; the pool notices that by itself."""
         self._process_id = os.getpid()
-        self._kept = []
-        self._waiting = self._connecting = 0
+        self._kept, self._out, self._ended = [], set(), []
+        self._connecting = 0
+
+    def _end(self, kept: _Kept, *, whole: bool = True) -> None:
+        """Let a connection go back, once the pool is asked or :meth:`_release` is called."""
+        if whole:
+            kept.restore()
+            kept.lease.whole = True
+        self._ended.append(kept.lease)
+
+    def _end_all(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._end(self._kept.pop())
+
+    def _end_old(self, now: float) -> None:
+        """Let those go that were kept for long enough, and that a smaller crowd does not come to."""
+        for kept in [kept for kept in self._kept if kept.is_old(now)]:
+            with contextlib.suppress(ValueError):  # another thread has just taken it
+                self._kept.remove(kept)
+                self._end(kept)
+
+    def _release(self) -> None:
+        """Give back what has ended: others may ask for it as soon as the caller is answered."""
+        threads.beside(self._release_ended, _LONGEST_RELEASE)
 
     def _from_pool(self, deadline: float | None) -> _Kept:
-        with self._lock:
-            self._waiting += 1
+        if self._connecting >= _MOST_CONNECTING:
+            raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
         try:
-            if _is_exhausted(self.pool):  # perhaps of what is kept here
-                self.clear()
-            connection = None
-            while connection is None:
-                self._await_room(deadline)
-                connection = self._connected_within(deadline)
+            work = partial(self._connect, deadline)
+            late = partial(self._take_back, self._closed)
+            kept: _Kept = within(deadline, work, late=late, at_end=self._connect_at_end)
         except TimeoutError as error:
             if isinstance(self.pool, redis.BlockingConnectionPool) and _is_exhausted(self.pool):
                 raise exceptions.TimeoutError("No connection available") from error
             raise exceptions.TimeoutError("no connection by the deadline") from error
+        return kept
+
+    # What follows runs in threads of the store's own, or in greenlets.
+
+    def _connect(self, deadline: float | None) -> _Kept:
+        with self._lock:
+            self._connecting += 1
+        once = CONNECTS_ONCE.set(True)
+        try:
+            with client_errors():
+                limit_retries(self.pool)
+                self._await_room(deadline)
+                return self._leased(self._connected())
         finally:
+            CONNECTS_ONCE.reset(once)
             with self._lock:
-                self._waiting -= 1
-        return _Kept(connection)
+                self._connecting -= 1
 
     def _await_room(self, deadline: float | None) -> None:
-        """Wait until the pool has a connection, where its queue would stop the greenlets that are to give one back."""
-        while self._stops_greenlets():
+        """Give the pool what it can have back; wait where its queue would stop the greenlets that are to do so."""
+        while True:
+            self._release_ended()
+            if not _is_exhausted(self.pool):  # else perhaps of what is kept here
+                return
+            self._end_all()
+            self._release_ended()
+            if not self._stops_greenlets():
+                return
             if deadline is not None and monotonic() >= deadline:
                 raise TimeoutError
             threads.pause()
@@ -206,20 +263,9 @@ class _KeptConnections:
             and threads.block_greenlets()
         )
 
-    def _connected_within(self, deadline: float | None) -> Any:
-        """Return a connection of the pool; None where other greenlets have taken the last one meanwhile."""
-        with self._lock:
-            if self._connecting >= _MOST_CONNECTING:
-                raise exceptions.ConnectionError(f"No connection available, and {self._connecting} are waited for")
-            self._connecting += 1
-        late = partial(self._take_back, self._closed)
-        return within(deadline, self._connect, late=late, at_end=self._connect_at_end)
-
-    def _connect(self) -> Any:
-        once = CONNECTS_ONCE.set(True)
+    def _connected(self) -> Any:
         try:
-            limit_retries(self.pool)
-            return None if self._stops_greenlets() else self.pool.get_connection()
+            return self.pool.get_connection()
         except exceptions.RedisError:
             raise
         except Exception:
@@ -227,33 +273,45 @@ class _KeptConnections:
             # connection, which would be used without a password and in database 0.
             self.pool.disconnect(inuse_connections=False)
             raise
-        finally:
-            CONNECTS_ONCE.reset(once)
-            with self._lock:
-                self._connecting -= 1
 
-    def _connect_at_end(self, deadline: float) -> Any:
+    def _connect_at_end(self, deadline: float) -> _Kept:
         """Connect in this thread, with timeouts for each step; they stay, as nobody uses the pool for long any more."""
         shorten_timeouts(self.pool, max(deadline - monotonic(), _SHORTEST))
         try:
-            return self._connect()
-        except (exceptions.RedisError, exceptions.RedisClusterException, OSError):
-            raise
-        except Exception as error:
+            return self._connect(deadline)
+        except UnexpectedError as error:
             # redis-py imports modules while it connects, which fails once the interpreter takes them apart.
             raise exceptions.ConnectionError("the interpreter is about to end") from error
 
-    def _take_back(self, closed: int, connection: Any) -> None:
-        """A connection that comes when nobody waits for it any more."""
-        if connection is None:
-            return
-        if closed != self._closed:
+    def _leased(self, connection: Any) -> _Kept:
+        try:
+            kept = _Kept(connection)
+        except BaseException:
             connection.disconnect()
-        self.pool.release(connection)
+            self.pool.release(connection)
+            raise
+        kept.lease = lease = _Lease(kept, self._ended.append)
+        lease.connection, lease.whole = connection, False
+        self._out.add(lease)
+        return kept
 
-    def _release(self, kept: _Kept) -> None:
-        kept.restore()
-        self.pool.release(kept.connection)
+    def _take_back(self, closed: int, kept: _Kept) -> None:
+        """A connection that comes when nobody waits for it any more."""
+        self._end(kept, whole=closed == self._closed)
+        threads.beside(self._release_ended)
+
+    def _release_ended(self) -> None:
+        """Give back what has ended, each once, however often it has been said."""
+        with threads.taken(self._lock), client_errors():
+            while self._ended:
+                lease = self._ended.pop()
+                if lease in self._out:
+                    self._out.discard(lease)
+                    try:
+                        if not lease.whole:
+                            lease.connection.disconnect()
+                    finally:
+                        self.pool.release(lease.connection)
 
 
 def _is_exhausted(pool: Any) -> bool:
@@ -280,8 +338,10 @@ class _Kept:
 
     __slots__ = (
         *("_buffer", "_is_plain", "_longest", "_patience", "_reader", "_socket"),
-        *("connection", "outdated", "taken_at", "used_at"),
+        *("connection", "lease", "outdated", "taken_at", "used_at"),
+        "__weakref__",
     )
+    lease: _Lease
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -339,7 +399,8 @@ class _Kept:
         :param now: what time it was a moment ago, on the clock of the deadline.
         """
         if self._socket is None:
-            return self._request_by_client(packed, replies, deadline)
+            with client_errors():
+                return self._request_by_client(packed, replies, deadline)
         left = self._left(deadline, now)
         if not 0.9 < left / self._patience < 1.1:  # a tenth does not matter
             self._be_patient(left)
@@ -353,7 +414,8 @@ class _Kept:
                 self.outdated = True  # nobody has asked for it, and the next one would take it for his own
         except (BlockingIOError, TimeoutError) as error:
             raise exceptions.TimeoutError("Timeout reading from socket") from error
-        except (OSError, EOFError) as error:  # eventlet raises EOFError where another greenlet has closed the socket
+        except (OSError, EOFError, ValueError) as error:
+            # Where the socket was closed meanwhile, eventlet raises EOFError, and TLS ValueError.
             raise exceptions.ConnectionError(f"Error while reading from socket: {error}") from error
         return received
 
@@ -469,6 +531,7 @@ PushNotification: Final = getattr(hiredis, "PushNotification", None)  # None bef
 _LONGEST_PAUSE: Final = 0.01  # seconds after which the server may have closed a connection
 _LONGEST_KEPT: Final = 1.0
 _MOST_CONNECTING: Final = 1_000
+_LONGEST_RELEASE: Final = 0.05  # seconds
 _FOR_EVER: Final = 1e8  # seconds
 _SHORTEST: Final = 0.001  # seconds; 0 would mean for ever
 _CALLS: Final = ("recv", "recv_into", "sendall", "settimeout")
@@ -478,26 +541,32 @@ def _send_over(
     connections: _KeptConnections, key: bytes, commands: Sequence[Command], deadline: float | None, now: float
 ) -> Replies:
     """Send commands in one write, and read their replies."""
+    kept: _Kept | None = None
     try:
-        kept = connections.take(now, deadline)
-    except Exception as error:
-        raise translated(error, key, in_doubt=False) from error
-    if kept.taken_at >= now:  # just now, which may have taken its time
         try:
-            now = check_time_left(key, deadline)
-        except StoreTimeoutError:
-            connections.give_back(kept)
-            raise
-    broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
-    try:
-        replies = kept.request(pack(commands), len(commands), deadline, now)
-        broken = kept.outdated
-    except Exception as error:
-        raise translated(error, key, in_doubt=True) from error
-    finally:
-        if broken:
-            kept.connection.disconnect()
-        connections.give_back(kept, broken=broken)
+            kept = connections.take(now, deadline)
+        except EXPECTED as error:
+            raise translated(error, key, in_doubt=False) from error
+        if kept.taken_at >= now:  # just now, which may have taken its time
+            try:
+                now = check_time_left(key, deadline)
+            except StoreTimeoutError:
+                connections.give_back(kept)
+                raise
+        broken = True  # whatever comes in between: with a reply outstanding it would serve it to somebody else
+        try:
+            replies = kept.request(pack(commands), len(commands), deadline, now)
+            broken = kept.outdated
+        except EXPECTED as error:
+            raise translated(error, key, in_doubt=True) from error
+        finally:
+            connections.give_back(kept, broken=broken)
+    except StoreError:
+        raise
+    except BaseException as error:
+        # Who handles an interruption may keep it, and with its traceback the frames above, and the connection in them.
+        kept = error.__traceback__ = None
+        raise
     return replies
 
 
@@ -521,10 +590,14 @@ def _watched(
     except StoreError:  # it has answered
         circuit.succeeded()
         raise
-    except Exception as error:  # of the client, where nothing else has translated it: from giving back a connection
+    except EXPECTED as error:  # of the client, where nothing else has translated it: from giving back a connection
         ours = translated(error, key, in_doubt=True)
         circuit.failed(ours)
         raise ours from error
+    except BaseException:  # it was the caller who was interrupted
+        if circuit.is_open:
+            circuit.left()
+        raise
     circuit.heard_at = begun
     if circuit.failures:
         circuit.succeeded()
@@ -544,11 +617,32 @@ def check_time_left(key: bytes, deadline: float | None) -> float:
 
 
 def pack(commands: Sequence[Command]) -> bytes:
-    """Commands as they are sent, next to each other."""
+    """Commands as they are sent, next to each other.
+
+    They must be bytes. Other types work as well, until a signal arrives: Python looks for signals while it writes an
+    ``int`` out, and where the handler of one raises, hiredis goes on with the text that it did not get, and crashes.
+    """
     if len(commands) == 1:
-        packed: bytes = hiredis.pack_command(commands[0])
-        return packed
-    return b"".join([hiredis.pack_command(command) for command in commands])
+        return _pack_one(commands[0])
+    return b"".join([_pack_one(command) for command in commands])
+
+
+_pack_one: Final[Callable[[Command], bytes]] = hiredis.pack_command  # type: ignore[assignment]  # it takes any length
+
+
+def as_bytes(arguments: Sequence[Any]) -> Command:
+    """Return the arguments of a command as they are sent."""
+    return tuple(argument if isinstance(argument, bytes) else str(argument).encode() for argument in arguments)
+
+
+class BytesPacker:
+    """Packs what redis-py sends by itself, in the place of its own packer: numbers of databases and protocols."""
+
+    @staticmethod
+    def pack(command: Any, *arguments: Any) -> list[bytes]:
+        """Return a command as it is sent; a name of several words is several arguments."""
+        (name,) = as_bytes((command,))
+        return [pack((as_bytes((*name.split(), *arguments)),))]
 
 
 def _read(connection: Any) -> Any:
@@ -669,7 +763,7 @@ class ClusterChannel:
             table.client.close()
 
     def _connect_once(self, deadline: float | None) -> ClusterTable:
-        with threads.taken(self._connecting):
+        with threads.taken(self._connecting), client_errors():
             if self._table is None:
                 if deadline is not None and monotonic() >= deadline:
                     raise TimeoutError  # nobody waits any more, and others may come who do
@@ -678,7 +772,7 @@ class ClusterChannel:
 
     def _read_once(self, table: ClusterTable, failed: str, readings: int, deadline: float | None) -> None:
         """Read the table again, unless another thread has, since there were so many readings."""
-        with threads.taken(self._reading):
+        with threads.taken(self._reading), client_errors():
             if readings == self._readings:
                 if deadline is not None and monotonic() >= deadline:
                     raise TimeoutError  # the same
@@ -738,9 +832,7 @@ class ClusterChannel:
                 node = self._found(table, node, key, deadline)
                 now = monotonic()
             connections = self._connections_to(table, node)
-        except StoreError:
-            raise
-        except Exception as error:
+        except EXPECTED as error:
             raise translated(error, key, in_doubt=False) from error
         return NodeReplies(_send_over(connections, key, commands, deadline, now), node)
 
@@ -775,7 +867,8 @@ class ClusterChannel:
         return keys_of(table.client, prefix)
 
     def _connections_to(self, table: ClusterTable, node: Any) -> _KeptConnections:
-        pool = table.client.get_redis_connection(node).connection_pool
+        with client_errors():
+            pool = table.client.get_redis_connection(node).connection_pool
         connections = self._connections.get(node.name)
         if connections is None or connections.pool is not pool:
             connections = _KeptConnections(pool, _most_kept(pool, owned=self._owned))

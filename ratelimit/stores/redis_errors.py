@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Final
 
 import redis.asyncio.sentinel
@@ -11,8 +13,29 @@ from redis import exceptions
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
-_EXPECTED: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
+EXPECTED: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
 """What a redis-py client raises by intention, when it is not a reply of the server."""
+
+
+class UnexpectedError(exceptions.RedisError):
+    """The client has failed with something else, which is the cause."""
+
+
+@contextmanager
+def client_errors() -> Generator[None]:
+    """Raise whatever a client of redis-py fails with as one of ``EXPECTED``.
+
+    To be used around the client's code, and no more than that: elsewhere an exception of another type interrupts the
+    caller, from the handler of a signal for instance, and is to be raised as it is.
+    """
+    try:
+        yield
+    except (StoreError, *EXPECTED):
+        raise
+    except Exception as error:
+        raise UnexpectedError(str(error)) from error
+
+
 _NO_MASTER: Final = (redis.sentinel.MasterNotFoundError, redis.asyncio.sentinel.MasterNotFoundError)
 
 # By class, where redis-py has one and keeps the code of the error to itself; by the code where it has none, or where
@@ -55,6 +78,8 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
 
     :param in_doubt: whether the request may have been carried out, where the error does not tell by itself.
     """
+    if isinstance(error, UnexpectedError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     if isinstance(error, _NO_MASTER):
         return _no_master(error, key)
     if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
@@ -68,7 +93,7 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
         return StoreError(key, "Redis refused" + _in_its_words(error))
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StoreTimeoutError(key, "Redis did not answer in time" + _in_its_words(error), in_doubt)
-    is_expected = isinstance(error, _EXPECTED)
+    is_expected = isinstance(error, EXPECTED)
     what = "Redis cannot be reached" if is_expected else f"the Redis client failed with {type(error).__name__}"
     return StoreUnavailableError(key, what + _in_its_words(error), in_doubt)
 

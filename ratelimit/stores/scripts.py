@@ -12,7 +12,7 @@ class Script(NamedTuple):
 
     text: bytes
     sha: str
-    call: tuple[str, str, int]
+    call: tuple[bytes, bytes, bytes]
 
 
 def load(name: str) -> Script:
@@ -23,5 +23,5 @@ def load(name: str) -> Script:
         if resource.is_file():
             text = resource.read_bytes()
             sha = hashlib.sha1(text, usedforsecurity=False).hexdigest()
-            return Script(text, sha, ("EVALSHA", sha, 1))
+            return Script(text, sha, (b"EVALSHA", sha.encode(), b"1"))
     raise FileNotFoundError(f"the script {name}.lua is missing from this installation of ratelimit-redis")

@@ -30,7 +30,7 @@ from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
 from ratelimit.stores.redis import AsyncRedisStore, RedisStore
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
-from ratelimit.stores.redis_channels import ClusterChannel, PoolChannel
+from ratelimit.stores.redis_channels import BytesPacker, ClusterChannel, PoolChannel
 
 URL_VARIABLE: Final = "RATELIMIT_URL"
 DEFAULT_URL: Final = "redis://localhost:6379/0"
@@ -81,7 +81,7 @@ def store_from_url(url: str) -> Store:
         channel = ClusterChannel(connect, _given(options), server=server, breaker=_BREAKER, owned=True)
         return RedisStore.over(channel)
     with _refusals(url):
-        clients = _clients(redis, location, options)
+        clients = _clients(redis, location, {"command_packer": BytesPacker(), **options})
     return RedisStore.over(PoolChannel(*clients, breaker=_BREAKER, owned=True))
 
 

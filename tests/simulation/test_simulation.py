@@ -209,7 +209,7 @@ def a_client_that_forgets_what_it_could_not_book(patch: pytest.MonkeyPatch) -> N
 
     def forget(self: Optimizer, begun: Any, error: BaseException) -> None:
         failed(self, begun, error)
-        begun.entry.unsynchronized -= begun.carried
+        begun.entry.pending -= begun.carried
 
     patch.setattr(Optimizer, "_failed", forget)
 

@@ -118,7 +118,7 @@ async def scripted() -> AsyncGenerator[Scripted]:
 
 
 async def echo(multiplexer: Multiplexer, word: bytes) -> Any:
-    (reply,) = await multiplexer.send(word, (("ECHO", word),))
+    (reply,) = await multiplexer.send(word, ((b"ECHO", word),))
     return reply
 
 
@@ -145,7 +145,7 @@ async def test_each_of_many_tasks_gets_its_own_replies(server: RedisServer, opti
         for i in range(20):
             said = b"%s, %d" % (word, i)
             assert await echo(many, said) == said
-            assert await many.send(word, (("ECHO", said), ("ECHO", word), ("PING",))) == [said, word, b"PONG"]
+            assert await many.send(word, ((b"ECHO", said), (b"ECHO", word), (b"PING",))) == [said, word, b"PONG"]
 
     await asyncio.gather(*map(echo_often, words(200)))
     many.close()
@@ -157,7 +157,7 @@ async def test_errors_of_the_server_are_replies_and_of_redis_pys_kinds(
     server: RedisServer, options: dict[str, Any]
 ) -> None:
     many = multiplexer(server.port, **options)
-    unknown, good, wrong = await many.send(b"", (("EVALSHA", "0" * 40, 0), ("ECHO", b"good"), ("ECHO",)))
+    unknown, good, wrong = await many.send(b"", ((b"EVALSHA", b"0" * 40, b"0"), (b"ECHO", b"good"), (b"ECHO",)))
     assert isinstance(unknown, NoScriptError)
     assert good == b"good"
     assert type(wrong) is ResponseError
@@ -168,7 +168,7 @@ async def test_commands_of_one_turn_of_the_loop_leave_in_one_write_and_in_order(
     many = scripted.multiplexer()
     await echo(many, b"connected")
     scripted.chunks.clear()
-    replies = await asyncio.gather(*(many.send(b"", (("ECHO", word), ("SAY", word))) for word in words(50)))
+    replies = await asyncio.gather(*(many.send(b"", ((b"ECHO", word), (b"SAY", word))) for word in words(50)))
     assert replies == [[word, word] for word in words(50)]
     assert scripted.chunks == [[command for word in words(50) for command in ([b"ECHO", word], [b"SAY", word])]]
     await echo(many, b"another turn")
@@ -463,7 +463,7 @@ async def test_a_refusal_that_redis_py_has_as_an_error_of_the_connection_is_that
     scripted.answer = lambda command: loading if command[-1] == b"word 1" else bulk(command[-1])
     calls = [
         echo(many, b"word 0"),
-        many.send(b"two", (("ECHO", b"word 1"), ("ECHO", b"word 2"))),
+        many.send(b"two", ((b"ECHO", b"word 1"), (b"ECHO", b"word 2"))),
         echo(many, b"word 3"),
         echo(many, b"word 1"),
         echo(many, b"word 4"),
@@ -519,11 +519,11 @@ async def test_an_end_right_after_the_handshake_is_noticed(scripted: Scripted) -
 @pytest.mark.redis
 async def test_push_messages_of_a_real_server_are_nobodys_replies(server: RedisServer) -> None:
     many = multiplexer(server.port, protocol=3)
-    await many.send(b"", (("CLIENT", "TRACKING", "ON"), ("GET", b"tracked")))
+    await many.send(b"", ((b"CLIENT", b"TRACKING", b"ON"), (b"GET", b"tracked")))
     with server.client() as other:
         for i in range(5):
             other.set("tracked", i)
-            assert await many.send(b"", (("GET", b"tracked"),)) == [b"%d" % i]
+            assert await many.send(b"", ((b"GET", b"tracked"),)) == [b"%d" % i]
     many.close()
 
 
@@ -735,20 +735,20 @@ async def test_the_table_of_a_cluster_is_read_again_before_a_node_that_failed_is
         node = cluster.nodes[0]
         async with redis.asyncio.RedisCluster(host=node.host, port=node.port, socket_timeout=1) as client:
             channel = AsyncClusterChannel(client)
-            assert await channel.send(b"key", [("ECHO", b"one"), ("GET", b"key")]) == [b"one", None]
+            assert await channel.send(b"key", [(b"ECHO", b"one"), (b"GET", b"key")]) == [b"one", None]
             readings = counted_readings(client)
             served = next(one for one in cluster.nodes if client.get_node_from_key("key").port == one.port)  # type: ignore[union-attr]
             served.kill()
             with pytest.raises(StoreError):
-                await channel.send(b"key", [("GET", b"key")])
+                await channel.send(b"key", [(b"GET", b"key")])
             assert readings == []
             with pytest.raises(StoreUnavailableError):
-                await channel.send(b"key", [("GET", b"key")])
+                await channel.send(b"key", [(b"GET", b"key")])
             assert len(readings) == 1
             served.restart()
             await until_none_fails(channel)
             readings.clear()
-            assert await channel.send(b"key", [("ECHO", b"three")]) == [b"three"]
+            assert await channel.send(b"key", [(b"ECHO", b"three")]) == [b"three"]
             assert readings == []
             await channel.close()
 
@@ -773,7 +773,7 @@ async def until_none_fails(channel: AsyncClusterChannel) -> None:
     async with asyncio.timeout(10):
         while True:
             try:
-                await channel.send(b"key", [("ECHO", b"up")])
+                await channel.send(b"key", [(b"ECHO", b"up")])
             except StoreError:
                 await asyncio.sleep(0.02)
             else:
@@ -787,15 +787,15 @@ async def test_a_slot_that_moves_under_load_is_followed_by_all_who_were_sent_to_
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", ""), socket_timeout=5) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", [("SET", b"key", b"value")])
+            await channel.send(b"key", [(b"SET", b"key", b"value")])
             served = next(one for one in cluster.nodes if client.get_node_from_key("key").port == one.port)  # type: ignore[union-attr]
             (other,) = (one for one in cluster.nodes if one is not served)
             move(served, other, "key")
             readings = counted_readings(client)
-            replies = await asyncio.gather(*(channel.send(b"key", [("GET", b"key"), ("PING",)]) for _ in range(500)))
+            replies = await asyncio.gather(*(channel.send(b"key", [(b"GET", b"key"), (b"PING",)]) for _ in range(500)))
             assert replies == [[b"value", b"PONG"]] * 500
             assert client.get_node_from_key("key").port == other.port  # type: ignore[union-attr]
-            assert await channel.send(b"key", [("GET", b"key")]) == [b"value"]
+            assert await channel.send(b"key", [(b"GET", b"key")]) == [b"value"]
             assert readings == []
             await channel.close()
 
@@ -817,12 +817,12 @@ async def test_what_is_known_of_a_node_that_left_the_cluster_is_dropped(server_b
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", [("GET", b"key")])
+            await channel.send(b"key", [(b"GET", b"key")])
             ((name, many),) = channel._multiplexers.items()
             (link,) = many._links.values()
             channel._table.stale = {name}
             node = client.nodes_manager.nodes_cache.pop(name)
-            waiting = many.send(b"key", [("GET", b"key")])
+            waiting = many.send(b"key", [(b"GET", b"key")])
             channel._leave_nodes_that_left()
             assert (channel._multiplexers, channel._table.stale, link.ended) == ({}, set(), False)
             assert await waiting == [None]
@@ -842,14 +842,14 @@ async def test_after_an_answer_that_the_cluster_is_down_its_table_is_read_again(
     with servers.cluster(server_binary) as cluster:
         async with redis.asyncio.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
             channel = AsyncClusterChannel(client)
-            await channel.send(b"key", [("PING",)])
+            await channel.send(b"key", [(b"PING",)])
             readings = counted_readings(client)
             ((name, real),) = channel._multiplexers.items()
             channel._multiplexers[name] = Down(list)
-            assert [type(reply) for reply in await channel.send(b"key", [("PING",)])] == [ClusterDownError]
+            assert [type(reply) for reply in await channel.send(b"key", [(b"PING",)])] == [ClusterDownError]
             assert readings == []
             channel._multiplexers[name] = real
-            assert await channel.send(b"key", [("ECHO", b"up")]) == [b"up"]
+            assert await channel.send(b"key", [(b"ECHO", b"up")]) == [b"up"]
             assert len(readings) == 1
             await channel.close()
 
@@ -863,9 +863,9 @@ def test_a_cluster_client_that_was_left_open_in_a_loop_that_is_closed_is_used_in
     from ratelimit.stores.redis_async_channels import AsyncClusterChannel
 
     async def by_client(close):
-        await channel.send(b"key", [("PING",)])
+        await channel.send(b"key", [(b"PING",)])
         channel._table.stale = {channel.node(b"key")}
-        print(await channel.send(b"key", [("ECHO", b"again")]))
+        print(await channel.send(b"key", [(b"ECHO", b"again")]))
         if close:
             await channel.close()
 

@@ -52,15 +52,15 @@ class MadeUp:
 
     def _answer(self, command: Command) -> Any:
         match command:
-            case ("TIME",):
+            case (b"TIME",):
                 return [b"1700000000", b"0"]
-            case ("SET", *_) if self.refusal is not None:
+            case (b"SET", *_) if self.refusal is not None:
                 return self.refusal
-            case ("SET", *_) if not self.native:
+            case (b"SET", *_) if not self.native:
                 return exceptions.ResponseError("syntax error")
-            case ("SET", _, _, "IFEQ", before, *_):
+            case (b"SET", _, _, b"IFEQ", before, *_):
                 return before
-            case ("SET", *_) | ("GETRANGE", *_):
+            case (b"SET", *_) | (b"GETRANGE", *_):
                 return None
         return 1
 
@@ -70,7 +70,7 @@ class MadeUp:
     def trips(self) -> list[list[str]]:
         """The names of the commands of each round trip since the last call."""
         trips, self._trips = self._trips, []
-        return [[command[0] for command in trip if command[0] != "TIME"] for trip in trips]
+        return [[command[0].decode() for command in trip if command[0] != b"TIME"] for trip in trips]
 
 
 def test_the_probe_goes_along_with_the_first_swap_and_never_again() -> None:
@@ -198,7 +198,7 @@ class Recorded(PoolChannel):
     def sent(self) -> list[str]:
         """The names of the commands since the last call; TIME depends on the clock."""
         commands, self.commands = self.commands, []
-        return [command[0] for command in commands if command[0] != "TIME"]
+        return [command[0].decode() for command in commands if command[0] != b"TIME"]
 
 
 @pytest.fixture(scope="module")
