@@ -112,6 +112,7 @@ class Backend:
         the store's.
     :param unique_readings: whether no two readings of ``now`` are alike, in whichever process.
     :ivar begin: ``monotonic`` where a call of a verb begins; it raises once the manager is closed.
+    :ivar own_executing: ``executing`` for calls that have begun, also once the manager is closed.
     """
 
     store: Store | AsyncStore
@@ -127,19 +128,21 @@ class Backend:
     unique_readings: bool
     cancelled: CancelledWaits = field(default_factory=CancelledWaits)
     begin: Callable[[], float] = field(init=False)
+    own_executing: tuple[Callable[..., Any], Callable[[bytes], int] | None] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.begin = self.monotonic
+        self.own_executing = self.executing
 
     def call(self, timeout: float | None = None, *, holds: bool = False) -> Call:
         """Begin a call of a verb."""
         fork_safety.check()
         return Call(self.begin() + (self.timeout if timeout is None else timeout), holds)
 
-    def own_call(self) -> Call:
+    def own_call(self, timeout: float | None = None) -> Call:
         """Begin a call of the manager's own, also when it is closed."""
         fork_safety.check()
-        return Call(self.monotonic() + self.timeout)
+        return Call(self.monotonic() + (self.timeout if timeout is None else timeout))
 
     def close(self) -> None:
         """Refuse every call of a verb that begins from now on; those that are under way go on.
@@ -277,12 +280,15 @@ def exchange(  # noqa: C901, PLR0912, PLR0915  # the one loop: its parts would o
 def exchange_in_process(backend: Backend, target: Target, plan: Plan, command: Command[T], _call: Call) -> Steps[T]:
     """The same with a store that executes commands itself: there is nothing to wait for, and no step to take."""
     yield from ()
-    return executed(backend, target, plan, command)
+    return executed(backend.own_executing, target, plan, command)
 
 
-def executed(backend: Backend, target: Target, plan: Plan, command: Command[T]) -> T:
-    """What such a store answers."""
-    execute, now_nanos = backend.executing  # type: ignore[misc]  # there is one
+def executed(executing: Any, target: Target, plan: Plan, command: Command[T]) -> T:
+    """Execute a command in such a store.
+
+    :param executing: ``executing`` of the backend where the call begins by this, else ``own_executing``.
+    """
+    execute, now_nanos = executing
     now = None if now_nanos is None else now_nanos(target.stored_key)
     try:
         done = execute(
@@ -376,17 +382,33 @@ def _is_over(backend: Backend, call: Call) -> bool:
     return call.deadline is not None and backend.monotonic() >= call.deadline
 
 
-def _seen_through(pending: Any, call: Call) -> Steps[Lost | None]:
-    """Wait for a swap that is in flight whatever cancels who waits for it; a sync one has ended already."""
-    swapping = asyncio.ensure_future(pending) if isawaitable(pending) else None
-    while swapping is not None:
+def _seen_through(pending: Any, call: Call) -> Steps[Any]:
+    """Wait for a request that is in flight whatever cancels the task that waits; a sync one has ended already."""
+    answering = asyncio.ensure_future(pending) if isawaitable(pending) else None
+    while answering is not None:
         try:
-            return (yield asyncio.shield(swapping))  # type: ignore[no-any-return]
+            return (yield asyncio.shield(answering))
         except asyncio.CancelledError as error:
-            if swapping.cancelled():
+            if answering.cancelled():
                 raise
             call.interruption = error
-    return (yield pending)  # type: ignore[no-any-return]
+    return (yield pending)
+
+
+def uninterrupted(steps: Steps[T], call: Call) -> Steps[T]:
+    """Run steps of asyncio whatever cancels the task that they are in; a cancellation is left in the call."""
+    value, failure = None, None
+    while True:
+        try:
+            pending = steps.send(value) if failure is None else steps.throw(failure)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        try:
+            value, failure = (yield from _seen_through(pending, call)), None
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001  # the steps handle it, or let it pass
+            failure = error
 
 
 def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:

@@ -40,7 +40,7 @@ from ratelimit.errors import (
     errors_named,
     shown,
 )
-from ratelimit.exchange import Backend, Call, Exchange, Target, asked, exchange_in_process, executed
+from ratelimit.exchange import Backend, Call, Exchange, Target, asked, exchange_in_process, executed, uninterrupted
 from ratelimit.guard import Guard, LocalBuckets
 from ratelimit.merging import TaskMerger
 from ratelimit.on_error import ErrorPolicy
@@ -124,7 +124,7 @@ class Handle:
         if plan is None or self.guard is not None:
             return drive(self.run(command, self.call(timeout)))
         if self.exchange is exchange_in_process:
-            return executed(self.backend, self.target, plan, command)
+            return executed(self.backend.executing, self.target, plan, command)
         call = Call(self.backend.begin() + (self.timeout if timeout is None else seconds(timeout)))
         return drive(self.exchange(self.backend, self.target, plan, command, call))  # type: ignore[no-any-return]
 
@@ -202,7 +202,7 @@ class Handle:
         if self.guard is not None:
             self.guard.interrupted(self.target.key, tokens, call.interruption)  # type: ignore[arg-type]  # there is one
         if call.shield is None:  # a shield undoes it where the call ends
-            yield from self._cancel(tokens, reserved, until, degraded=call.degraded)
+            yield from uninterrupted(self._cancel(tokens, reserved, until, degraded=call.degraded), call)
 
     def _cancel_late(self, tokens: int, answer: Any, answered_at: float | None) -> None:
         """Undo what has reserved tokens, if it has.
@@ -236,7 +236,8 @@ class Handle:
         while places:
             begun, answers = waits.moved(), []
             try:
-                answers = yield from self.run(Batch(tuple([place.cancel for place in places])), self.call())
+                command = Batch(tuple([place.cancel for place in places]))
+                answers = yield from self.run(command, self.backend.own_call(self.timeout))
             finally:
                 places = waits.end(key, begun, places, answers, monotonic())
 

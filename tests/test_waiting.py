@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from ratelimit import (
     InvalidArgumentError,
     MemoryStore,
     ProxyManager,
+    RateLimitError,
     ReservationOverflowError,
 )
 from ratelimit.stores.protocol import Lost
@@ -164,6 +166,61 @@ async def test_a_waiter_that_is_cancelled_while_its_swap_is_in_flight_keeps_noth
         await waiter
     snapshot = await manager.snapshot("key")
     assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
+
+
+async def test_a_waiter_that_is_cancelled_again_while_its_tokens_are_given_back_keeps_nothing() -> None:
+    store = SlowStore(carried_out_first=False)
+    manager = AsyncProxyManager(store, "10/hour")
+    await manager.try_consume("key", 8)
+    waiter = asyncio.create_task(manager.consume("key", 5))
+    while await manager.available_tokens("key") != -3:
+        await asyncio.sleep(0)
+    store.gate.clear()
+    waiter.cancel()
+    await store.in_flight.wait()
+    for _ in range(2):
+        waiter.cancel()
+        await asyncio.sleep(0)
+    assert not waiter.done()
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    snapshot = await manager.snapshot("key")
+    assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
+
+
+@pytest.mark.parametrize("make_store", [AsyncMemoryStore, AsyncSwappingStore])
+async def test_a_waiter_that_is_cancelled_after_its_manager_was_closed_keeps_nothing(
+    make_store: Callable[[], AsyncMemoryStore],
+) -> None:
+    store = make_store()
+    manager, other = (AsyncProxyManager(store, "10/hour") for _ in range(2))
+    waiter = asyncio.create_task(manager.consume("key", 15))
+    while await other.available_tokens("key") != -5:
+        await asyncio.sleep(0)
+    await manager.aclose()
+    with pytest.raises(RateLimitError, match="closed"):
+        await manager.try_consume("key")
+    waiter.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert await other.available_tokens("key") == 10
+
+
+@pytest.mark.parametrize("make_store", [MemoryStore, SwappingStore])
+def test_a_sync_waiter_that_is_interrupted_after_its_manager_was_closed_keeps_nothing(
+    make_store: Callable[[], MemoryStore],
+) -> None:
+    class Clock(ManualClock):
+        def sleep(self, nanos: int) -> None:
+            manager.close()
+            raise KeyboardInterrupt
+
+    store, clock = make_store(), Clock(NOW)
+    manager, other = (ProxyManager(store, LIMITS, clock=clock) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        manager.consume("key", 15)
+    assert other.available_tokens("key") == 10
 
 
 async def test_waiters_that_a_closing_loop_cancels_keep_nothing() -> None:
