@@ -265,6 +265,7 @@ READERS = {
     "runtime/clock.py": None,  # all
     "clock.py": {"CLOCK_BOOTTIME", "clock_gettime_ns", "get_clock_info", "sleep", "time_ns"},
     "manager.py": {"sleep"},
+    "stores/multiplexer.py": {"loop.time"},
     "integrations/http/answers.py": {"time"},
 }
 """What a module may use of ``time``."""

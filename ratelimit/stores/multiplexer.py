@@ -179,8 +179,9 @@ class _Link:
         future: Future[Replies] = loop.create_future()
         self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
         due = min(now + self._patience, deadline)
-        if now >= self._due:
-            # The timer is late; or it was set while a test had frozen the loop's clock, and stands in the far future.
+        if now >= self._due and self._timer is not None and self._timer.when() > loop.time():
+            # A test has frozen the loop's clock, by which the timer is not due. A timer that is merely late goes off by
+            # itself, after the replies that have come meanwhile.
             self._watch(math.inf, now)
             self._on_deadline()
         elif due < self._due:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import select
 import ssl
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from redis._parsers import _AsyncRESP2Parser
 from redis.exceptions import ClusterDownError, NoScriptError, ReadOnlyError, ResponseError
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.multiplexer import Multiplexer
 from ratelimit.stores.redis_async_channels import AsyncClusterChannel
 from tests import servers
@@ -524,6 +526,23 @@ async def test_push_messages_of_a_real_server_are_nobodys_replies(server: RedisS
         for i in range(5):
             other.set("tracked", i)
             assert await many.send(b"", ((b"GET", b"tracked"),)) == [b"%d" % i]
+    many.close()
+
+
+@pytest.mark.redis
+async def test_replies_that_came_while_the_loop_was_blocked_are_read_before_anybody_gives_up(
+    server: RedisServer,
+) -> None:
+    many = multiplexer(server.port, socket_timeout=60)
+    await echo(many, b"connected")
+    (link,) = many._links.values()
+    transport: Any = link._transport
+    first = asyncio.ensure_future(many.send(b"first", ((b"ECHO", b"first"),), deadline=monotonic() + 0.1))
+    await asyncio.sleep(0)  # which writes it
+    time.sleep(0.2)  # noqa: ASYNC251  # a turn that takes longer than the deadline
+    assert select.select([transport.get_extra_info("socket").fileno()], [], [], 60)[0]
+    second = asyncio.ensure_future(many.send(b"second", ((b"ECHO", b"second"),)))  # in that very turn
+    assert (await first, await second) == ([b"first"], [b"second"])
     many.close()
 
 
