@@ -233,6 +233,32 @@ async def test_a_client_that_fails_to_find_the_node_is_an_error_of_the_store(
             assert await manager.try_consume("key")
 
 
+def test_a_client_that_fails_to_reach_the_node_that_another_names_is_an_error_of_the_store(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyError
+
+    def answer(command: list[bytes]) -> bytes | None:
+        if not command[0].startswith((b"EVAL", b"SET")):
+            return None
+        monkeypatch.setattr(redis.RedisCluster, "get_redis_connection", fail)
+        return b"-MOVED 12539 127.0.0.1:%d\r\n" % front.port
+
+    ask(server, "FLUSHALL")
+    with Front(server) as front, ExitStack() as stack:
+        url = patient(f"redis+cluster://127.0.0.1:{front.port}")
+        manager = stack.enter_context(ProxyManager.from_url(url, LIMITS, timeout=5))
+        assert manager.try_consume("key")
+        front.answer = answer
+        with pytest.raises(StoreUnavailableError, match="KeyError") as caught:
+            manager.try_consume("key")
+        assert not caught.value.in_doubt
+        monkeypatch.undo()
+        front.answer = lambda _: None
+        assert manager.try_consume("key")
+
+
 def test_a_pool_that_fails_to_take_a_connection_back_is_an_error_of_the_store(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

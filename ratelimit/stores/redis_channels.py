@@ -847,7 +847,10 @@ class ClusterChannel:
 
     def _sent(self, node: Any, key: bytes, commands: Sequence[Command], deadline: float | None) -> Replies:
         """Send commands to a node that another one has named."""
-        connections = self._connections_to(self._connected(deadline), node)
+        try:
+            connections = self._connections_to(self._connected(deadline), node)
+        except EXPECTED as error:
+            raise translated(error, key, in_doubt=False) from error
         try:
             return _watched(self._circuits[node.name], partial(_send_over, connections), key, commands, deadline)
         except StoreError:
