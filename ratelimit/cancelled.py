@@ -89,6 +89,13 @@ class CancelledWaits:
                 self._forget()
             return following
 
+    def forget(self, key: bytes) -> None:
+        """Drop the places in a bucket that has been removed."""
+        with self._lock:
+            known = self._buckets.pop(key, None)
+            if known is not None:
+                self._count -= len(known.places)
+
     def _forget(self) -> None:
         """Let all places stay empty; in a forked process they are the parent's."""
         self._buckets.clear()

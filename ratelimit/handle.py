@@ -272,6 +272,7 @@ def removed(backend: Backend, target: Target, optimizer: Optimizer, local: Local
     with errors_named(target.key):
         yield asked(backend, backend.store.delete, backend.call(), target.stored_key)
     backend.remembered.forget(target.stored_key)
+    backend.cancelled.forget(target.stored_key)
     optimizer.forget(target.stored_key)
     if local is not None:
         local.forget(target.stored_key)

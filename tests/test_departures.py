@@ -411,6 +411,26 @@ def test_places_that_stay_empty_are_bounded_and_asked_for_from_the_last() -> Non
     assert waits.end(b"key", waits.moved(), [last], [True], now=0.0) == []
 
 
+async def test_empty_places_go_with_their_bucket() -> None:
+    manager = AsyncProxyManager(AsyncMemoryStore(), "2/hour")
+    await manager.consume_ignoring_rate_limits("key", 20)
+    tasks = [asyncio.create_task(manager.consume("key")) for _ in range(2)]
+    await settle()
+    tasks[0].cancel()  # before the second, which keeps its time
+    await settle()
+    await manager.remove("key")
+    assert await manager.try_consume("key", 2)
+    tasks += [asyncio.create_task(manager.consume("key")) for _ in range(2)]
+    await settle()
+    assert await manager.available_tokens("key") == -2
+    tasks[3].cancel()
+    await settle()
+    assert await manager.available_tokens("key") == -1  # the third waits, and nobody has left for good before it
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
 def test_a_place_is_asked_for_once_more_where_another_task_has_left_meanwhile() -> None:
     waits = CancelledWaits()
     first, second = (Place(Cancel(1, noted), until=5.0) for noted in (1, 2))
