@@ -13,7 +13,7 @@ from ratelimit.core.commands import Cancel
 from ratelimit.runtime import fork_safety
 
 _MOST_PLACES: Final = 10_000  # of one manager
-_MOST_AT_ONCE: Final = 100  # in one request
+_MOST_AT_ONCE: Final = 100  # steps in one request: a place has one for each bandwidth from which it has a surplus
 
 
 class Place(NamedTuple):
@@ -28,6 +28,10 @@ class Place(NamedTuple):
 
 def _order(place: Place) -> int:
     return place.cancel.noted
+
+
+def _most_at_once(places: list[Place]) -> int:
+    return max(1, _MOST_AT_ONCE // max([1, *[len(place.cancel.surplus) for place in places[-_MOST_AT_ONCE:]]]))
 
 
 class _Bucket(NamedTuple):
@@ -80,7 +84,7 @@ class CancelledWaits:
             del places[:over]
             following: list[Place] = []
             if moved > begun:
-                following = places[-_MOST_AT_ONCE:][::-1]
+                following = places[-_most_at_once(places) :][::-1]
                 del places[len(places) - len(following) :]
             if places or following:
                 self._buckets[key] = _Bucket(places, moved)

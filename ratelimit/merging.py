@@ -72,9 +72,10 @@ def _count_together(queue: Sequence[_Queued[Any]] | Sequence[_Entry[Any]]) -> in
             break
         command = queued.command
         if command is not previous:  # commands that are asked for over and over are one object, and one step
-            if room == 0:
+            steps = len(command.commands) if type(command) is Batch else 1
+            if count and room < steps:
                 break
-            room -= 1
+            room -= steps
             previous = command
         count += 1
     return count

@@ -411,6 +411,14 @@ def test_places_that_stay_empty_are_bounded_and_asked_for_from_the_last() -> Non
     assert waits.end(b"key", waits.moved(), [last], [True], now=0.0) == []
 
 
+def test_places_that_take_several_steps_are_asked_for_in_smaller_parts() -> None:
+    waits = CancelledWaits()
+    places = [Place(Cancel(1, noted, surplus=((1, 0),) * 30), until=5.0) for noted in range(9)]
+    for place in places[:-1]:
+        assert waits.end(b"key", waits.moved(), [place], [False], now=0.0) == []
+    assert waits.end(b"key", waits.moved(), places[-1:], [True], now=0.0) == [places[7], places[6], places[5]]
+
+
 async def test_empty_places_go_with_their_bucket() -> None:
     manager = AsyncProxyManager(AsyncMemoryStore(), "2/hour")
     await manager.consume_ignoring_rate_limits("key", 20)

@@ -23,6 +23,8 @@ from ratelimit import (
     StoreUnavailableError,
     TokensInheritance,
 )
+from ratelimit.core.commands import Batch, ConsumeIgnoringRateLimits
+from ratelimit.drive import adrive
 from ratelimit.errors import Key
 from ratelimit.exchange import Call
 from ratelimit.handle import try_consume
@@ -361,6 +363,19 @@ async def test_hundreds_of_different_commands_go_in_parts_and_equal_ones_at_once
     assert tasks.store.swaps == 2 + 3
     assert await tasks.consumed() == 2 + 2 * different + 1
     assert tasks.idle()
+
+
+async def test_a_batch_counts_as_the_commands_in_it(tasks: Tasks) -> None:
+    first = await tasks.hold()
+    handle = tasks.manager.bucket("key")._handle
+    batches = [Batch((ConsumeIgnoringRateLimits(1),) * 100) for _ in range(5)]
+    calls = [asyncio.ensure_future(adrive(handle.run(batch, handle.call(10)))) for batch in batches]
+    await asyncio.sleep(0)
+    tasks.store.gate.set()
+    assert await first
+    await asyncio.gather(*calls)
+    assert tasks.store.swaps == 2 + 3
+    assert await tasks.consumed() == 2 + 500
 
 
 async def test_reads_do_not_queue(tasks: Tasks) -> None:
