@@ -271,7 +271,7 @@ class _KeptConnections:
         except Exception:
             # It came in the midst of the handshake, from a credential provider perhaps: redis-py has put back an open
             # connection, which would be used without a password and in database 0.
-            self.pool.disconnect(inuse_connections=False)
+            _disconnect_idle(self.pool)
             raise
 
     def _connect_at_end(self, deadline: float) -> _Kept:
@@ -312,6 +312,17 @@ class _KeptConnections:
                             lease.connection.disconnect()
                     finally:
                         self.pool.release(lease.connection)
+
+
+def _disconnect_idle(pool: Any) -> None:
+    """Close the connections of a pool that nobody uses."""
+    if not isinstance(pool, redis.BlockingConnectionPool):
+        pool.disconnect(inuse_connections=False)
+        return
+    # redis-py 5 and 6 can only close all connections of such a pool.
+    for connection in list(pool.pool.queue):
+        if connection is not None:
+            connection.disconnect()
 
 
 def _is_exhausted(pool: Any) -> bool:

@@ -148,6 +148,32 @@ def test_a_manager_that_is_dropped_gives_its_connection_back(server: RedisServer
         assert in_use(client) == 0
 
 
+class OldBlockingPool(redis.BlockingConnectionPool):
+    """Cannot tell connections that are in use from others when it closes them, as that of redis-py 5 and 6."""
+
+    def disconnect(self) -> None:
+        super().disconnect()
+
+
+class FailingProvider(redis.CredentialProvider):
+    def get_credentials(self) -> tuple[str]:
+        raise LookupError("no password")
+
+
+@pytest.mark.parametrize("kind", [redis.ConnectionPool, redis.BlockingConnectionPool, OldBlockingPool])
+def test_a_connection_whose_handshake_was_broken_off_is_closed_and_no_other(server: RedisServer, kind: Any) -> None:
+    pool = kind(host=server.host, port=server.port, max_connections=2)
+    busy = pool.get_connection()
+    pool.connection_kwargs["credential_provider"] = FailingProvider()
+    with redis.Redis(connection_pool=pool) as client:
+        with pytest.raises(StoreUnavailableError, match="no password"):
+            ProxyManager(RedisStore(client), LIMITS).try_consume("key")
+        idle = pool.pool.queue if hasattr(pool, "pool") else pool._available_connections
+        assert [connection._sock for connection in idle if connection is not None] == [None]
+        assert busy._sock is not None
+        pool.release(busy)
+
+
 def test_threads_reuse_connections(store: RedisStore, server: RedisServer) -> None:
     ids = at_once(8, lambda _: {connection_id(store) for _ in range(100)})
     assert len(set().union(*ids)) <= 8
