@@ -333,6 +333,8 @@ EPOCH = NOW // SECOND
         (200, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "0.25"}, 0.25),
         (200, {"X-RateLimit-Remaining": "1", "X-RateLimit-Reset": "30"}, None),
         (200, {"X-RateLimit-Remaining": "0"}, None),
+        (200, {"X-RateLimit-Remaining": "", "X-RateLimit-Reset": "60"}, None),
+        (429, {"X-RateLimit-Remaining": "", "X-RateLimit-Reset": "60"}, None),
         (200, {"X-RateLimit-Reset": "30"}, None),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{EPOCH + 30}"}, 30),
         (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": f"{EPOCH + 30}.5"}, 30.5),

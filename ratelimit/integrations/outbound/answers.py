@@ -149,7 +149,7 @@ def _of_triples(fields: Mapping[str, str], present: Fraction, status: int) -> It
         left = fields.get(f"{prefix}-remaining")
         if left is None and status != TOO_MANY_REQUESTS:
             continue
-        count, _, parameters = (left or "0").partition(";")
+        count, _, parameters = ("0" if left is None else left).partition(";")
         if _seconds(count.strip()) != 0:
             continue
         resets = [fields[name] for name in (f"{prefix}-reset-after", f"{prefix}-reset") if name in fields]
