@@ -180,9 +180,9 @@ class Handle:
             raise
         reserved: Reserved = _value(answer)
         wait = reserved.wait
-        if wait == NEVER and timeout is None and not call.degraded:
-            raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
         if wait == NEVER and call.interruption is None:
+            if timeout is None and not call.degraded:
+                raise ReservationOverflowError(f"{tokens} tokens could never be paid back")
             return answer
         until = self.backend.monotonic() + wait / NANOS_PER_SECOND if wait > 0 else 0.0
         if call.interruption is None and wait > 0:

@@ -168,6 +168,19 @@ async def test_a_waiter_that_is_cancelled_while_its_swap_is_in_flight_keeps_noth
     assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
 
 
+async def test_a_wait_without_end_that_is_cancelled_while_its_swap_is_in_flight_is_cancelled() -> None:
+    store = SlowStore(carried_out_first=True)
+    store.gate.clear()
+    manager = AsyncProxyManager(store, "10/hour")
+    waiter = asyncio.create_task(manager.consume("key", 2**63 - 1))
+    await store.in_flight.wait()
+    waiter.cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
 async def test_a_waiter_that_is_cancelled_again_while_its_tokens_are_given_back_keeps_nothing() -> None:
     store = SlowStore(carried_out_first=False)
     manager = AsyncProxyManager(store, "10/hour")
