@@ -791,6 +791,14 @@ class ClusterChannel:
                 table.reading(failed)
                 table.stale.difference_update(stale)
                 self._readings += 1
+                self._leave_nodes_that_left(table)
+
+    def _leave_nodes_that_left(self, table: ClusterTable) -> None:
+        present = {node.name for node in table.client.get_nodes()}
+        for name in set(self._connections) - present:
+            with contextlib.suppress(*EXPECTED):
+                self._connections.pop(name).close()
+        table.stale.intersection_update(present)
 
     def node(self, key: bytes) -> str:
         """The name of the node that serves the key's slot, as far as the client knows; empty where it does not."""

@@ -151,7 +151,7 @@ def test_a_manager_that_is_dropped_gives_its_connection_back(server: RedisServer
 class OldBlockingPool(redis.BlockingConnectionPool):
     """Cannot tell connections that are in use from others when it closes them, as that of redis-py 5 and 6."""
 
-    def disconnect(self) -> None:
+    def disconnect(self) -> None:  # type: ignore[override]
         super().disconnect()
 
 
@@ -541,6 +541,26 @@ def test_a_slot_that_moves_under_load_loses_no_token_and_gives_none_away(cluster
             taken = [one.result(10) for one in running]
         assert all(taken)
         assert sum(manager.snapshot(bucket).consumed_tokens for bucket in buckets) == sum(taken)
+
+
+def test_connections_of_a_node_that_left_the_cluster_are_closed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with redis.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
+        channel = redis_channels.ClusterChannel(lambda: client, server="a cluster")
+        for number in range(20):
+            channel.send(b"%d" % number, [(b"GET", b"%d" % number)])
+        gone, staying = channel._connections
+        pool = channel._connections[gone].pool
+        assert len(pool._in_use_connections) == 1
+        table: Any = channel._table
+        table.stale = {gone, staying}
+        monkeypatch.setattr(table, "reading", lambda _: client.nodes_manager.nodes_cache.pop(gone))
+        node_of: Any = client.get_node_from_key
+        key = next(key for key in (b"%d" % number for number in range(20)) if node_of(key).name == staying)
+        assert channel.send(key, [(b"GET", key)]) == [None]
+        assert (list(channel._connections), table.stale) == ([staying], set())
+        wait_until(lambda: not pool._in_use_connections, "its connection is given back")
 
 
 def test_a_node_that_is_killed_costs_errors_only_for_its_keys_and_only_while_it_is_down(cluster: Cluster) -> None:
