@@ -36,6 +36,7 @@ from ratelimit import (
 from tests import servers
 from tests.faces import Manager, closing, settled
 from tests.servers import RedisServer, ServerBinary, wait_until
+from tests.topologies import ask, begin_to_move
 
 pytestmark = pytest.mark.redis
 
@@ -50,8 +51,8 @@ ACL_COMMANDS = ("eval", "evalsha", "getrange", "set", "del", "time")
 ACL_COMMANDS_FOR_A_DATABASE = ("select",)
 """What redis-py sends besides where the database is not 0."""
 
-ACL_COMMANDS_FOR_A_CLUSTER = ("cluster|slots", "command")
-"""What redis-py sends besides to a cluster."""
+ACL_COMMANDS_FOR_A_CLUSTER = ("cluster|slots", "command", "asking")
+"""What is sent besides to a cluster."""
 
 VERBS: dict[str, Callable[[Manager], Any]] = {
     "try_consume": lambda manager: manager.try_consume(KEY),
@@ -514,6 +515,27 @@ async def test_a_cluster_takes_other_permissions(face: Face, cluster: servers.Cl
             assert await settled(manager.try_consume(key))
             assert await settled(manager.available_tokens(key)) == 9
             await settled(manager.remove(key))
+
+
+async def test_without_permission_to_follow_a_slot_that_moves_the_error_says_so(
+    face: Face, cluster: servers.Cluster
+) -> None:
+    slot = int(ask(cluster.nodes[0], "CLUSTER KEYSLOT", PREFIX + KEY))
+    source, target = cluster.nodes if slot < servers.SLOTS // 2 else reversed(cluster.nodes)
+    with target.client() as admin:
+        begin_to_move(source, target, slot)
+        try:
+            url = limited_url(source).replace("redis://", "redis+cluster://")
+            async with closing(face.from_url(url, LIMITS, prefix=PREFIX)) as manager:
+                allow(admin, *ACL_COMMANDS, *(one for one in ACL_COMMANDS_FOR_A_CLUSTER if one != "asking"))
+                await check_failure(manager, StoreError, "permissions.*'asking'")
+                allow(admin, *ACL_COMMANDS, *ACL_COMMANDS_FOR_A_CLUSTER)
+                assert await settled(manager.try_consume(KEY))
+                await settled(manager.remove(KEY))
+        finally:
+            allow(admin, *ACL_COMMANDS, *ACL_COMMANDS_FOR_A_CLUSTER)
+            for node in cluster.nodes:
+                ask(node, "CLUSTER SETSLOT", slot, "STABLE")
 
 
 async def test_a_cluster_refuses_a_wrong_password(face: Face, cluster: servers.Cluster) -> None:

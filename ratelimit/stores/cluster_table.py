@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from redis.exceptions import AskError, MovedError, SlotNotCoveredError, TryAgainError
+from redis.exceptions import AskError, MovedError, NoPermissionError, SlotNotCoveredError, TryAgainError
 
 from ratelimit.drive import Steps
 from ratelimit.errors import StoreTimeoutError, StoreUnavailableError
@@ -140,7 +140,11 @@ def follow(  # noqa: PLR0917  # all that sending is about
                 node, commands = table.redirected(reply, node.name), (_ASKING, command)
         except Exception as error:
             raise translated(error, key, in_doubt=False) from error
-        *_, reply = yield send(node, key, commands, deadline)
+        replies = yield send(node, key, commands, deadline)
+        reply = replies[-1]
+        if isinstance(replies[0], NoPermissionError):
+            # Where it is ASKING that is refused, the next reply is a MovedError, and names no permission.
+            return replies[0]
         if not isinstance(reply, REDIRECTIONS):
             return reply
     raise StoreUnavailableError(key, f"the nodes of the Redis cluster redirect without end ({reply})") from reply
