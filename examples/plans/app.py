@@ -43,8 +43,8 @@ plans = Plans(
     plan_of,
     by=customer,
     ttl=1,  # second, for which processes go on with the plan that they know
-    # Who had used up 20 and has 40 now gets 20 more. Where customers change plans to and fro as they like, the default,
-    # PROPORTIONALLY, is better: there is nothing to be gained by it.
+    # Who had used up 20 and has 40 now gets 20 more. Where customers change plans to and fro as they like, AS_IS is
+    # better: it gives nothing at the change itself.
     inheritance=TokensInheritance.ADDITIVE,
 )
 limit = RateLimit(plans, key=combined(customer, route()), name="plans-example")
