@@ -13,7 +13,8 @@ from ratelimit.core.commands import Cancel
 from ratelimit.runtime import fork_safety
 
 _MOST_PLACES: Final = 10_000  # of one manager
-_MOST_AT_ONCE: Final = 100  # steps in one request: a place has one for each bandwidth from which it has a surplus
+# Steps in one request: a place has one for each bandwidth from which it has a surplus.
+_MOST_AT_ONCE: Final = 100
 
 
 class Place(NamedTuple):
@@ -37,8 +38,8 @@ def _most_at_once(places: list[Place]) -> int:
 class _Bucket(NamedTuple):
     """What is known of one bucket.
 
-    :param places: that are empty, in the order of their reservations.
-    :param moved: when the end of its queue has moved last, by the count of :meth:`CancelledWaits.moved`.
+    :param places: the empty places, in the order of their reservations.
+    :param moved: the count of :meth:`CancelledWaits.moved` when the end of its queue last moved.
     """
 
     places: list[Place]
@@ -66,7 +67,7 @@ class CancelledWaits:
         by those to another thread or task.
 
         :param begun: what :meth:`moved` has returned.
-        :param answers: of the store, for each place that it was asked for; none where it has failed.
+        :param answers: the store's answer for each place that was asked for; empty where the store has failed.
         """
         with self._lock:
             known = self._buckets.pop(key, None)

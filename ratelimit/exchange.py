@@ -67,7 +67,8 @@ _IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
 
-_chance = random.SystemRandom()  # processes that were forked in C would draw the same numbers from another generator
+# Processes that were forked in C would draw the same numbers from another generator.
+_chance = random.SystemRandom()
 
 
 class Call:
@@ -173,7 +174,9 @@ class Target:
 
 def _closed(*_: Any, **__: Any) -> Any:
     # Not a StoreError, which ``on_error`` would turn into an answer: the program is wrong, not the store.
-    raise RateLimitError("the manager is closed, and so are its buckets; make another one, or close it later")
+    raise RateLimitError(
+        "the manager is closed, and so are its buckets; make another manager, or close this one after its last call"
+    )
 
 
 Exchange = Callable[[Backend, Target, Plan, Command[Any], Call], Steps[Any]]
@@ -314,7 +317,7 @@ def _delegated(deciding: Any, key: bytes, arguments: tuple[bytes, ...], call: Ca
     """Let the store decide."""
     if not call.holds:
         return (yield from deciding.deciding(key, arguments, call.deadline))  # type: ignore[no-any-return]
-    return (yield from _seen_through(deciding.decide(key, arguments, deadline=call.deadline), call))  # type: ignore[return-value]
+    return (yield from _seen_through(deciding.decide(key, arguments, deadline=call.deadline), call))  # type: ignore[no-any-return]
 
 
 def asked(backend: Backend, method: Callable[..., Any], call: Call, *arguments: Any) -> Any:

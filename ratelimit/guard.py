@@ -205,7 +205,10 @@ class LocalBuckets:
                 local.state, local.books = state, books
 
     def cancel(self, target: Target, command: Cancel) -> None:
-        """Undo a reservation of the local bucket, if that is still there; what is not used is not charged either."""
+        """Undo a reservation of the local bucket, if that is still there.
+
+        Its tokens are not charged to the shared bucket either.
+        """
         key = target.stored_key
         with self._lock:
             local = self._buckets.get(key)

@@ -230,7 +230,7 @@ class Handle:
             _logger.warning("%d tokens of a wait that was interrupted could not be given back: %s", tokens, error)
 
     def _cancelled(self, place: Place) -> Steps[None]:
-        """Undo a reservation, and then those before it that were cancelled earlier and are the last ones now."""
+        """Undo a reservation, and then earlier cancelled ones that have become the last in the queue."""
         waits, key, monotonic = self.backend.cancelled, self.target.stored_key, self.backend.monotonic
         places = [place]
         while places:

@@ -232,8 +232,8 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
     def store(self) -> StoreT:
         """The store of this manager, to make further managers over it.
 
-        Of a manager that :meth:`from_url` has made, it is closed with that manager. Whoever uses it after that connects
-        it again.
+        The store of a manager from :meth:`from_url` is closed with that manager, and connects again when it is used
+        after that.
         """
         return self._store
 
@@ -356,7 +356,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
         Tokens that an optimization has handed out without telling the store are told to it before that. Every verb that
         is called after that raises ``RateLimitError``, also those of buckets that this manager has made; ``on_error``
-        does not apply to it. To close again does no harm, and tells what could not be told before.
+        does not apply to it. Closing again does no harm: it sends what could not be sent before.
         """
         try:
             drive(self._told())

@@ -215,7 +215,10 @@ def taken(lock: threading.Lock) -> Generator[None]:
 
 
 def _library() -> str | None:
-    """Return the name of the library that has replaced the sockets and not the threads; mostly there is none."""
+    """Return the library that has replaced the sockets and not the threads.
+
+    None where there is none, as in most processes.
+    """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("socket") and not monkey.is_module_patched("threading"):
         return "gevent"

@@ -163,7 +163,7 @@ class ConsumeAsMuchAsPossible(Command[int]):
 
 
 class Reserved(NamedTuple):
-    """The answer to a reservation: the wait, and by what it is undone if the wait is cancelled.
+    """The answer to a reservation: the wait, and what undoes the reservation if the wait is cancelled.
 
     :param wait: in nanoseconds; NEVER: nothing was reserved.
     :param noted: what the bucket has counted as consumed right after the reservation; None: no bucket was charged.

@@ -140,7 +140,10 @@ def repeated_id(specs: Sequence[LimitSpec]) -> Span:
 
 @dataclass(frozen=True, slots=True)
 class _Number:
-    """A number as it was written, and what it may mean. One that is not ``whole`` is only good for an error."""
+    """A number as it was written, and its possible meanings.
+
+    One that is not ``whole`` serves only for an error message.
+    """
 
     written: str
     span: Span

@@ -122,7 +122,7 @@ class BucketState(NamedTuple):
         return self._given_back(tokens, 0)
 
     def cancelled(self, tokens: int, noted: int, surplus: tuple[Surplus, ...]) -> BucketState | None:
-        """Return the state as if a reservation had not been made; None where its place stays empty.
+        """Return the state as if a reservation had not been made; None where the tokens must not come back.
 
         Reservations that were made later count on this place being taken. While any of them may wait, only the last one
         is undone. Where none waits, no more comes back than can be there beside what was consumed later.

@@ -1,1 +1,1 @@
-"""What the interpreter and the system give, in one place each: clocks, and what a fork leaves behind."""
+"""Clocks of the process, and what it must do after a fork."""

@@ -18,7 +18,8 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 _SHORTEST_FAILURE = 0.1  # seconds
-_chance = random.SystemRandom()  # processes that were forked in C would draw the same numbers from another generator
+# Processes that were forked in C would draw the same numbers from another generator.
+_chance = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.redis_errors import translated
 
 REDIRECTIONS: Final = (AskError, TryAgainError)  # a MovedError is an AskError
-"""What a node answers that has not done what it was asked for, and that says who may."""
+"""Replies of a node that has not carried out a command and names the node that may."""
 
 _ASKING: Final = (b"ASKING",)
 _MOST_REDIRECTIONS: Final = 16

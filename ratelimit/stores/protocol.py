@@ -106,7 +106,7 @@ class DecidingStore(Protocol):
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
     ) -> Steps[Lost | None]:
-        """``swap`` in steps, for who takes steps anyway."""
+        """Return the steps of ``swap`` for callers that are steps themselves."""
         ...
 
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:

@@ -33,7 +33,7 @@ _COMPARE_AND_SWAP_PX: Final = load("compare_and_swap_px")
 _DECIDE: Final = load("decide")
 
 _LAST_BYTE_READ: Final = b"%d" % LONGEST_STATE
-"""Of a value that is too long for a state, one byte more than a state may have: a server is not to send 512 MB."""
+"""The last byte that is read: one more than a state may have, so that a server never sends 512 MB."""
 
 _TIME: Final = (b"TIME",)
 _PROBE: Final = (b"", b"IFEQ", secrets.token_bytes(32), b"GET")  # of what follows SET and the key
@@ -88,7 +88,7 @@ class _RedisSteps(OfThisProcess):
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
     ) -> Steps[Lost | None]:
-        """The steps of ``swap``, for who takes steps anyway."""
+        """Return the steps of ``swap`` for callers that are steps themselves."""
         node = self._only or self._node_of(key)
         ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
         if node.swaps_natively:
@@ -164,7 +164,7 @@ class _RedisSteps(OfThisProcess):
         replies = yield self._channel.send(key, (*questions, command), deadline)
         *answers, reply = replies
         for question, answer in zip(questions, answers, strict=True):
-            # An error among the answers is for who needs them, not for a command that is carried out.
+            # A command that was carried out does not fail because of an error among the answers.
             if question is not _TIME:
                 node.learn_from_probe(answer)
             elif not isinstance(answer, ResponseError):
@@ -236,13 +236,11 @@ def _checked(reply: Any, key: bytes) -> Any:
 
 
 def _without_time(refusal: ResponseError, key: bytes) -> StoreError:
-    """What to do about a server that serves, but does not tell the time."""
+    """Return the error for a server that works but refuses ``TIME``, with what to do about it."""
     error = translated(refusal, key, in_doubt=False)
     if type(error) is not StoreError:  # it will serve again
         return error
-    return StoreError(
-        key, f"Redis does not tell its time; give the manager a clock, as clock=SystemClock(): {error.message}"
-    )
+    return StoreError(key, f"Redis refuses TIME; give the manager a clock, as clock=SystemClock(): {error.message}")
 
 
 def _state(reply: Any, key: bytes) -> bytes | None:
@@ -290,8 +288,8 @@ class RedisStore(_RedisSteps):
     """Buckets in Redis, over a client that the caller made and closes.
 
     :param client: a ``redis.Redis`` (also one that Sentinel's ``master_for`` gives) or a ``redis.RedisCluster``. Its
-        settings count (timeouts, TLS, authentication), but for ``decode_responses``, which does not matter, and for
-        its retries: those of commands would charge twice, and are done here; those of connecting outlast a decision.
+        settings count (timeouts, TLS, authentication), but for ``decode_responses``, which does not matter. Its retries
+        are not used: those of commands would charge twice, those of connecting outlast a decision.
     :param circuit_breaker: when a server that fails is left alone; None: never.
     :param monotonic: the local clock that follows the server's, in nanoseconds; for tests.
     """

@@ -249,14 +249,15 @@ class AsyncClusterChannel:
         before, self._loop = self._loop, asyncio.get_running_loop()
         self._reading = None
         if before is not None and before.is_closed():
-            # Beside the decisions; whoever needs the table waits for it.
+            # This runs beside the decisions; a decision that needs the table waits for it.
             self._reading = asyncio.create_task(self._leave_loop())
             self._reading.add_done_callback(_forget_error)
 
     async def _leave_loop(self) -> None:
         """Close the connections that belong to a loop that is closed, and read the table over new ones."""
         for node in self._known_nodes():
-            with contextlib.suppress(RuntimeError):  # for the loop is closed that its connections belonged to
+            # The loop of its connections is closed.
+            with contextlib.suppress(RuntimeError):
                 await node.disconnect()
         await self._read("")
 

@@ -275,7 +275,10 @@ class _KeptConnections:
             raise
 
     def _connect_at_end(self, deadline: float) -> _Kept:
-        """Connect in this thread, with timeouts for each step; they stay, as nobody uses the pool for long any more."""
+        """Connect in this thread, with timeouts for each step.
+
+        The shortened timeouts stay, because the process is about to end.
+        """
         shorten_timeouts(self.pool, max(deadline - monotonic(), _SHORTEST))
         try:
             return self._connect(deadline)
@@ -769,7 +772,7 @@ class ClusterChannel:
         return table
 
     def _take_back(self, closed: int, table: ClusterTable) -> None:
-        """A client that is there when nobody waits for it any more serves those who come later."""
+        """Close a client that is ready after the store was closed; otherwise keep it for later callers."""
         if self._owned and closed != self._closed:
             table.client.close()
 

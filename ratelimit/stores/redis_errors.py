@@ -14,7 +14,7 @@ from redis import exceptions
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 
 EXPECTED: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSError)
-"""What a redis-py client raises by intention, when it is not a reply of the server."""
+"""Errors that redis-py documents, other than replies of the server."""
 
 
 class UnexpectedError(exceptions.RedisError):
@@ -99,7 +99,7 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
 
 
 def _no_master(error: Exception, key: bytes) -> StoreError:
-    """What Sentinel's refusal comes from.
+    """Return the error for a Sentinel that has named no master, with the reasons of each.
 
     redis-py names the errors of all sentinels in one text, each after a description of its client that is longer than
     what is quoted here.

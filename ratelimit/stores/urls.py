@@ -49,7 +49,8 @@ _LONGEST_HOST: Final = 253  # characters of a name of the DNS
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
 _POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
-_CLUSTER_DEFAULTS: Final[dict[str, Any]] = {"require_full_coverage": False}  # a node that is missing is no other's harm
+# A node that is missing does not harm the slots of others.
+_CLUSTER_DEFAULTS: Final[dict[str, Any]] = {"require_full_coverage": False}
 _CLUSTER_OPTION: Final = "dynamic_startup_nodes"
 _BREAKER: Final = CircuitBreaker()
 _NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read

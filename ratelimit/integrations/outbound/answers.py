@@ -175,7 +175,7 @@ def _of_parts(fields: Mapping[str, str], present: Fraction) -> Iterator[Fraction
 
 
 def _reset(text: str, present: Fraction) -> Fraction | None:
-    """Return the seconds until a reset; None for what is no time.
+    """Return the seconds until a reset; None where the text is not a time.
 
     Some send seconds from now, or a duration, some seconds or milliseconds since the epoch, some a date. The sizes of
     numbers tell them apart.

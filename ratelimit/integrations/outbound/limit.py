@@ -43,7 +43,8 @@ _SHORTEST_DEFAULT_HOLD: Final = NANOS_PER_SECOND
 _LONGEST_DEFAULT_HOLD: Final = 60 * NANOS_PER_SECOND
 _LONGEST_JITTER: Final = 10 * NANOS_PER_SECOND
 
-_random = random.SystemRandom().random  # which has no state that forked processes would share
+# It has no state that forked processes would share.
+_random = random.SystemRandom().random
 
 _logger = logging.getLogger("ratelimit")
 
