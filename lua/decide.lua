@@ -44,7 +44,8 @@ local NANOS_PER_MILLISECOND = 1000000
 local key, request = KEYS[1], ARGV[2]
 local unpack, pack, floor, ceil = struct.unpack, struct.pack, math.floor, math.ceil
 
-local before = redis.call('GETRANGE', key, '0', LONGEST_STATE)  -- a byte more than a state may have
+-- Of a longer value a byte more than a state may have is read.
+local before = redis.call('GETRANGE', key, '0', LONGEST_STATE)
 
 -- The everyday case: tokens that are consumed if they are there, from one greedy bandwidth without id.
 
@@ -151,7 +152,8 @@ end
 -- Every other case. First the arithmetic of doubles and pairs.
 
 if before == '' then
-  before = false  -- missing; or empty, which is found when a new bucket is not stored
+  -- The bucket is missing; or empty, which is found when a new bucket is not stored.
+  before = false
 end
 
 -- An operator on a pair gives not-a-number, so that one comparison finds both what is too large and what is a pair.
@@ -574,7 +576,8 @@ local function lower(bandwidth, tokens, wait)
   else
     local part = saturating_product(rest, bandwidth.tokens)
     local more
-    if part == MAX then  -- a refill computes it in doubles as well, and rounds it down
+    if part == MAX then
+      -- A refill computes it in doubles as well, and rounds it down.
       more = sum(truncated(rounded(rest) / rounded(period) * rounded(bandwidth.tokens)), 1)
       more = less(more, 0) and MAX or more
     else
@@ -645,7 +648,8 @@ local function give_back(tokens, later)
   return true
 end
 
-local raised  -- bandwidths that have got back what the cancelled reservation took beside its tokens; nil: they must not
+-- Bandwidths that have got back what the cancelled reservation took beside its tokens; nil where they must not.
+local raised
 
 local function cancel(tokens, noted)
   local later = difference(state.consumed, noted)
@@ -712,7 +716,8 @@ local function hold_back(nanos)
   -- 2^53.
   local WIDE = {}
 
-  local function wide_from(digits)  -- digits of any size, or below 0; what exceeds 144 bits is cut off
+  local function wide_from(digits)
+    -- Takes digits of any size, or below 0; what exceeds 144 bits is cut off.
     local carry = 0
     for i = 1, 6 do
       local digit = digits[i] + carry
@@ -722,7 +727,8 @@ local function hold_back(nanos)
     return setmetatable(digits, WIDE)
   end
 
-  local function wide(x)  -- from a pair, or from any integer that a double holds
+  local function wide(x)
+    -- Takes a pair, or any integer that a double holds.
     if type(x) == 'table' then
       return wide_from({x[2], x[1] * 2^8, 0, 0, 0, 0})
     end
@@ -840,7 +846,8 @@ local function replace(new, inheritance)
     local fraction = exact - rounded(size)
     if size == MIN then
       fraction = 0
-    elseif exact < 0 and fraction ~= 0 then  -- round the debt up, and keep the part of a token
+    elseif exact < 0 and fraction ~= 0 then
+      -- This rounds the debt up, and keeps the part of a token.
       size = difference(size, 1)
       fraction = fraction + 1
     end
@@ -853,7 +860,8 @@ local function replace(new, inheritance)
     if additively and less(old.capacity, new.capacity) then
       grown = difference(new.capacity, old.capacity)
     end
-    if not less(old.size, difference(new.capacity, grown)) then  -- the sum might not fit into 64 bits
+    if not less(old.size, difference(new.capacity, grown)) then
+      -- The sum might not fit into 64 bits.
       return fill(new)
     end
     new.size = sum(old.size, grown)
@@ -944,7 +952,8 @@ local function ttl_millis()
   local full = largest_wait(wait_until_full)
   if expiration == AFTER_REFILL then
     local millis, part = divided(full, NANOS_PER_MILLISECOND)
-    local ttl = sum(duration, less(0, part) and sum(millis, 1) or millis)  -- rounded up: never before it is full
+    -- This is rounded up: the bucket never expires before it is full.
+    local ttl = sum(duration, less(0, part) and sum(millis, 1) or millis)
     return less(0, ttl) and ttl or 1
   end
   if less(full, 0) then

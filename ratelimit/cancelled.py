@@ -80,7 +80,8 @@ class CancelledWaits:
                 if not answer:
                     insort(places, place, key=_order)
             over = 0
-            while over < len(places) and places[over].until <= now:  # who has reserved first is due first
+            # The place that was reserved first is due first.
+            while over < len(places) and places[over].until <= now:
                 over += 1
             del places[:over]
             following: list[Place] = []

@@ -46,7 +46,8 @@ class Clock(Protocol):
 def _elapsed_ns() -> Callable[[], int]:
     try:
         time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    except (AttributeError, OSError):  # not Linux, or a sandbox without that clock
+    except (AttributeError, OSError):
+        # This is not Linux, or a sandbox without that clock.
         return monotonic_ns
     return partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
 

@@ -156,7 +156,8 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         self._inheritance = checked_inheritance(inheritance)
         self._expiration = Expiration.automatic() if expiration is None else _checked_expiration(expiration)
         self._recovery = _checked_recovery(recovery)
-        self._opened: tuple[Any, ...] | None = None  # what from_url was given, which has opened the store
+        # What from_url was given, where it has opened the store.
+        self._opened: tuple[Any, ...] | None = None
         # Kept, because to make one takes time, and because a handle knows whether it has made its bucket.
         # By a weak reference: a manager that is dropped is to give its connections back at once.
         make_bucket = WeakMethod(self.bucket)

@@ -71,7 +71,8 @@ def _count_together(queue: Sequence[_Queued[Any]] | Sequence[_Entry[Any]]) -> in
         if queued.target is not target and not _go_together(queued, first):
             break
         command = queued.command
-        if command is not previous:  # commands that are asked for over and over are one object, and one step
+        # Commands that are asked for over and over are one object, and one step.
+        if command is not previous:
             steps = len(command.commands) if type(command) is Batch else 1
             if count and room < steps:
                 break
@@ -389,7 +390,8 @@ class ThreadMerger:
                     pass
                 if place in self._queues:
                     self._appoint(place)
-        if threads.block_greenlets():  # nobody waits, and each does an exchange
+        if threads.block_greenlets():
+            # No greenlet waits for another: each does an exchange.
             return (yield from exchange(backend, target, plan, command, call))
         return (yield from self._merged(place, backend, _Entry(target, plan, command, call, me), call))
 

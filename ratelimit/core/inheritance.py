@@ -80,7 +80,8 @@ def _proportionally(old: Bandwidth, state: BandwidthState, new: Bandwidth) -> Ba
     fraction = exact - float(new_size)
     if new_size == MIN or fraction == 0:
         return BandwidthState(last, new_size, 0)
-    if exact < 0:  # a token of which a part is there: round the debt up, and keep the part
+    if exact < 0:
+        # A part of a token is there: this rounds the debt up, and keeps the part.
         new_size -= 1
         fraction += 1
     unfinished = 0 if new.refill_intervally else truncated(fraction * float(new.refill_period_nanos))

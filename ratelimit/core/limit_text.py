@@ -67,7 +67,8 @@ _WORD = re.compile(r"""[^\s/;,|"0-9][^\s/;,|"]*""")
 _REQUESTS = re.compile(r"(?:r|reqs?|requests?)(?![^\s/])", re.IGNORECASE)
 _PER = re.compile(r"/|per", re.IGNORECASE)
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
-_TIME = re.compile(r"""[^\s/;,|"]+(?:,[0-9]+(?:Z|[+-][0-9:]+))?""")  # where the comma is that of a fraction
+# A comma may stand before the fraction of a second.
+_TIME = re.compile(r"""[^\s/;,|"]+(?:,[0-9]+(?:Z|[+-][0-9:]+))?""")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 
 _COUNT = re.compile(r"[0-9]+(?:_[0-9]+)*")
@@ -79,7 +80,8 @@ _DECIMAL_COMMA = re.compile(r"[0-9]+,[0-9]+(?=\s*(?:/|r/|per))", re.IGNORECASE)
 _GROUPED = re.compile(rf"[0-9]{{1,3}}({_MARK})[0-9]{{3}}(?:\1[0-9]{{3}})*")
 _DECIMAL = re.compile(r"[0-9]*[.,][0-9]+")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MOST_DIGITS = 40  # of a number; Python itself refuses some thousands of them, in words of its own
+# Python itself refuses a number of some thousands of digits, in words of its own.
+_MOST_DIGITS = 40
 _LONGEST_LINE = 200  # that an error shows whole
 _SHOWN_BEFORE, _SHOWN_OF_LONG = 40, 120  # of a longer one
 

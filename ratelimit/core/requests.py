@@ -55,7 +55,8 @@ _EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
 _OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, a further number
 _NOW: Final = struct.Struct(">q")
 _ONE_OPERATION: Final = struct.Struct(">qBIqq")
-_PLAN: Final = struct.Struct(">BqBq")  # kind of expiration, its milliseconds, 0 or 1 + inheritance, version
+# The kind of expiration, its milliseconds, 0 or 1 + inheritance, and the version.
+_PLAN: Final = struct.Struct(">BqBq")
 
 _MAY_BE_MADE: Final = b"0"
 _MUST_EXIST: Final = b"1"

@@ -277,7 +277,8 @@ def _due_after(bandwidth: Bandwidth, state: BandwidthState, tokens: int, wait: i
     elapsed = wait if last <= now else max(0, wrap(wait - wrap(last - now)))
     whole = saturating_product(quotient(elapsed, period), gained)
     part = saturating_product(remainder(elapsed, period), gained)
-    if part == MAX:  # a refill computes it in doubles as well, and rounds it down
+    if part == MAX:
+        # A refill computes it in doubles as well, and rounds it down.
         more = min(MAX - 1, truncated(float(remainder(elapsed, period)) / float(period) * float(gained))) + 1
         unfinished = 0
     else:
@@ -370,7 +371,8 @@ def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int
     """The wait that this bandwidth can make of a wanted one, in how long it regains what that takes, and its state."""
     last, size, error = state
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
-    if tokens < 1 or period < 1:  # stored bytes may say so, and what follows would exceed 64 bits
+    if tokens < 1 or period < 1:
+        # Stored bytes may say so, and what follows would exceed 64 bits.
         raise ArithmeticError("a bandwidth that loses tokens with time")
     if bandwidth.refill_intervally:
         to_next_refill = last + period - now

@@ -42,7 +42,8 @@ def _wiped_on_fork() -> Any:
     try:
         page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         page.madvise(_MADV_WIPEONFORK)
-    except (AttributeError, OSError, ValueError):  # another system, or a Linux before 4.14
+    except (AttributeError, OSError, ValueError):
+        # This is another system, or a Linux before 4.14.
         return _PageByProcessId()
     page[0] = 1
     return page
@@ -86,7 +87,8 @@ def _after_fork() -> None:
     for reference in list(_calls):
         if (method := reference()) is not None:
             method()
-    _page[0] = 1  # last: an exception of a signal handler may have come before
+    # This comes last: an exception of a signal handler may have come before.
+    _page[0] = 1
 
 
 if hasattr(os, "register_at_fork"):

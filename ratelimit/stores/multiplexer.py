@@ -37,7 +37,8 @@ _CLOSED_HERE: Final = "the store was closed"
 
 _LONGEST_FAILURE: Final = 1.0  # seconds
 _SHORTEST_SILENCE: Final = 0.1  # seconds
-_LONGEST_UNBOUNDED_CONNECTING: Final = 10.0  # seconds, where the client has no timeouts for the steps of it
+# Seconds, where the client has no timeouts for the steps of connecting.
+_LONGEST_UNBOUNDED_CONNECTING: Final = 10.0
 
 MakeConnection = Callable[[], Any]
 """Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
@@ -208,7 +209,8 @@ class _Link:
                 await connection.connect()
             await self._take_over(connection)
         except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
-            if not self._loop.is_closed():  # else its tasks were forgotten, and nobody waits any more
+            # A loop that was closed has forgotten its tasks, and nobody waits any more.
+            if not self._loop.is_closed():
                 self.end(error)
         except asyncio.CancelledError:
             self._closed_here = True
@@ -216,7 +218,8 @@ class _Link:
             raise
         finally:
             if self.ended:
-                with contextlib.suppress(RuntimeError):  # the loop was closed without an end to its tasks
+                # The loop may have been closed without an end to its tasks.
+                with contextlib.suppress(RuntimeError):
                     await connection.disconnect(nowait=True)
 
     async def _take_over(self, connection: Any) -> None:

@@ -135,7 +135,8 @@ class AsyncClusterChannel:
         fork_safety.leave(self._multiplexers, self._reading)
         self._loop = self._reading = None
         self._multiplexers = {}
-        for node in self._known_nodes():  # a sync client compares process ids by itself
+        # A sync client compares process ids by itself.
+        for node in self._known_nodes():
             fork_safety.leave(node._connections, node._free)  # noqa: SLF001
             node._connections, node._free = [], deque(maxlen=node.max_connections)  # noqa: SLF001
 

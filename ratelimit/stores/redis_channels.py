@@ -178,7 +178,8 @@ class _KeptConnections:
 
     def __del__(self) -> None:
         try:
-            if self._process_id == os.getpid():  # there may be no weak reference left to call forget by
+            # There may be no weak reference left by which forget was to be called.
+            if self._process_id == os.getpid():
                 self.clear()
         except Exception:  # noqa: BLE001, S110  # the interpreter may be about to end, and have no names any more
             pass
@@ -604,7 +605,8 @@ def _watched(
     except StoreError:  # it has answered
         circuit.succeeded()
         raise
-    except EXPECTED as error:  # of the client, where nothing else has translated it: from giving back a connection
+    except EXPECTED as error:
+        # It came from giving back a connection, where nothing else translates it.
         ours = translated(error, key, in_doubt=True)
         circuit.failed(ours)
         raise ours from error
@@ -780,7 +782,8 @@ class ClusterChannel:
         with threads.taken(self._connecting), client_errors():
             if self._table is None:
                 if deadline is not None and monotonic() >= deadline:
-                    raise TimeoutError  # nobody waits any more, and others may come who do
+                    # Nobody waits any more, and callers may come that do.
+                    raise TimeoutError
                 self._table = ClusterTable(self._connect(), ClusterNode, self._given)
             return self._table
 

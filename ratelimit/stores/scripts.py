@@ -17,7 +17,8 @@ class Script(NamedTuple):
 
 def load(name: str) -> Script:
     """Read the script of this name, without ``.lua``."""
-    package: Any = files("ratelimit")  # a path, or a place in a zip file: both know their parent
+    # This is a path or a place in a zip file: both know their parent.
+    package: Any = files("ratelimit")
     for directory in (package / "lua", package.parent / "lua"):
         resource = directory / f"{name}.lua"
         if resource.is_file():

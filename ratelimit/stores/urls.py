@@ -44,7 +44,8 @@ FORMS: Final = (
 )
 _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
 _OTHER_NAMES: Final = {"redis+unix": "unix", "redis+socket": "unix", "sentinel": "redis+sentinel"}
-_LONGEST_HOST: Final = 253  # characters of a name of the DNS
+# Characters of a name of the DNS.
+_LONGEST_HOST: Final = 253
 
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}

@@ -16,7 +16,8 @@ with needing("outbound"):
     import http_sf
 
 TOO_MANY_REQUESTS: Final = 429
-_REFUSALS: Final = (403, TOO_MANY_REQUESTS, 503, 529)  # GitHub refuses with 403 too, Anthropic with 529
+# GitHub refuses with 403 as well, Anthropic with 529.
+_REFUSALS: Final = (403, TOO_MANY_REQUESTS, 503, 529)
 
 _RETRY_AFTER: Final = ("retry-after-ms", "x-ms-retry-after-ms", "retry-after", "x-retry-after")
 _TRIPLES: Final = ("x-ratelimit", "x-rate-limit", "ratelimit")
@@ -91,7 +92,8 @@ def _retry_after(name: str, text: str, present: Fraction) -> Fraction | None:
 def _seconds(text: str) -> Fraction | None:
     """Read a number of seconds, or a duration as Go prints it: ``6m0s``, ``20ms``; None for anything else."""
     if re.fullmatch("[0-9]+", text):
-        return Fraction(int(text[:_LONGEST_NUMBER]))  # cut off, it is still longer than anybody is held
+        # A number that is cut off is still longer than any hold.
+        return Fraction(int(text[:_LONGEST_NUMBER]))
     if len(text) > _LONGEST_NUMBER:
         return None
     if re.fullmatch(_NUMBER, text):
