@@ -210,9 +210,10 @@ class RedisServer:
         """End the process at once, as a crash would."""
         self._end(signal.SIGKILL)
 
-    def restart(self) -> None:
-        """Start the server again, on the same port, and wait until it answers."""
+    def restart(self, *more_args: str) -> None:
+        """Start the server again, on the same port, with further options from now on, and wait until it answers."""
         self.stop()
+        self._command += more_args
         self.unix_socket.unlink(missing_ok=True)
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
