@@ -194,6 +194,7 @@ def test_rules_and_plans_are_pickled() -> None:
 
 
 def test_outbound_limits_are_pickled_without_what_this_process_knows() -> None:
+    pytest.importorskip("http_sf")
     outbound = pytest.importorskip("ratelimit.integrations.outbound")
     limit = outbound.OutboundLimit(
         "10/second", key="api", cost=2, max_wait=7, prefix="o:", manager="redis://localhost:1"
@@ -211,6 +212,7 @@ def test_outbound_limits_are_pickled_without_what_this_process_knows() -> None:
 
 
 def test_a_session_under_a_limit_is_pickled_and_copied() -> None:
+    pytest.importorskip("http_sf")
     requests = pytest.importorskip("requests")
     from ratelimit.integrations.requests import OutboundLimit, RateLimitAdapter
 
@@ -226,6 +228,7 @@ def test_a_session_under_a_limit_is_pickled_and_copied() -> None:
 
 
 def test_a_transport_under_a_limit_says_what_to_pickle_instead() -> None:
+    pytest.importorskip("http_sf")
     httpx = pytest.importorskip("httpx")
     from ratelimit.integrations.httpx import AsyncRateLimitTransport, OutboundLimit, RateLimitTransport
 

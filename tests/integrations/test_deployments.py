@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
 from tests.integrations import uvicorns
 
 pytestmark = pytest.mark.redis

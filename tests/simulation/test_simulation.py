@@ -189,7 +189,11 @@ def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Handle, "_cancel", lambda *_, **__: iter(()))
+    def nothing(*_: Any, **__: Any) -> Steps[None]:
+        return
+        yield
+
+    patch.setattr(Handle, "_cancel", nothing)
 
 
 def a_wait_that_is_cancelled_at_the_expense_of_those_behind_it(patch: pytest.MonkeyPatch) -> None:
