@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Final, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
-from ratelimit.runtime.clock import monotonic_ns
 
 _DAY_NANOS = 86_400 * NANOS_PER_SECOND
-
-MONOTONIC_IS_FINE: Final = time.get_clock_info("monotonic").resolution < 1e-6
-"""Whether two readings of this machine's monotonic clock differ, unless they are taken within less than a microsecond.
-
-On Windows they are alike for 15.6 ms, up to Python 3.12.
-"""
 
 
 @runtime_checkable
@@ -41,19 +33,6 @@ class Clock(Protocol):
     async def asleep(self, nanos: int) -> None:
         """Suspend the calling task for this long."""
         ...
-
-
-def _elapsed_ns() -> Callable[[], int]:
-    try:
-        time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    except (AttributeError, OSError):
-        # This is not Linux, or a sandbox without that clock.
-        return monotonic_ns
-    return partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
-
-
-elapsed_ns: Final = _elapsed_ns()
-"""Return the nanoseconds that have passed on this machine; on Linux also those in which it was suspended."""
 
 
 def has_unique_readings(clock: object) -> bool:

@@ -23,7 +23,6 @@ The loop is about contention; the one failure that it repairs is a reply that wa
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import isawaitable
@@ -66,9 +65,6 @@ _UNDISTURBED_BEFORE_SWAPS: Final = 16  # decisions of the store
 _IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
-
-# Processes that were forked in C would draw the same numbers from another generator.
-_chance = random.SystemRandom()
 
 
 class Call:
@@ -421,4 +417,4 @@ def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> 
 
 
 def _jittered_pause(retry: int) -> int:
-    return _chance.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))
+    return fork_safety.chance.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Generic, Self, SupportsIndex, TypedDict, TypeVar, Unpack
 from weakref import WeakMethod
 
-from ratelimit import threads
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.clock import Clock, MonotonicSleep, has_unique_readings
 from ratelimit.copies import OfThisProcess
@@ -43,7 +42,7 @@ from ratelimit.merging import TaskMerger, ThreadMerger
 from ratelimit.on_error import ErrorPolicy, OnError
 from ratelimit.optimizing import Optimizer
 from ratelimit.remembered import Remembered
-from ratelimit.runtime import fork_safety
+from ratelimit.runtime import fork_safety, threads
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store

@@ -26,7 +26,6 @@ from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 from weakref import ref
 
-from ratelimit import threads
 from ratelimit.core.commands import Batch, Command, Plan
 from ratelimit.drive import Steps, adrive
 from ratelimit.errors import (
@@ -38,7 +37,7 @@ from ratelimit.errors import (
     StoreUnavailableError,
 )
 from ratelimit.exchange import Backend, Call, Target, exchange
-from ratelimit.runtime import fork_safety
+from ratelimit.runtime import fork_safety, threads
 from ratelimit.runtime.clock import monotonic
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from ratelimit.core.commands import Command, Plan
 from ratelimit.drive import Steps, drive
 from ratelimit.exchange import Backend, Call, Exchange, Target
-from ratelimit.threads import Job, beside
+from ratelimit.runtime.threads import Job, beside
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 _CLOCK_IDS = {"clock_gettime(CLOCK_MONOTONIC)": "CLOCK_MONOTONIC", "mach_absolute_time()": "CLOCK_UPTIME_RAW"}
 """How the interpreter reads its monotonic clock, and what else gives the same reading."""
@@ -29,6 +29,26 @@ monotonic: Callable[[], float] = _reader(getattr(time, "clock_gettime", None), t
 
 monotonic_ns: Callable[[], int] = _reader(getattr(time, "clock_gettime_ns", None), time.monotonic_ns)
 """Return the nanoseconds of the clock of ``time.monotonic``."""
+
+
+MONOTONIC_IS_FINE: Final = time.get_clock_info("monotonic").resolution < 1e-6
+"""Whether two readings of this machine's monotonic clock differ, unless they are taken within less than a microsecond.
+
+On Windows they are alike for 15.6 ms, up to Python 3.12.
+"""
+
+
+def _elapsed_ns() -> Callable[[], int]:
+    try:
+        time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    except (AttributeError, OSError):
+        # This is not Linux, or a sandbox without that clock.
+        return monotonic_ns
+    return partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
+
+
+elapsed_ns: Final = _elapsed_ns()
+"""Return the nanoseconds that have passed on this machine; on Linux also those in which it was suspended."""
 
 
 def steady_clock() -> Callable[[], int]:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+chance: Final = random.SystemRandom()
+"""Draws what no two processes may draw alike. Another generator goes on in a fork in C from where the parent was."""
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _calls: set[weakref.WeakMethod[Callable[[], None]]] = set()

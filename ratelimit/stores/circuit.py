@@ -7,7 +7,6 @@ caller tries the server; the others go on to fail until it has answered. Each tr
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -18,8 +17,6 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 
 _SHORTEST_FAILURE = 0.1  # seconds
-# Processes that were forked in C would draw the same numbers from another generator.
-_chance = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +144,7 @@ class Circuit:
             if self.is_open and not self._trying:  # it was on its way before: no news
                 return
             self._pause = min(self._pause * 2 or breaker.shortest_pause, breaker.longest_pause)
-            self._retry_at = self._monotonic() + self._pause * _chance.uniform(0.5, 1)
+            self._retry_at = self._monotonic() + self._pause * fork_safety.chance.uniform(0.5, 1)
             self._trying = False
             self.is_open = True
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ratelimit.runtime.clock import monotonic
-from ratelimit.threads import Job
+from ratelimit.runtime.threads import Job
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import Final, TypeVar
 
-from ratelimit.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings
+from ratelimit.clock import Clock, has_unique_readings
 from ratelimit.copies import OfThisProcess
 from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
@@ -15,7 +15,7 @@ from ratelimit.core.int64 import NEVER
 from ratelimit.core.state import BucketState
 from ratelimit.errors import Key
 from ratelimit.runtime import fork_safety
-from ratelimit.runtime.clock import steady_clock
+from ratelimit.runtime.clock import MONOTONIC_IS_FINE, steady_clock
 from ratelimit.stores.protocol import Lost
 
 T = TypeVar("T")

@@ -10,12 +10,12 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
-from ratelimit.clock import MONOTONIC_IS_FINE, elapsed_ns
 from ratelimit.copies import OfThisProcess
 from ratelimit.core.bandwidth import LONGEST_STATE
 from ratelimit.core.duration import NANOS_PER_SECOND
 from ratelimit.drive import Steps, adrive, drive
 from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
+from ratelimit.runtime.clock import MONOTONIC_IS_FINE, elapsed_ns
 from ratelimit.stores.circuit import CircuitBreaker, CircuitStatus
 from ratelimit.stores.clients import cluster_of
 from ratelimit.stores.protocol import Decided, Lost

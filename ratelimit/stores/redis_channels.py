@@ -27,10 +27,9 @@ from redis._parsers import _HiredisParser
 from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.cluster import ClusterNode
 
-from ratelimit import threads
 from ratelimit.drive import drive
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
-from ratelimit.runtime import fork_safety
+from ratelimit.runtime import fork_safety, threads
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.circuit import Circuit, CircuitBreaker, CircuitStatus
 from ratelimit.stores.clients import keys_of, server_of

@@ -9,7 +9,6 @@ they wake up. The token that they were due falls into the time of the hold and i
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -43,8 +42,7 @@ _SHORTEST_DEFAULT_HOLD: Final = NANOS_PER_SECOND
 _LONGEST_DEFAULT_HOLD: Final = 60 * NANOS_PER_SECOND
 _LONGEST_JITTER: Final = 10 * NANOS_PER_SECOND
 
-# It has no state that forked processes would share.
-_random = random.SystemRandom().random
+_random: Final = fork_safety.chance.random
 
 _logger = logging.getLogger("ratelimit")
 
