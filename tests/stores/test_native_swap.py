@@ -258,7 +258,8 @@ def test_the_probe_changes_nothing(fresh: RedisStore, channel: Recorded, client:
     CONTENTS[contents](client)
     before = stored(client)
     there: Any = client.get(KEY)
-    assert fresh.swap(KEY, b"something else", b"new", 1000) == Lost(there)
+    # The script reads by GETRANGE, to which an empty string is as good as none; making the bucket then fails.
+    assert fresh.swap(KEY, b"something else", b"new", 1000) == Lost(there or None)
     assert stored(client) == before
     assert channel.sent() == ["SET", "EVAL"]
     fresh.swap(b"another", None, b"1", 1000)
