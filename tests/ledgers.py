@@ -25,6 +25,9 @@ LONGEST_CALL = 12.0
 _PATIENCE = 45.0
 _PAUSE = 0.002  # of a worker, between calls: others use the machine as well
 
+CLUSTER_DOWN = "cluster down"
+"""What errors are counted as that hand on a node's own ``CLUSTERDOWN``."""
+
 
 class Ledger:
     """What one worker was told, by key. Only its worker writes to it."""
@@ -41,7 +44,9 @@ class Ledger:
         now = time.monotonic()
         self.slowest = max(self.slowest, now - began)
         if isinstance(answer, StoreError):
-            self.errors[f"{type(answer).__name__}{' in doubt' * answer.in_doubt}"] += 1
+            is_down = "the Redis cluster is down" in str(answer)
+            name = CLUSTER_DOWN if is_down else type(answer).__name__
+            self.errors[f"{name}{' in doubt' * answer.in_doubt}"] += 1
             self.in_doubt[key] += answer.in_doubt
         elif answer:
             self.acknowledged[key].append(now)

@@ -30,7 +30,7 @@ from ratelimit.stores.multiplexer import Multiplexer
 from tests import servers
 from tests.faces import Settled, closing, settled
 from tests.fronts import Front
-from tests.ledgers import LONGEST_CALL, Load
+from tests.ledgers import CLUSTER_DOWN, LONGEST_CALL, Load
 from tests.proxies import Proxy
 from tests.servers import SLOTS, Cluster, RedisServer, ServerBinary
 from tests.topologies import ask, begin_to_move, end_move, move_keys, role, settled_by
@@ -155,7 +155,8 @@ async def test_nodes_that_join_and_leave_under_load_cost_no_token(server_binary:
             # The others hear of it by and by, and the node without slots turns into a replica.
             settled_by(lambda: role(leaving) == "slave", "the node has left")
             load.await_progress(tokens=3)
-            assert not load.errors()
+            # On a busy machine a node may hold the cluster down for a moment, while its slots go from hand to hand.
+            assert set(load.errors()) <= {CLUSTER_DOWN}
             leaving.kill()
             load.await_progress(tokens=5)
         stored = load.stored()
