@@ -370,6 +370,7 @@ def test_every_option_is_taken_or_refused_at_once(place: str, option: str) -> No
     [
         "redis://:sesame\u2100@host",
         "redis+sentinel://:sesame/word@host",
+        "redis+sentinel://user:@sesame/@host",
         "redis://host?password=open&sesame=1",
         "redis+sentinel://:sesame@,/service",
         "redis+cluster://:sesame@host?timeout=1",

@@ -61,6 +61,7 @@ _NO_TEXT: Final = (  # options of redis-py that are objects, or that would chang
 )
 _BOOLEANS: Final = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
+_NOT_ENCODED: Final = "special characters of a user or a password must be percent-encoded"
 
 
 def default_url() -> str:
@@ -167,7 +168,7 @@ def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
     """What redis-py's clients are to be given; raises ``_WrongError`` that says what is."""
     place, path, behind = re.fullmatch(r"([^/?#]*)([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
     if "@" in behind or ("@" in path and transport != "unix"):
-        raise _WrongError("special characters of a user or a password must be percent-encoded")
+        raise _WrongError(_NOT_ENCODED)
     _check_place(place.rpartition("@")[2].strip(), hidden="@" not in place)
     parts = urlsplit(f"{transport}://{rest}")
     options: dict[str, Any] = dict(redis.connection.parse_url(f"{transport}://{rest}"))
@@ -202,6 +203,8 @@ def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
     if match is None:
         raise _WrongError("Sentinel needs hosts and a service, as in redis+sentinel://host:26379/service")
     credentials, hosts, service, database, query = match.groups()
+    if "@" in service:
+        raise _WrongError(_NOT_ENCODED)
     sentinels: list[tuple[str, int]] = []
     for host in hosts.split(","):
         _check_place(host, hidden=credentials is None)
