@@ -16,8 +16,8 @@ import math
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from redis import exceptions
 from redis._parsers import _AsyncHiredisParser
@@ -82,8 +82,8 @@ class Multiplexer:
         if link is None or not link.usable:
             link = self._links[loop] = _Link(loop, self._made(key), link, self.circuit)
             for known in list(self._links):
-                if known.is_closed():
-                    self._links.pop(known, None)
+                if known.is_closed() and (left := self._links.pop(known, None)) is not None:
+                    left.leave_closed_loop()
         return link.send(key, commands, math.inf if deadline is None else deadline, now)
 
     def _made(self, key: bytes) -> Any:
@@ -170,6 +170,17 @@ class _Link:
         self._end_of_loop: AsyncGenerator[None, None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
+
+    def leave_closed_loop(self) -> None:
+        """Break off connecting whose loop was closed, from the outermost coroutine on.
+
+        The garbage collector would begin anywhere, and print what redis-py raises outside of a loop.
+        """
+        task = self._connecting
+        if task is not None and not task.done():
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001  # as asyncio.gather does
+            with contextlib.suppress(RuntimeError):
+                cast("Coroutine[Any, Any, None]", task.get_coro()).close()
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float, now: float) -> Future[Replies]:
         loop = self._loop
