@@ -830,8 +830,8 @@ local function hold_back(nanos)
   return true
 end
 
--- Gives the bucket the configuration and the bandwidths of another state, which it keeps. What comes of one bandwidth
--- under another is computed in the order that the format gives, as doubles round differently in another one.
+-- Gives the bucket the configuration and the bandwidths of the state `new`, which itself stays as it is. The order of
+-- the computations is that of the format: in another order, doubles would round differently.
 local function replace(new, inheritance)
   local function inherit_proportionally(old, new)
     if not less(old.size, old.capacity) then

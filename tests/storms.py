@@ -183,7 +183,7 @@ def signals(url: str, seconds: float, threads: int = 0) -> dict[str, int]:
 
 
 def signals_in_a_crowd(url: str, seconds: float) -> dict[str, int]:
-    """The same, while other threads want the same buckets."""
+    """Send the signals of :func:`signals` while other threads want the same buckets."""
     return signals(url, seconds, threads=3)
 
 

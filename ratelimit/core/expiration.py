@@ -56,7 +56,7 @@ class Expiration:
 
     @classmethod
     def after_refill(cls, keep: Duration = 0) -> Expiration:
-        """As soon as the bucket has filled up, rounded up to a millisecond, plus ``keep``.
+        """Expire ``keep`` after the bucket has filled up, and never before: the time is rounded up to a millisecond.
 
         A bucket whose initial tokens differ from its capacity does not come back as it was.
 

@@ -23,7 +23,7 @@ class TokensInheritance(Enum):
     RESET = 2
     """The initial tokens of the new configuration; a debt is forgotten."""
     ADDITIVE = 3
-    """The same number of tokens, plus what the capacity has grown by; at most the new capacity.
+    """The bucket keeps its tokens and gains the growth of its capacity; it never holds more than the new capacity.
 
     A capacity that is raised and lowered again and again gives the difference each time.
     """

@@ -53,7 +53,7 @@ class RateLimitThrottle(BaseThrottle):
     A request that any throttle of this kind refuses has paid for none of them.
 
     :cvar limits: None: the rate of the scope in ``DEFAULT_THROTTLE_RATES``, which may be written in either way:
-        ``100/hour``, ``10/second burst 50``, or a list of these; a rate of None is no limit.
+        ``100/hour``, ``10/second burst 50``, or a list of these. With a rate of None nothing is limited.
     :cvar scope: of the rate.
     :cvar name: by default the scope. A class with limits of its own and without a name counts for itself.
     :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.

@@ -144,7 +144,7 @@ class Job(Generic[T]):
             return
         try:
             self._result.append(self._work())
-        except BaseException as error:  # noqa: BLE001  # it is for who waits
+        except BaseException as error:  # noqa: BLE001  # the waiting thread raises it
             self._error = error
         self.ended = True
         self._over.set()

@@ -152,11 +152,11 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
     _repeating(patch, repeat)
 
 
-def a_client_that_takes_the_same_bytes_for_its_own_though_others_may_write_them(patch: pytest.MonkeyPatch) -> None:
+def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ratelimit.exchange, "_holds_reading", lambda *_: True)
 
 
-def a_client_that_takes_a_coarse_clock_for_its_own(patch: pytest.MonkeyPatch) -> None:
+def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
     def trusting(**settings: Any) -> Backend:
         settings["unique_readings"] = True
         return Backend(**settings)
@@ -227,8 +227,8 @@ MUTANTS: list[tuple[Mutant, str]] = [
     (a_clock_that_is_ahead, "is told|has stored"),
     (a_client_that_admits_from_memory, "is told"),
     (a_client_that_takes_any_bytes_for_its_own, "is told"),
-    (a_client_that_takes_the_same_bytes_for_its_own_though_others_may_write_them, "is told"),
-    (a_client_that_takes_a_coarse_clock_for_its_own, "is told"),
+    (a_client_that_ignores_that_others_write_the_same_bytes, "is told"),
+    (a_client_that_trusts_a_coarse_clock, "is told"),
     (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
     (a_client_that_tells_no_doubt, "tells no doubt"),
     (a_client_that_gives_nothing_back, "are not given back"),

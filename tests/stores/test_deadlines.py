@@ -160,7 +160,7 @@ def test_of_results_at_the_very_deadline_each_goes_one_way() -> None:
 
 
 def test_a_thread_that_ends_before_it_begins_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in CPython 3.11 where an exception is set on a thread that is just starting another one."""
+    """CPython 3.11 loses a new thread when an exception is set on the thread that starts it."""
     start, started = _thread.start_new_thread, 0
 
     def start_in_vain(work: Any, arguments: Any) -> Any:

@@ -51,8 +51,8 @@ def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
 def nanos_to_hold(status: int, fields: Mapping[str, str], now: int) -> int | None:
     """Return how long nobody is to come, in nanoseconds; 0: come, None: the answer does not say.
 
-    ``Retry-After`` of an answer that refuses goes first. The other fields do not count where the answer comes from a
-    cache, as they tell of another time then.
+    ``Retry-After`` of an answer that refuses goes first. The other fields are ignored in an answer from a
+    cache, because they were true when it was stored.
 
     :param now: nanoseconds since the epoch, for an answer without a ``Date``.
     """
