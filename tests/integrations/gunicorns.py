@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -40,16 +40,24 @@ def served(command: list[str], log: Path, environment: dict[str, str]) -> Genera
     with log.open("wb") as errors:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment)
     try:
-        yield _address(server, log)
+        yield awaited_address(server, log, _address)
     finally:
         server.terminate()
         server.wait()
 
 
-def _address(server: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
+def _address(text: str) -> tuple[str, int] | None:
+    match = re.search(r"Listening at: http://([\d.]+):(\d+) ", text)
+    return match and (match[1], int(match[2]))
+
+
+def awaited_address(
+    server: subprocess.Popen[bytes], log: Path, find: Callable[[str], tuple[str, int] | None]
+) -> tuple[str, int]:
+    """Wait until the address of a server can be found in its log."""
     while server.poll() is None:
-        if match := re.search(r"Listening at: http://([\d.]+):(\d+) ", log.read_text()):
-            return match[1], int(match[2])
+        if address := find(log.read_text()):
+            return address
         try:
             server.wait(0.02)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-ROOT = Path(__file__).parents[2]
+from tests.integrations.gunicorns import ROOT, awaited_address
 
 
 @asynccontextmanager
@@ -46,22 +46,15 @@ def workers(program: str, directory: Path, *, redis_url: str) -> Generator[tuple
             [*command, "served:app"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment
         )
     try:
-        yield _address(server, log)
+        yield awaited_address(server, log, _address)
     finally:
         server.terminate()
         server.wait()
 
 
-def _address(server: subprocess.Popen[bytes], log: Path) -> tuple[str, int]:
-    while server.poll() is None:
-        match = re.search(r"running on http://([\d.]+):(\d+) ", log.read_text())
-        if match and _listens(address := (match[1], int(match[2]))):
-            return address
-        try:
-            server.wait(0.02)
-        except subprocess.TimeoutExpired:
-            continue
-    raise AssertionError(log.read_text())
+def _address(text: str) -> tuple[str, int] | None:
+    match = re.search(r"running on http://([\d.]+):(\d+) ", text)
+    return (match[1], int(match[2])) if match and _listens((match[1], int(match[2]))) else None
 
 
 def _listens(address: tuple[str, int]) -> bool:

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from tests.integrations.gunicorns import ROOT
+from tests.integrations.gunicorns import ROOT, awaited_address
 
 _RUN = "import pyuwsgi, sys; sys.exit(pyuwsgi.run())"
 
@@ -30,7 +31,7 @@ def uwsgi(program: str, directory: Path, *options: str, redis_url: str) -> Gener
     with log.open("wb") as errors:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, env=environment)
     try:
-        yield _address(server, log, imports=4 if "--lazy-apps" in options else 1)
+        yield awaited_address(server, log, partial(_address, imports=4 if "--lazy-apps" in options else 1))
     finally:
         server.terminate()
         server.wait()
@@ -38,14 +39,7 @@ def uwsgi(program: str, directory: Path, *options: str, redis_url: str) -> Gener
     assert "Traceback" not in text, text
 
 
-def _address(server: subprocess.Popen[bytes], log: Path, imports: int) -> tuple[str, int]:
-    while server.poll() is None:
-        text = log.read_text()
-        match = re.search(r"bound to TCP address ([\d.]+):(\d+) ", text)
-        if match and "spawned uWSGI worker 4" in text and text.count("WSGI app 0 ") >= imports:
-            return match[1], int(match[2])
-        try:
-            server.wait(0.02)
-        except subprocess.TimeoutExpired:
-            continue
-    raise AssertionError(log.read_text())
+def _address(text: str, imports: int) -> tuple[str, int] | None:
+    match = re.search(r"bound to TCP address ([\d.]+):(\d+) ", text)
+    begun = "spawned uWSGI worker 4" in text and text.count("WSGI app 0 ") >= imports
+    return (match[1], int(match[2])) if match and begun else None
