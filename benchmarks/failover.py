@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
-from tests.ledgers import Load
-from tests.servers import find_server
-from tests.topologies import (
+from tests.support.ledgers import Load
+from tests.support.servers import find_server
+from tests.support.topologies import (
     ReplicatedCluster,
     SentinelTrio,
     ask,

@@ -16,11 +16,11 @@ import redis.asyncio
 from benchmarks.floor import SCRIPT, STATES, TTL, Bare, name_of, threads_own
 from benchmarks.model import AsyncHit, Hit, Setup
 from benchmarks.ours import configuration_of
-from ratelimit.core import codec
 from ratelimit.core.commands import Plan, TryConsume, execute
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.state import BucketState
-from ratelimit.stores.redis_async_channels import AsyncPoolChannel
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.stores.redis.async_channels import AsyncPoolChannel
 
 _ONE = TryConsume(1)
 _TTL = Expiration.automatic()

@@ -32,9 +32,9 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, cast
 
 from ratelimit import ProxyManager, RateLimitError
-from ratelimit.cli.ending import CommandError, Interrupted, interruptible
-from ratelimit.cli.local_redis import find_binary, local_redis
+from ratelimit.demo.local_redis import find_binary, local_redis
 from ratelimit.integrations.http import api_key
+from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
 
 HERE = Path(__file__).resolve().parent
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"

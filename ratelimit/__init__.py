@@ -12,14 +12,15 @@
 __distribution__ = "ratelimit-redis"  # before the imports: ratelimit.errors looks for it
 
 from ratelimit.bucket import AsyncBucket, AsyncVerboseBucket, Bucket, VerboseBucket
-from ratelimit.clock import Clock, SystemClock
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import NEVER
-from ratelimit.core.optimization import Optimization
+from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.state import BandwidthState
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.core.token_bucket.state import BandwidthState
+from ratelimit.engine.listener import Decision, Listener
+from ratelimit.engine.on_error import OnError
+from ratelimit.engine.optimization import Optimization
 from ratelimit.errors import (
     BucketNotFoundError,
     ContentionError,
@@ -34,13 +35,13 @@ from ratelimit.errors import (
     StoreUnavailableError,
     UnsupportedStateError,
 )
-from ratelimit.listener import CountingListener, Decision, Listener
 from ratelimit.manager import AsyncProxyManager, ProxyManager, Recovery
-from ratelimit.on_error import OnError
-from ratelimit.stores.circuit import CircuitBreaker, CircuitState, CircuitStatus
+from ratelimit.runtime.clock import Clock, SystemClock
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Lost, Store
-from ratelimit.stores.redis import AsyncRedisStore, RedisStore
+from ratelimit.stores.redis.circuit import CircuitBreaker, CircuitState, CircuitStatus
+from ratelimit.stores.redis.store import AsyncRedisStore, RedisStore
+from ratelimit.telemetry.counting import CountingListener
 
 __all__ = [
     "NEVER",

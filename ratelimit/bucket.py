@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.bandwidth import Limits
+from ratelimit.checks import token_count
 from ratelimit.core.commands import (
     AddTokens,
     ConsumeAsMuchAsPossible,
@@ -14,23 +13,19 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GetAvailableTokens,
     GiveBack,
+    Reserve,
+    Reserved,
     Reset,
     Verbose,
 )
-from ratelimit.core.duration import Duration
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import MAX
+from ratelimit.core.numbers import MAX, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.drive import adrive, drive
-from ratelimit.errors import Key, shown
-from ratelimit.handle import (
-    Handle,
-    hold_back,
-    replacement,
-    token_count,
-    try_consume,
-    try_consume_and_return_remaining,
-)
+from ratelimit.core.token_bucket.bandwidth import Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.handle import Handle, hold_back, replacement, try_consume, try_consume_and_return_remaining
+from ratelimit.keys import Key, shown
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps, arun, run
 
 _ADVICE: Final = "pickle its key, and ask a manager for the bucket again"
 
@@ -83,7 +78,7 @@ class Bucket(OfThisProcess):
 
         :raises ReservationOverflowError: where the debt does not fit into 64 bits.
         """
-        return drive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
+        return run(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
 
     def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """Wait for the tokens: take them on credit, then sleep until they are there. First reserved, first served.
@@ -146,14 +141,14 @@ class Bucket(OfThisProcess):
 
         Without an optimization there is nothing to tell, and nothing is sent.
         """
-        drive(self._handle.sync())
+        run(self._handle.sync())
 
     def snapshot(self, *, timeout: Duration | None = None) -> Snapshot:
         """The state of the bucket now.
 
         :raises BucketNotFoundError: for a key that is not limited.
         """
-        return drive(self._handle.snapshot(timeout))
+        return run(self._handle.snapshot(timeout))
 
 
 class VerboseBucket(OfThisProcess):
@@ -184,7 +179,7 @@ class VerboseBucket(OfThisProcess):
 
     def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return drive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
+        return run(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
 
     def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.consume`."""
@@ -228,7 +223,7 @@ class VerboseBucket(OfThisProcess):
 
     def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
-        return drive(self._handle.snapshot_verbosely(timeout))
+        return run(self._handle.snapshot_verbosely(timeout))
 
 
 class AsyncBucket(OfThisProcess):
@@ -272,11 +267,11 @@ class AsyncBucket(OfThisProcess):
 
     async def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return await adrive(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
+        return await arun(self._handle.penalty(ConsumeIgnoringRateLimits(token_count(tokens)), timeout))
 
     async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.consume`."""
-        return await adrive(self._handle.consume(tokens, timeout))
+        return await arun(self._handle.consume(tokens, timeout))
 
     async def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
@@ -314,11 +309,11 @@ class AsyncBucket(OfThisProcess):
 
     async def sync(self) -> None:
         """See :meth:`Bucket.sync`."""
-        await adrive(self._handle.sync())
+        await arun(self._handle.sync())
 
     async def snapshot(self, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
-        return await adrive(self._handle.snapshot(timeout))
+        return await arun(self._handle.snapshot(timeout))
 
 
 class AsyncVerboseBucket(OfThisProcess):
@@ -349,11 +344,11 @@ class AsyncVerboseBucket(OfThisProcess):
 
     async def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> VerboseResult[int]:
         """See :meth:`Bucket.consume_ignoring_rate_limits`."""
-        return await adrive(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
+        return await arun(self._handle.penalty(Verbose(ConsumeIgnoringRateLimits(token_count(tokens))), timeout))
 
     async def consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> VerboseResult[bool]:
         """See :meth:`Bucket.consume`."""
-        return await adrive(self._handle.consume_verbosely(tokens, timeout))
+        return await arun(self._handle.consume_verbosely(tokens, timeout))
 
     async def estimate_ability_to_consume(
         self, tokens: int, *, timeout: Duration | None = None
@@ -393,8 +388,17 @@ class AsyncVerboseBucket(OfThisProcess):
 
     async def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
-        return await adrive(self._handle.snapshot_verbosely(timeout))
+        return await arun(self._handle.snapshot_verbosely(timeout))
 
 
 def _limit(limit: int | None) -> int:
     return MAX if limit is None else token_count(limit, "limit")
+
+
+def reserving(bucket: Bucket | AsyncBucket, tokens: int, longest_wait: int) -> Steps[VerboseResult[Reserved]]:
+    """Take tokens on credit without waiting for them, for callers that wait in a way of their own.
+
+    :param longest_wait: in nanoseconds; where the tokens would take longer, nothing is taken.
+    """
+    handle = bucket._handle  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # this module is a bucket's own
+    return handle.run(Verbose(Reserve(tokens, longest_wait)), handle.call())

@@ -22,35 +22,15 @@ cause. ``key`` is always the key as the caller gave it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
+
+from ratelimit.keys import Key, shown
 
 if getattr(sys.modules.get("ratelimit"), "__distribution__", None) != "ratelimit-redis":
     raise ImportError(
         "the package 'ratelimit' that was imported is not that of 'ratelimit-redis' but that of another distribution"
         " with the same import name; run: pip uninstall ratelimit && pip install --force-reinstall ratelimit-redis"
     )
-
-Key = str | bytes
-
-
-def shown(key: Key) -> str:
-    """Print a key for a message; keys are user input and may be a megabyte of anything."""
-    return (
-        repr(key)
-        if len(key) <= 100
-        else f"{key[:60]!r}... ({len(key)} {'bytes' if isinstance(key, bytes) else 'characters'})"
-    )
-
-
-def brief(value: object) -> str:
-    """Print a value that is refused for a message, in short, whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001  # an int of more digits than Python prints, or an object with a repr of its own
-        return f"a value of type {type(value).__name__} that cannot be printed"
-    return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
 
 
 class RateLimitError(Exception):
@@ -183,13 +163,3 @@ class StoreUnavailableError(StoreError):
 
 class StoreTimeoutError(StoreError):
     """The store did not answer in time."""
-
-
-@contextmanager
-def errors_named(key: Key) -> Generator[None]:
-    """Let errors from a store name the key as the caller gave it, not as it is stored."""
-    try:
-        yield
-    except (StoreError, CorruptStateError) as error:
-        error.key = key
-        raise

@@ -14,38 +14,36 @@ from typing import Any, Generic, Self, SupportsIndex, TypedDict, TypeVar, Unpack
 from weakref import WeakMethod
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.clock import Clock, MonotonicSleep, has_unique_readings
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.duration import NANOS_PER_SECOND, Duration
+from ratelimit.checks import stored_key, timeout_seconds
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import MAX, MIN
-from ratelimit.core.optimization import Optimization
+from ratelimit.core.numbers import MAX, MIN, NANOS_PER_SECOND, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot
-from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError, brief
-from ratelimit.exchange import Backend, Exchange, Target, exchange, exchange_in_process
-from ratelimit.guard import Guard, LocalBuckets
-from ratelimit.handle import (
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.coalescing import TaskMerger, ThreadMerger
+from ratelimit.engine.guard import Guard, LocalBuckets
+from ratelimit.engine.handle import (
     AsyncLimitsOfKey,
     Handle,
     LimitsOfKey,
     checked_inheritance,
     removed,
-    seconds,
     stored_configuration,
-    stored_key,
 )
-from ratelimit.listener import Listener
-from ratelimit.merging import TaskMerger, ThreadMerger
-from ratelimit.on_error import ErrorPolicy, OnError
-from ratelimit.optimizing import Optimizer
-from ratelimit.remembered import Remembered
+from ratelimit.engine.last_seen import Remembered
+from ratelimit.engine.listener import Listener
+from ratelimit.engine.local_decisions import Optimizer
+from ratelimit.engine.on_error import ErrorPolicy, OnError
+from ratelimit.engine.optimization import Optimization
+from ratelimit.engine.swapping import Backend, Exchange, Target, exchange, exchange_in_process
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, RateLimitError
+from ratelimit.keys import Key, brief
 from ratelimit.runtime import fork_safety, threads
-from ratelimit.runtime.clock import monotonic
-from ratelimit.stores.circuit import CircuitStatus
+from ratelimit.runtime.clock import Clock, MonotonicSleep, has_unique_readings, monotonic
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps, arun, run
 from ratelimit.stores.protocol import AsyncStore, DecidingStore, ExecutingStore, Store
+from ratelimit.stores.redis.circuit import CircuitStatus
 from ratelimit.stores.urls import async_store_from_url, store_from_url
 
 BucketT = TypeVar("BucketT")
@@ -125,7 +123,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
             sleep=_sleep(clock, asynchronous=iscoroutinefunction(pause)),
             pause=pause,
             monotonic=monotonic,
-            timeout=seconds(timeout),
+            timeout=timeout_seconds(timeout),
             remembered=Remembered(memory_limit_bytes),
             attempts=max_attempts,
             deciding=deciding,
@@ -208,7 +206,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
                 limits,
                 self._version if configuration_version is None else _checked_version(configuration_version),
                 self._inheritance if inheritance is None else checked_inheritance(inheritance),
-                self._backend.timeout if timeout is None else seconds(timeout),
+                self._backend.timeout if timeout is None else timeout_seconds(timeout),
                 self._optimizer,
                 policy,
                 guard,
@@ -359,7 +357,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         does not apply to it. Closing again does no harm: it sends what could not be sent before.
         """
         try:
-            drive(self._told())
+            run(self._told())
         finally:
             self._backend.close()
             if self._opened is not None:
@@ -375,11 +373,11 @@ class ProxyManager(_Manager[Store, Bucket]):
 
     def configuration(self, key: Key) -> BucketConfiguration | None:
         """The configuration that is stored with the bucket of a key; None where there is no bucket."""
-        return drive(stored_configuration(self._backend, self._target(key)))
+        return run(stored_configuration(self._backend, self._target(key)))
 
     def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        drive(removed(self._backend, self._target(key), self._optimizer, self._local))
+        run(removed(self._backend, self._target(key), self._optimizer, self._local))
 
     def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`Bucket.try_consume`."""
@@ -441,7 +439,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
     def sync(self, key: Key) -> None:
         """See :meth:`Bucket.sync`."""
-        drive(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
+        run(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
 
     def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`Bucket.snapshot`."""
@@ -518,7 +516,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     async def aclose(self) -> None:
         """See :meth:`ProxyManager.close`."""
         try:
-            await adrive(self._told())
+            await arun(self._told())
         finally:
             self._backend.close()
             if self._opened is not None:
@@ -534,11 +532,11 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
 
     async def configuration(self, key: Key) -> BucketConfiguration | None:
         """The configuration that is stored with the bucket of a key; None where there is no bucket."""
-        return await adrive(stored_configuration(self._backend, self._target(key)))
+        return await arun(stored_configuration(self._backend, self._target(key)))
 
     async def remove(self, key: Key) -> None:
         """Forget the bucket of a key."""
-        await adrive(removed(self._backend, self._target(key), self._optimizer, self._local))
+        await arun(removed(self._backend, self._target(key), self._optimizer, self._local))
 
     async def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
         """See :meth:`AsyncBucket.try_consume`."""
@@ -602,7 +600,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
 
     async def sync(self, key: Key) -> None:
         """See :meth:`AsyncBucket.sync`."""
-        await adrive(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
+        await arun(self._optimizer.sync(self._backend, stored_key(self._prefix, key), self._backend.call()))
 
     async def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
         """See :meth:`AsyncBucket.snapshot`."""
@@ -614,14 +612,14 @@ def _pause(nanos: int) -> None:
 
 
 def _spawn(steps: Steps[None]) -> None:
-    threads.start(partial(drive, steps))
+    threads.start(partial(run, steps))
 
 
 _spawned: set[asyncio.Task[None]] = set()  # event loops do not keep their tasks alive
 
 
 def _aspawn(steps: Steps[None]) -> None:
-    task = asyncio.get_running_loop().create_task(adrive(steps))
+    task = asyncio.get_running_loop().create_task(arun(steps))
     _spawned.add(task)
     task.add_done_callback(_spawned.discard)
 

@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import pytest
 
-from ratelimit.errors import Key
+from ratelimit.keys import Key
 from ratelimit.testing import ManualClock
 
 _BEGINNING = 1_700_000_000 * 10**9  # a time on a whole second, in nanoseconds since the epoch

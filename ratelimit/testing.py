@@ -8,10 +8,11 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.duration import Duration, to_nanos
-from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError, brief
+from ratelimit.core.numbers import Duration, to_nanos
+from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
+from ratelimit.keys import brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.stores.memory import MemoryStore
 from ratelimit.stores.protocol import Lost
 

@@ -10,9 +10,9 @@ import trustme
 from hypothesis import settings
 
 from ratelimit import AsyncProxyManager, ProxyManager
-from tests import servers
-from tests.ways import Way
-from tests.workers import Workers, patient
+from tests.support import servers
+from tests.support.ways import Way
+from tests.support.workers import Workers, patient
 
 # Without a deadline for an example: a busy machine is slow, which proves nothing.
 settings.register_profile("test", deadline=None)

@@ -33,10 +33,10 @@ from ratelimit import (
     TokensInheritance,
     UnsupportedStateError,
 )
-from tests import servers
-from tests.faces import Manager, closing, settled
-from tests.servers import RedisServer, ServerBinary, wait_until
-from tests.topologies import ask, begin_to_move
+from tests.support import servers
+from tests.support.faces import Manager, closing, settled
+from tests.support.servers import RedisServer, ServerBinary, wait_until
+from tests.support.topologies import ask, begin_to_move
 
 pytestmark = pytest.mark.redis
 

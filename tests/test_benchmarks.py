@@ -35,7 +35,7 @@ from benchmarks.model import (
 from benchmarks.overhead import Load, Opened, measure, sample
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.server import running
-from tests.servers import ServerBinary
+from tests.support.servers import ServerBinary
 
 PEER, SCRIPT = "limits fixed window", "textbook token bucket"
 BUCKET = "throttled-py token bucket"

@@ -16,11 +16,11 @@ import redis
 
 from ratelimit import NEVER, Bandwidth, BucketConfiguration, Expiration, ProxyManager
 from ratelimit.cli import main
-from ratelimit.cli.ending import Interrupted, interruptible
 from ratelimit.cli.keys import duration
-from ratelimit.core import codec
-from ratelimit.core.state import BandwidthState, BucketState
-from tests import servers
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BandwidthState, BucketState
+from ratelimit.runtime.signals import Interrupted, interruptible
+from tests.support import servers
 
 COMMAND = [sys.executable, "-m", "ratelimit.cli"]
 NOBODY = "redis://:secret@127.0.0.1:1/0"  # nothing listens there

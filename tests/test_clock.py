@@ -26,13 +26,13 @@ from ratelimit import (
     StoreError,
     SystemClock,
 )
-from ratelimit.clock import MonotonicSleep
-from ratelimit.stores.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS
+from ratelimit.runtime.clock import MonotonicSleep
+from ratelimit.stores.redis.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS
 from ratelimit.testing import ManualClock
-from tests.faces import Settled, closing, settled
-from tests.fronts import Front
-from tests.monitors import monitored
-from tests.servers import RedisServer
+from tests.support.faces import Settled, closing, settled
+from tests.support.fronts import Front
+from tests.support.monitors import monitored
+from tests.support.servers import RedisServer
 
 SECOND = 10**9
 HOUR = 3600 * SECOND

@@ -26,15 +26,15 @@ from ratelimit import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from ratelimit.stores.multiplexer import Multiplexer
-from tests import servers
-from tests.faces import Settled, closing, settled
-from tests.fronts import Front
-from tests.ledgers import CLUSTER_DOWN, LONGEST_CALL, Load
-from tests.proxies import Proxy
-from tests.servers import SLOTS, Cluster, RedisServer, ServerBinary
-from tests.topologies import ask, begin_to_move, end_move, move_keys, role, settled_by
-from tests.workers import patient
+from ratelimit.stores.redis.shared_connection import Multiplexer
+from tests.support import servers
+from tests.support.faces import Settled, closing, settled
+from tests.support.fronts import Front
+from tests.support.ledgers import CLUSTER_DOWN, LONGEST_CALL, Load
+from tests.support.proxies import Proxy
+from tests.support.servers import SLOTS, Cluster, RedisServer, ServerBinary
+from tests.support.topologies import ask, begin_to_move, end_move, move_keys, role, settled_by
+from tests.support.workers import patient
 
 pytestmark = pytest.mark.redis
 
@@ -341,7 +341,7 @@ async def test_a_shared_connection_is_made_also_where_that_takes_longer_than_any
 
 
 async def test_connecting_ends_also_where_the_client_has_no_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit.stores.multiplexer._LONGEST_UNBOUNDED_CONNECTING", 0.2)
+    monkeypatch.setattr("ratelimit.stores.redis.shared_connection._LONGEST_UNBOUNDED_CONNECTING", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         many = Multiplexer(

@@ -17,10 +17,10 @@ from ratelimit import (
     RedisStore,
     TokensInheritance,
 )
-from ratelimit.core import codec
-from tests.servers import RedisServer, ServerBinary, wait_until
-from tests.ways import WAYS, By, Way
-from tests.workers import (
+from ratelimit.core.token_bucket import codec
+from tests.support.servers import RedisServer, ServerBinary, wait_until
+from tests.support.ways import WAYS, By, Way
+from tests.support.workers import (
     CALLERS,
     PATIENCE,
     PROCESSES,

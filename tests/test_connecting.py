@@ -19,7 +19,7 @@ from redis.backoff import ConstantBackoff, NoBackoff
 from redis.retry import Retry
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreError, StoreTimeoutError
-from tests import servers
+from tests.support import servers
 
 TIMEOUT = 20
 """Seconds: in them no client below is done with its repetitions, before each of which it pauses for a minute."""

@@ -30,7 +30,6 @@ from ratelimit import (
     TokensInheritance,
     VerboseResult,
 )
-from ratelimit.core import codec
 from ratelimit.core.commands import (
     AddTokens,
     Command,
@@ -52,16 +51,17 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
-from ratelimit.core.int64 import NEVER
-from ratelimit.core.state import BucketState
-from ratelimit.drive import Steps
+from ratelimit.core.numbers import NEVER
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.testing import ManualClock
-from tests.faces import settled
-from tests.monitors import Monitor, monitored
-from tests.servers import RedisServer
-from tests.ways import By, Tap, Way, deciding_by
-from tests.workers import (
+from tests.support.faces import settled
+from tests.support.monitors import Monitor, monitored
+from tests.support.servers import RedisServer
+from tests.support.ways import By, Tap, Way, deciding_by
+from tests.support.workers import (
     CALLERS,
     PROCESSES,
     Access,

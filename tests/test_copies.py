@@ -46,7 +46,7 @@ from ratelimit import (
     TokensInheritance,
     UnsupportedStateError,
 )
-from ratelimit.drive import drive
+from ratelimit.runtime.steps import run
 from ratelimit.testing import ManualClock, ScriptedStore
 
 MANAGER = ProxyManager.from_url("memory://", "5/minute")
@@ -184,8 +184,8 @@ def test_rules_and_plans_are_pickled() -> None:
     for name in ("name", "cost", "when", "methods", "routes"):
         assert getattr(again, name) == getattr(rule, name)
     for customer in ("acme", "other"):
-        found = drive(again.limits.limits_of(request_of(), customer))
-        assert found == drive(plans.limits_of(request_of(), customer))
+        found = run(again.limits.limits_of(request_of(), customer))
+        assert found == run(plans.limits_of(request_of(), customer))
     assert copy.deepcopy(rule).limits is plans
     limiter = http.Limiter(rule, manager=MANAGER)
     assert copy.deepcopy(limiter) is limiter

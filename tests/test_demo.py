@@ -21,8 +21,8 @@ import pytest
 import redis
 
 from ratelimit import BucketConfiguration, ProxyManager
-from ratelimit.cli.verdict import Outcome, bound, verdict
-from tests import servers
+from ratelimit.demo.verdict import Outcome, bound, verdict
+from tests.support import servers
 from tests.test_cli import COMMAND, answer, complaint, run, start
 
 SECOND = 1_000_000_000
@@ -177,7 +177,7 @@ class TestOfItsOwn:
     def test_a_process_that_dies(self, surroundings: Surroundings) -> None:
         with start("demo", "--seconds", "60") as demo:
             read_until(demo, PROGRESS)
-            victim = next(each for each in surroundings.processes() if "ratelimit.cli.worker" in each.cmdline())
+            victim = next(each for each in surroundings.processes() if "ratelimit.demo.worker" in each.cmdline())
             victim.kill()
             _, errors = demo.communicate(timeout=30)
         assert (errors, demo.returncode) == (f"ratelimit: process {victim.pid} of the demo has died\n", 2)

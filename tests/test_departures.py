@@ -28,13 +28,13 @@ from ratelimit import (
     ProxyManager,
     StoreUnavailableError,
 )
-from ratelimit.cancelled import CancelledWaits, Place
 from ratelimit.core.commands import Cancel
-from ratelimit.core.state import BucketState
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.cancelled_waits import CancelledWaits, Place
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
-from tests.faces import SwappingStore
+from tests.support.faces import SwappingStore
 
 SECOND = 10**9
 BEGIN = 1_700_000_000 * SECOND + 1

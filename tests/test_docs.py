@@ -26,10 +26,10 @@ from typing import Any
 import pytest
 
 from ratelimit import Bucket, BucketConfiguration, InvalidConfigurationError, ProxyManager, cli, errors
-from ratelimit.core import limit_text
+from ratelimit.core.token_bucket import limit_text
 from ratelimit.manager import Settings
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
-from tests.servers import RedisServer, ServerBinary
+from tests.support.servers import RedisServer, ServerBinary
 from tests.test_bad_input import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
 
 ROOT = Path(__file__).parents[1]

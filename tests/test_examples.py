@@ -23,7 +23,7 @@ import pytest
 
 from ratelimit import ProxyManager
 from ratelimit.integrations.http import api_key
-from tests import servers
+from tests.support import servers
 from tests.test_demo import MARK, Surroundings
 
 for package in ("aiohttp", "django", "fastapi", "flask", "gunicorn", "http_sf", "httpx", "uvicorn"):

@@ -26,12 +26,12 @@ from ratelimit import (
     StoreUnavailableError,
     SystemClock,
 )
-from ratelimit.core import codec
-from ratelimit.core.state import BucketState
-from ratelimit.errors import Key
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Settled, settled
+from tests.support.faces import Settled, settled
 
 NOW = 1_700_000_000 * 10**9
 LIMITS = "10/hour"

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.ledgers import LONGEST_CALL, Load
-from tests.servers import RedisServer, ServerBinary
-from tests.topologies import (
+from tests.support.ledgers import LONGEST_CALL, Load
+from tests.support.servers import RedisServer, ServerBinary
+from tests.support.topologies import (
     ReplicatedCluster,
     SentinelTrio,
     ask,

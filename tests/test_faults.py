@@ -35,12 +35,12 @@ from ratelimit import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from ratelimit.errors import Key
-from tests import servers
-from tests.faces import Manager, closing, settled
-from tests.proxies import CLOSE, RESET, SILENCE, Proxy
-from tests.servers import RedisServer, ServerBinary, TlsServer
-from tests.ways import By, deciding_by
+from ratelimit.keys import Key
+from tests.support import servers
+from tests.support.faces import Manager, closing, settled
+from tests.support.proxies import CLOSE, RESET, SILENCE, Proxy
+from tests.support.servers import RedisServer, ServerBinary, TlsServer
+from tests.support.ways import By, deciding_by
 
 pytestmark = pytest.mark.redis
 

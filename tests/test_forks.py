@@ -16,12 +16,12 @@ import pytest
 from ratelimit import AsyncProxyManager, MemoryStore, OnError, Optimization, ProxyManager, StoreUnavailableError
 from ratelimit.runtime import fork_safety
 from ratelimit.stores.protocol import Lost
-from tests import servers
 from tests.integrations.gunicorns import gunicorn, statuses
 from tests.integrations.uwsgis import uwsgi
-from tests.lifecycle import FORKS, forked
-from tests.servers import wait_until
-from tests.workers import patient
+from tests.support import servers
+from tests.support.lifecycle import FORKS, forked
+from tests.support.servers import wait_until
+from tests.support.workers import patient
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from redis.connection import AbstractConnection
 
 from ratelimit import Bandwidth, BucketConfiguration, CorruptStateError, InvalidConfigurationError, ProxyManager
-from ratelimit.core import codec
-from ratelimit.core.duration import to_nanos
-from ratelimit.core.state import BucketState
-from tests.fuzzing import KEY, NOW, VERBS, check_limits, check_message, check_state, check_url, check_verbs
-from tests.strategies import configurations, states
-from tests.ways import By, deciding_by
+from ratelimit.core.numbers import to_nanos
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from tests.support.fuzzing import KEY, NOW, VERBS, check_limits, check_message, check_state, check_url, check_verbs
+from tests.support.strategies import configurations, states
+from tests.support.ways import By, deciding_by
 
 ONE = codec.encode(BucketState.initial(BucketConfiguration.parse("10/minute id abc; 5/s"), None, 0))
 HALF_A_MEGABYTE = 2**19

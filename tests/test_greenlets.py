@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests import servers
-from tests.greenlets import SILENCE
-from tests.proxies import Proxy
+from tests.support import servers
+from tests.support.greenlets import SILENCE
+from tests.support.proxies import Proxy
 
 pytestmark = pytest.mark.redis
 
@@ -48,7 +48,7 @@ def urls(
 @pytest.fixture(scope="module")
 def processes(urls: tuple[str, ...]) -> Generator[dict[tuple[str, str], subprocess.Popen[str]]]:
     """Return a process of each world, which run at the same time."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.greenlets"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.greenlets"]
     processes = {
         world: subprocess.Popen(
             [*command, *world, *urls], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -27,14 +27,14 @@ from ratelimit import (
     RedisStore,
     StoreUnavailableError,
 )
-from ratelimit.remembered import Remembered, Seen, _weight
-from ratelimit.stores import redis_channels
+from ratelimit.engine.last_seen import Remembered, Seen, _weight
 from ratelimit.stores.protocol import Lost
+from ratelimit.stores.redis import channels as redis_channels
 from ratelimit.testing import ManualClock
-from tests import storms
-from tests.faces import SwappingStore
-from tests.interrupting import Interruption, at_every_point
-from tests.servers import RedisServer, wait_until
+from tests.support import storms
+from tests.support.faces import SwappingStore
+from tests.support.interrupting import Interruption, at_every_point
+from tests.support.servers import RedisServer, wait_until
 
 NOW = 1_700_000_000 * 10**9 + 1
 LIMITS = "1000/day intervally"
@@ -508,7 +508,16 @@ async def test_a_task_that_is_cancelled_at_any_await_keeps_nothing(url: str, ver
 def test_after_a_storm_of_interruptions_nothing_is_lost(url: str, name: str) -> None:
     """For longer with ``RATELIMIT_STORM_SECONDS``, or as part of ``make soak``."""
     seconds = float(os.environ.get("RATELIMIT_STORM_SECONDS", "3"))
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.storms", name, url.partition("?")[0], str(seconds)]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "tests.support.storms",
+        name,
+        url.partition("?")[0],
+        str(seconds),
+    ]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=seconds + 90, check=False)
     assert done.returncode == 0, done.stderr

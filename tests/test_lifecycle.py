@@ -21,10 +21,10 @@ import pytest
 
 from ratelimit import AsyncProxyManager, CountingListener, OnError, Optimization, ProxyManager, StoreError
 from ratelimit.runtime import fork_safety
-from tests import lifecycle
-from tests.lifecycle import FORKS, forked
-from tests.servers import RedisServer, wait_until
-from tests.ways import Tap
+from tests.support import lifecycle
+from tests.support.lifecycle import FORKS, forked
+from tests.support.servers import RedisServer, wait_until
+from tests.support.ways import Tap
 
 pytestmark = pytest.mark.redis
 
@@ -54,7 +54,7 @@ by_all_forks = pytest.mark.parametrize("how", lifecycle.FORKS)
 
 
 def ends_well(program: Callable[[str], None], redis_url: str, how: str) -> None:
-    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.lifecycle", program.__name__]
+    command = [sys.executable, "-X", "dev", "-W", "error", "-m", "tests.support.lifecycle", program.__name__]
     url = f"{redis_url}?socket_timeout={PATIENCE}"
     command += [url, how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)

@@ -21,9 +21,9 @@ from ratelimit import (
     ProxyManager,
     StoreUnavailableError,
 )
-from ratelimit.errors import Key
+from ratelimit.keys import Key
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import AsyncSwappingStore, Settled, SwappingStore, settled
+from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore, settled
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9

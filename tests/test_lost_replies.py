@@ -14,11 +14,11 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreUnavailableError
-from ratelimit.stores.scripts import load
-from tests.faces import Settled
-from tests.monitors import monitored
-from tests.proxies import Proxy
-from tests.ways import By, deciding_by
+from ratelimit.stores.redis.scripts import load
+from tests.support.faces import Settled
+from tests.support.monitors import monitored
+from tests.support.proxies import Proxy
+from tests.support.ways import By, deciding_by
 
 pytestmark = pytest.mark.redis
 

@@ -29,9 +29,9 @@ from ratelimit import (
     StoreError,
     TokensInheritance,
 )
-from ratelimit.core import codec
+from ratelimit.core.token_bucket import codec
 from ratelimit.testing import ManualClock
-from tests.faces import AsyncSwappingStore, Settled, SwappingStore, settled
+from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore, settled
 
 NOW = 1_700_000_000 * 10**9
 

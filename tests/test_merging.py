@@ -24,15 +24,15 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.core.commands import Batch, ConsumeIgnoringRateLimits
-from ratelimit.drive import adrive
-from ratelimit.errors import Key
-from ratelimit.exchange import Call
-from ratelimit.handle import try_consume
-from ratelimit.merging import TaskMerger, ThreadMerger
+from ratelimit.engine.coalescing import TaskMerger, ThreadMerger
+from ratelimit.engine.handle import try_consume
+from ratelimit.engine.swapping import Call
+from ratelimit.keys import Key
+from ratelimit.runtime.steps import arun
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import AsyncSwappingStore, SwappingStore
-from tests.servers import wait_until
+from tests.support.faces import AsyncSwappingStore, SwappingStore
+from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9 + 1
 LIMITS = "100/hour"
@@ -369,7 +369,7 @@ async def test_a_batch_counts_as_the_commands_in_it(tasks: Tasks) -> None:
     first = await tasks.hold()
     handle = tasks.manager.bucket("key")._handle
     batches = [Batch((ConsumeIgnoringRateLimits(1),) * 100) for _ in range(5)]
-    calls = [asyncio.ensure_future(adrive(handle.run(batch, handle.call(10)))) for batch in batches]
+    calls = [asyncio.ensure_future(arun(handle.run(batch, handle.call(10)))) for batch in batches]
     await asyncio.sleep(0)
     tasks.store.gate.set()
     assert await first

@@ -25,12 +25,13 @@ from ratelimit import (
     StoreUnavailableError,
     UnsupportedStateError,
 )
-from ratelimit.core.int64 import MAX
-from ratelimit.errors import Key, RateLimitError
+from ratelimit.core.numbers import MAX
+from ratelimit.errors import RateLimitError
+from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Settled, settled
-from tests.servers import wait_until
+from tests.support.faces import Settled, settled
+from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9
 LIMITS = "8/hour"

@@ -34,16 +34,16 @@ from ratelimit import (
     StoreUnavailableError,
     TokensInheritance,
 )
-from ratelimit.core import codec
 from ratelimit.core.commands import ConsumeAsMuchAsPossible, TryConsume
-from ratelimit.core.int64 import MIN
-from ratelimit.drive import drive
-from ratelimit.errors import Key
-from ratelimit.exchange import Call
+from ratelimit.core.numbers import MIN
+from ratelimit.core.token_bucket import codec
+from ratelimit.engine.swapping import Call
+from ratelimit.keys import Key
+from ratelimit.runtime.steps import run
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Settled, SwappingStore, settled
-from tests.monitors import monitored
+from tests.support.faces import Settled, SwappingStore, settled
+from tests.support.monitors import monitored
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9
@@ -1106,7 +1106,7 @@ def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
     steps = manager.bucket("new")._handle.run(TryConsume(1), Call())
     steps.send(steps.send(None))  # the store has been told, and its answer not been seen
     assert manager.try_consume("old")
-    drive(steps)
+    run(steps)
     manager.close()
     assert ProxyManager(store, LIMITS).snapshot("old").consumed_tokens == 3
 

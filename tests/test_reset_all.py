@@ -23,7 +23,7 @@ from ratelimit import (
 from ratelimit.integrations import managers
 from ratelimit.integrations.http import AsyncLimiter, HttpRequest, Limiter, Rule
 from ratelimit.testing import ManualClock, areset_all, reset_all
-from tests.faces import Manager, closing, settled
+from tests.support.faces import Manager, closing, settled
 
 STRANGE = r"a*b?[c-e]\:"
 """A prefix in which every character that a pattern of Redis has means itself."""

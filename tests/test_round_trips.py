@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from ratelimit import AsyncProxyManager, ProxyManager
-from ratelimit.stores.server_time import FIRST_REPLIES
-from tests.faces import Settled
-from tests.monitors import Monitor, monitored
+from ratelimit.stores.redis.server_time import FIRST_REPLIES
+from tests.support.faces import Settled
+from tests.support.monitors import Monitor, monitored
 
 pytestmark = pytest.mark.redis
 

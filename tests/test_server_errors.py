@@ -19,13 +19,13 @@ import redis.asyncio
 from redis.exceptions import RedisClusterException
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, Expiration, ProxyManager, StoreError, StoreUnavailableError
-from tests import servers
-from tests.faces import Settled, closing
-from tests.fronts import Front
-from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
-from tests.topologies import ask, begin_to_move, end_move, move_keys
-from tests.ways import By, deciding_by
-from tests.workers import patient
+from tests.support import servers
+from tests.support.faces import Settled, closing
+from tests.support.fronts import Front
+from tests.support.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
+from tests.support.topologies import ask, begin_to_move, end_move, move_keys
+from tests.support.ways import By, deciding_by
+from tests.support.workers import patient
 
 pytestmark = pytest.mark.redis
 

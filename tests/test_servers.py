@@ -6,8 +6,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests import servers
-from tests.servers import RedisServer, ServerBinary
+from tests.support import servers
+from tests.support.servers import RedisServer, ServerBinary
 
 pytestmark = pytest.mark.redis
 

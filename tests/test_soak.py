@@ -11,12 +11,12 @@ from collections import Counter
 import pytest
 
 from ratelimit import ProxyManager, StoreError
-from tests.servers import RedisServer
 from tests.soak.__main__ import Run, judge
 from tests.soak.faults import FaultyProxy
 from tests.soak.fuzz import TARGETS, _seeds
 from tests.soak.load import DELAYED, LEDGER, RATE, limits_of
 from tests.soak.verdict import growth, ledger, panels
+from tests.support.servers import RedisServer
 
 NOISE = random.Random(5)
 

@@ -26,9 +26,9 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.testing import areset_all, reset_all
-from tests import servers
-from tests.faces import Manager, closing, settled
-from tests.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, TlsServer, wait_until
+from tests.support import servers
+from tests.support.faces import Manager, closing, settled
+from tests.support.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, TlsServer, wait_until
 
 pytestmark = pytest.mark.redis
 

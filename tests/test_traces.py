@@ -33,16 +33,16 @@ from ratelimit import (
     TokensInheritance,
     VerboseResult,
 )
-from ratelimit.core import codec
-from ratelimit.core.int64 import MAX
-from ratelimit.drive import adrive, drive
-from ratelimit.exchange import Call
+from ratelimit.core.numbers import MAX
+from ratelimit.core.token_bucket import codec
+from ratelimit.engine.swapping import Call
+from ratelimit.runtime.steps import arun, run
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
-from tests import vectors
-from tests.faces import settled
-from tests.raw_commands import Sync, run_raw
-from tests.ways import WAYS, By, Tap, Way, batched, deciding_by
+from tests.support import vectors
+from tests.support.faces import settled
+from tests.support.raw_commands import Sync, run_raw
+from tests.support.ways import WAYS, By, Tap, Way, batched, deciding_by
 
 KEY = "bucket"
 ERRORS = {
@@ -82,9 +82,9 @@ class Replay:
         self.manager: Any
         self.drive: Any
         if iscoroutinefunction(store.get):
-            self.manager, self.drive = AsyncProxyManager(store, clock=self.clock, merging=merged), adrive
+            self.manager, self.drive = AsyncProxyManager(store, clock=self.clock, merging=merged), arun
         else:
-            self.manager, self.drive = ProxyManager(store, clock=self.clock, merging=merged), drive
+            self.manager, self.drive = ProxyManager(store, clock=self.clock, merging=merged), run
         if merged:
             batched(self.manager)
         self.proxies = trace["proxies"]

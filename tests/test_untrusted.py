@@ -32,12 +32,12 @@ from ratelimit import (
     UnsupportedStateError,
 )
 from ratelimit.stores.protocol import Lost
-from ratelimit.stores.redis_errors import translated
+from ratelimit.stores.redis.errors import translated
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import SwappingStore
-from tests.servers import RedisServer, ServerBinary
+from tests.support.faces import SwappingStore
+from tests.support.servers import RedisServer, ServerBinary
+from tests.support.ways import By, deciding_by
 from tests.test_bad_input import ACL_COMMANDS
-from tests.ways import By, deciding_by
 
 PAGE = Path(__file__).parents[1] / "docs" / "SECURITY.md"
 MEGABYTE = 2**20

@@ -25,8 +25,8 @@ from ratelimit import (
 )
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import AsyncSwappingStore, Settled, SwappingStore
-from tests.servers import wait_until
+from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore
+from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9

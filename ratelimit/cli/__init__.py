@@ -11,8 +11,9 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from ratelimit.cli import keys
-from ratelimit.cli.ending import CommandError, Interrupted, interruptible
-from ratelimit.errors import Key, RateLimitError
+from ratelimit.errors import RateLimitError
+from ratelimit.keys import Key
+from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
 from ratelimit.stores.urls import DEFAULT_URL, URL_VARIABLE, default_url
 
 DISTRIBUTION = "ratelimit-redis"
@@ -55,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     if find_spec("rich") is None:
         raise CommandError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
-    from ratelimit.cli.demo import demo
+    from ratelimit.demo.command import demo
 
     return demo(arguments.url, arguments.limit, arguments.processes, arguments.seconds)
 

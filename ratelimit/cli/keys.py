@@ -12,17 +12,18 @@ from itertools import pairwise
 from typing import Any
 
 from ratelimit.bucket import Bucket
-from ratelimit.cli.server import ttl_millis
-from ratelimit.core import codec
-from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.duration import NANOS_PER_SECOND, to_seconds
-from ratelimit.core.int64 import NEVER
+from ratelimit.checks import stored_key
+from ratelimit.cli.server_facts import ttl_millis
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe
-from ratelimit.core.state import BucketState
-from ratelimit.errors import InvalidConfigurationError, Key, errors_named, shown
-from ratelimit.handle import stored_key
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.question import errors_named
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.keys import Key, shown
 from ratelimit.manager import ProxyManager
-from ratelimit.stores.redis import RedisStore
+from ratelimit.stores.redis.store import RedisStore
 from ratelimit.stores.urls import store_from_url
 
 _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))

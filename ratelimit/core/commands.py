@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.inheritance import TokensInheritance, replaced
-from ratelimit.core.int64 import MAX, MIN, NEVER, wrap
+from ratelimit.core.numbers import MAX, MIN, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.state import BucketState, Surplus
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.inheritance import TokensInheritance, replaced
+from ratelimit.core.token_bucket.state import BucketState, Surplus
 
 T = TypeVar("T")
 

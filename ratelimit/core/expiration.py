@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from ratelimit.core.duration import NANOS_PER_MILLISECOND, Duration, to_nanos
-from ratelimit.core.int64 import NEVER, quotient, wrap
-from ratelimit.core.state import BucketState
-from ratelimit.errors import InvalidConfigurationError, brief
+from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NEVER, Duration, quotient, to_nanos, wrap
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.keys import brief
 
 NO_EXPIRY: Final = -1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.duration import to_seconds
-from ratelimit.core.state import BandwidthState
+from ratelimit.core.numbers import to_seconds
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.state import BandwidthState
 
 T = TypeVar("T")
 

@@ -11,13 +11,14 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapp
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, Unpack
 from weakref import WeakKeyDictionary
 
-from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.http.answers import Headers, HttpAnswer
 from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, decision_about, fields_for
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.integrations.marks import marked
+from ratelimit.keys import brief
 from ratelimit.manager import AsyncProxyManager
 
 Scope: TypeAlias = MutableMapping[str, Any]

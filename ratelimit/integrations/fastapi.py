@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Unpack
 
+from ratelimit.engine.on_error import ErrorPolicy
 from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.asgi import (
     TELLS,
@@ -42,7 +43,6 @@ from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, f
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings
 from ratelimit.manager import AsyncProxyManager
-from ratelimit.on_error import ErrorPolicy
 
 with needing("fastapi"):
     from fastapi import FastAPI, HTTPException, Response, routing

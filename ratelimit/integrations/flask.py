@@ -18,7 +18,7 @@ from functools import cache, wraps
 from inspect import isclass, iscoroutinefunction
 from typing import Any, Final, TypeVar, Unpack, cast
 
-from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http.answers import HttpAnswer
 from ratelimit.integrations.http.decision import HttpDecision
@@ -30,6 +30,7 @@ from ratelimit.integrations.managers import manager_of
 from ratelimit.integrations.marks import marked
 from ratelimit.integrations.wsgi import ask_router, decision_of
 from ratelimit.integrations.wsgi import http_request as wsgi_request
+from ratelimit.keys import brief
 from ratelimit.manager import ProxyManager
 
 with needing("flask"):

@@ -15,18 +15,20 @@ from inspect import isasyncgenfunction, isclass, iscoroutinefunction, isgenerato
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.duration import Duration
-from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.checks import duration_nanos, token_count
+from ratelimit.core.numbers import Duration
 from ratelimit.core.results import VerboseResult
-from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, Key, RateLimitExceeded, brief
-from ratelimit.handle import AsyncLimitsOfKey, nanos_of, token_count
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.handle import AsyncLimitsOfKey
+from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
 from ratelimit.integrations.logs import OtherLimits
 from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
 from ratelimit.integrations.recording import record
 from ratelimit.integrations.switch import is_enabled
+from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.runtime.steps import Steps, arun, run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +100,7 @@ def limited(
             @wraps(function)
             async def acall(*args: P.args, **kwargs: P.kwargs) -> Any:
                 if limit.counts:
-                    await adrive(limit.admitted(async_manager_of(amanager), names, args, kwargs))
+                    await arun(limit.admitted(async_manager_of(amanager), names, args, kwargs))
                 return await cast("Awaitable[Any]", function(*args, **kwargs))
 
             return cast("Callable[P, R]", acall)
@@ -109,7 +111,7 @@ def limited(
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if limit.counts:
-                drive(limit.admitted(manager_of(smanager), names, args, kwargs))
+                run(limit.admitted(manager_of(smanager), names, args, kwargs))
             return function(*args, **kwargs)
 
         return call
@@ -244,5 +246,5 @@ def _checked(value: T, kinds: type | tuple[type, ...], name: str, wanted: str) -
 
 def _checked_wait(wait: bool | Duration) -> bool | Duration:
     if not isinstance(wait, bool):
-        nanos_of(wait, "wait")
+        duration_nanos(wait, "wait")
     return wait

@@ -23,22 +23,19 @@ from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.duration import NANOS_PER_MILLISECOND, NANOS_PER_SECOND
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import NEVER
+from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NANOS_PER_SECOND, NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
-from ratelimit.drive import Steps, adrive, drive
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.handle import AsyncLimitsOfKey
+from ratelimit.engine.on_error import RETRY_NANOS
 from ratelimit.errors import (
     ContentionError,
     CorruptStateError,
     InvalidArgumentError,
     InvalidConfigurationError,
-    Key,
     StoreError,
-    brief,
 )
-from ratelimit.handle import AsyncLimitsOfKey
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http import address
 from ratelimit.integrations.http.keys import Missing, checked_secret, keyed_hash, name_of
@@ -46,8 +43,9 @@ from ratelimit.integrations.logs import OtherLimits, RefusalLog
 from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
 from ratelimit.integrations.recording import record
 from ratelimit.integrations.switch import is_enabled
+from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.on_error import RETRY_NANOS
+from ratelimit.runtime.steps import Steps, arun, run
 
 with needing("grpc"):
     import grpc
@@ -324,7 +322,7 @@ class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
         @wraps(behavior)
         def limited(request: Any, context: grpc.ServicerContext, *more: Any) -> Any:
             rpc = Rpc(method, _metadata(handler_call_details), context)
-            _admit(context, drive(self._decision(manager_of(self._manager), rpc)))
+            _admit(context, run(self._decision(manager_of(self._manager), rpc)))
             return behavior(request, context, *more)
 
         return _with_behavior(handler, limited)
@@ -351,7 +349,7 @@ class AsyncRateLimitInterceptor(_Interceptor[AsyncProxyManager], grpc.aio.Server
 
         async def decision(context: Any) -> _Refusal | None:
             rpc = Rpc(method, _metadata(handler_call_details), context)
-            return await adrive(self._decision(async_manager_of(self._manager), rpc))
+            return await arun(self._decision(async_manager_of(self._manager), rpc))
 
         def decision_in_thread(context: Any) -> _Refusal | None:
             return asyncio.run_coroutine_threadsafe(decision(context), loop).result()

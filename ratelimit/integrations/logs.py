@@ -6,8 +6,8 @@ import hashlib
 import logging
 from typing import Final
 
-from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.errors import Key
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.keys import Key
 from ratelimit.runtime.clock import monotonic
 
 _REFUSALS_PER_SECOND: Final = 10

@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Final
 from weakref import WeakSet
 
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
+from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.stores.urls import default_url
 

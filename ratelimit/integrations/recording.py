@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from ratelimit.errors import Key
+from ratelimit.keys import Key
 
 
 class RecordedDecision(NamedTuple):

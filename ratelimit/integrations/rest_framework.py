@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import heapq
 from typing import Final, TypeVar
 
-from ratelimit.clock import Clock, has_unique_readings
-from ratelimit.copies import OfThisProcess
-from ratelimit.core import codec
 from ratelimit.core.commands import Command, Plan, execute
-from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.int64 import NEVER
-from ratelimit.core.state import BucketState
-from ratelimit.errors import Key
+from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NEVER
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.keys import Key
 from ratelimit.runtime import fork_safety
-from ratelimit.runtime.clock import MONOTONIC_IS_FINE, steady_clock
+from ratelimit.runtime.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings, steady_clock
+from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.stores.protocol import Lost
 
 T = TypeVar("T")

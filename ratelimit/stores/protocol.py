@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ratelimit.core.commands import Command, Plan
 from ratelimit.core.expiration import Expiration
-from ratelimit.drive import Steps
+from ratelimit.runtime.steps import Steps
 
 T = TypeVar("T")
 
@@ -97,9 +97,10 @@ class DecidingStore(Protocol):
         ...
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
-        """Carry out what :func:`ratelimit.core.requests.request` says, as the ``Decided`` that it answers with tells.
+        """Carry out what :func:`ratelimit.engine.script_arguments.request` says, and return what was there before.
 
-        What it cannot do exactly it leaves untouched. Not to be repeated when the reply was lost.
+        A bucket that the store cannot decide exactly is left untouched. The call must not be repeated when the reply
+        was lost.
         """
         ...
 

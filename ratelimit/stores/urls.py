@@ -23,14 +23,15 @@ import redis.connection
 import redis.retry
 from redis.backoff import NoBackoff
 
-from ratelimit.errors import InvalidConfigurationError, brief
-from ratelimit.stores.circuit import CircuitBreaker
-from ratelimit.stores.clients import cluster_at, place
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.keys import brief
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
-from ratelimit.stores.redis import AsyncRedisStore, RedisStore
-from ratelimit.stores.redis_async_channels import AsyncClusterChannel, AsyncPoolChannel
-from ratelimit.stores.redis_channels import BytesPacker, ClusterChannel, PoolChannel
+from ratelimit.stores.redis.async_channels import AsyncClusterChannel, AsyncPoolChannel
+from ratelimit.stores.redis.channels import BytesPacker, ClusterChannel, PoolChannel
+from ratelimit.stores.redis.circuit import CircuitBreaker
+from ratelimit.stores.redis.clients import cluster_at, place
+from ratelimit.stores.redis.store import AsyncRedisStore, RedisStore
 
 URL_VARIABLE: Final = "RATELIMIT_URL"
 DEFAULT_URL: Final = "redis://localhost:6379/0"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ratelimit import Bandwidth, BucketConfiguration, InvalidConfigurationError
-from tests import vectors
+from tests.support import vectors
 
 
 @pytest.mark.parametrize("case", vectors.load("state-bytes.json")["configurations"], ids=lambda case: case["name"])

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import BucketConfiguration, CorruptStateError, UnsupportedStateError
-from ratelimit.core import codec, modified_utf8
-from ratelimit.core.state import BucketState
-from tests import vectors
-from tests.strategies import states
+from ratelimit.core.token_bucket import codec, modified_utf8
+from ratelimit.core.token_bucket.state import BucketState
+from tests.support import vectors
+from tests.support.strategies import states
 
 RECORDED = vectors.load("state-bytes.json")
 

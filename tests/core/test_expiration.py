@@ -16,13 +16,12 @@ from ratelimit import (
     Expiration,
     InvalidConfigurationError,
 )
-from ratelimit.core import codec
-from ratelimit.core.duration import NANOS_PER_MILLISECOND
 from ratelimit.core.expiration import NO_EXPIRY
-from ratelimit.core.int64 import quotient, wrap
-from ratelimit.core.state import BucketState
-from tests import vectors
-from tests.strategies import anything_64_bit, states
+from ratelimit.core.numbers import NANOS_PER_MILLISECOND, quotient, wrap
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from tests.support import vectors
+from tests.support.strategies import anything_64_bit, states
 
 RECORDED = vectors.load("ttl.json")
 NOW = 1_700_000_000 * 10**9

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import NEVER, Bandwidth, BandwidthState, BucketConfiguration
-from ratelimit.core import codec
 from ratelimit.core.commands import HoldBack, Plan, Reserve, Reserved, TryConsume, execute
-from ratelimit.core.int64 import MAX
-from ratelimit.core.state import BucketState
+from ratelimit.core.numbers import MAX
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
 from tests.core.test_token_bucket import bandwidths
-from tests.strategies import states
+from tests.support.strategies import states
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import Bandwidth, BucketConfiguration, InvalidConfigurationError
-from ratelimit.core.int64 import MAX
-from tests.strategies import bandwidths, configurations
+from ratelimit.core.numbers import MAX
+from tests.support.strategies import bandwidths, configurations
 
 SECOND = 10**9
 

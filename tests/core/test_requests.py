@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from ratelimit import Bandwidth, BucketConfiguration, Expiration
-from ratelimit.core import codec, requests
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -34,10 +33,12 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
 )
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import MAX
-from ratelimit.core.requests import request
-from ratelimit.core.state import BucketState
+from ratelimit.core.numbers import MAX
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine import script_arguments as requests
+from ratelimit.engine.script_arguments import request
 
 NOW = 1_700_000_000_000_000_000
 CONFIGURATION = BucketConfiguration.parse("10/second; 100/hour")

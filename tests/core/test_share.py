@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import Bandwidth, BucketConfiguration
-from ratelimit.core.int64 import MAX
-from ratelimit.core.share import share_of
-from tests.strategies import bandwidths
+from ratelimit.core.numbers import MAX
+from ratelimit.core.token_bucket.share import share_of
+from tests.support.strategies import bandwidths
 
 shares = st.fractions(min_value=Fraction(1, 10_000), max_value=1, max_denominator=10_000)
 

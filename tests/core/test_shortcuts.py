@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ratelimit import Bandwidth, BandwidthState, BucketConfiguration
-from ratelimit.core import codec, modified_utf8
 from ratelimit.core.commands import (
     Batch,
     Command,
@@ -23,10 +22,11 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
-from ratelimit.core.int64 import MAX, MIN, quotient, remainder, saturating_product, truncated, wrap
-from ratelimit.core.state import BucketState, _nanos_to_gain, _refilled, _refilled_near_overflow
+from ratelimit.core.numbers import MAX, MIN, quotient, remainder, saturating_product, truncated, wrap
+from ratelimit.core.token_bucket import codec, modified_utf8
+from ratelimit.core.token_bucket.state import BucketState, _nanos_to_gain, _refilled, _refilled_near_overflow
 from ratelimit.errors import CorruptStateError
-from tests.strategies import anything_64_bit, states
+from tests.support.strategies import anything_64_bit, states
 
 NOW = 1_700_000_000 * 10**9
 

@@ -22,10 +22,10 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     execute,
 )
-from ratelimit.core.inheritance import replaced
-from ratelimit.core.int64 import MAX, MIN
-from ratelimit.core.state import BucketState
-from tests.strategies import anything_64_bit, states
+from ratelimit.core.numbers import MAX, MIN
+from ratelimit.core.token_bucket.inheritance import replaced
+from ratelimit.core.token_bucket.state import BucketState
+from tests.support.strategies import anything_64_bit, states
 
 BEGIN = 1_700_000_000 * 10**9
 SECOND = 10**9

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ratelimit import BucketConfiguration, InvalidConfigurationError, OnError
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
-from ratelimit.core.state import BandwidthState
+from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.integrations.http import Answers, HttpDecision, Rule
 from ratelimit.integrations.http.decision import service_limits
 from tests.integrations.requests_of import NOW, Limits

@@ -29,7 +29,7 @@ from tests.integrations import django_site
 from tests.integrations.django_site import AUTHENTICATION, SESSIONS, Site, ahello, fields, hello, session_of
 from tests.integrations.gunicorns import ROOT, gunicorn, statuses
 from tests.integrations.uvicorns import program
-from tests.workers import patient
+from tests.support.workers import patient
 
 DAY = 86_400
 

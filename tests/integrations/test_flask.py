@@ -23,7 +23,7 @@ from ratelimit.integrations.wsgi import RateLimitMiddleware
 from ratelimit.testing import ScriptedStore
 from tests.integrations.gunicorns import gunicorn, statuses
 from tests.integrations.requests_of import Limits
-from tests.workers import patient
+from tests.support.workers import patient
 
 
 class Limited:

@@ -24,7 +24,7 @@ from ratelimit import (
 )
 from ratelimit.integrations.functions import limited
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Manager, settled
+from tests.support.faces import Manager, settled
 
 HOUR = 3600 * 10**9
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ratelimit import ProxyManager
-from tests import servers
 from tests.integrations.gunicorns import ROOT, gunicorn, served, statuses
-from tests.proxies import Proxy
-from tests.workers import patient
+from tests.support import servers
+from tests.support.proxies import Proxy
+from tests.support.workers import patient
 
 pytestmark = pytest.mark.redis
 

@@ -40,7 +40,7 @@ from ratelimit.integrations.http import Missing
 from ratelimit.integrations.logs import hashed
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import Manager
+from tests.support.faces import Manager
 
 Behaviors = dict[str, Callable[..., Any]]
 

@@ -19,7 +19,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ratelimit import InvalidArgumentError, InvalidConfigurationError, ProxyManager
-from ratelimit.errors import Key
 from ratelimit.integrations.http.address import Address, parse
 from ratelimit.integrations.http.keys import (
     RequestKey,
@@ -33,6 +32,7 @@ from ratelimit.integrations.http.keys import (
     user,
 )
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.keys import Key
 
 SECRET = "correct horse battery"
 ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))

@@ -25,7 +25,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.faces import closing, settled
+from tests.support.faces import closing, settled
 
 pytest.importorskip("http_sf")
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ratelimit import BucketConfiguration, InvalidConfigurationError, TokensInheritance
-from ratelimit.drive import adrive, drive
-from ratelimit.errors import Key
 from ratelimit.integrations.http import Assigned, Plans, Rule, api_key, combined, header, route
 from ratelimit.integrations.http.plans import PlanLimits
+from ratelimit.keys import Key
+from ratelimit.runtime.steps import arun, run
 from tests.integrations.requests_of import Limits, request_of
 
 LIMITS: dict[str, Any] = {"free": "20/hour", "basic": "40/hour", "professional": "100/hour", "internal": None}
@@ -46,7 +46,7 @@ class Seconds:
 
 def test_a_plan_may_be_a_list_of_limits() -> None:
     plans = Plans({"free": ["20/hour", "2/second"]}, lambda _: "free")
-    assert drive(plans.limits_of(request_of(), "key")) == limits("20/hour; 2/second")
+    assert run(plans.limits_of(request_of(), "key")) == limits("20/hour; 2/second")
 
 
 def limits(text: str | None, version: int | None = None) -> PlanLimits:
@@ -65,23 +65,22 @@ def limits(text: str | None, version: int | None = None) -> PlanLimits:
 )
 async def test_the_limits_of_a_key_are_those_of_its_plan(answer: Any, expected: PlanLimits) -> None:
     customers = Customers(acme=answer)
-    assert drive(Plans(LIMITS, customers, default="professional").limits_of(request_of(), "acme")) == expected
+    assert run(Plans(LIMITS, customers, default="professional").limits_of(request_of(), "acme")) == expected
     assert (
-        await adrive(Plans(LIMITS, customers.awaited, default="professional").limits_of(request_of(), "acme"))
-        == expected
+        await arun(Plans(LIMITS, customers.awaited, default="professional").limits_of(request_of(), "acme")) == expected
     )
 
 
 def test_the_version_grows_with_that_of_the_customer_and_with_that_of_the_plans() -> None:
     customers = Customers(acme=("free", 7), other="free")
-    assert drive(Plans(LIMITS, customers, version=5).limits_of(request_of(), "acme")) == limits("20/hour", 12)
-    assert drive(Plans(LIMITS, customers, version=5).limits_of(request_of(), "other")) == limits("20/hour", 5)
+    assert run(Plans(LIMITS, customers, version=5).limits_of(request_of(), "acme")) == limits("20/hour", 12)
+    assert run(Plans(LIMITS, customers, version=5).limits_of(request_of(), "other")) == limits("20/hour", 5)
 
 
 @pytest.mark.parametrize("answer", ["gold", None, 3, ("free", -1), ("free", True), ("free", "1"), ("free", 1, 2)])
 def test_an_answer_that_names_no_plan_is_told_of(answer: Any) -> None:
     with pytest.raises(InvalidConfigurationError, match=r"look-up must give a plan|version of a plan"):
-        drive(Plans(LIMITS, Customers(acme=answer)).limits_of(request_of(), "acme"))
+        run(Plans(LIMITS, Customers(acme=answer)).limits_of(request_of(), "acme"))
 
 
 @pytest.mark.parametrize(
@@ -109,49 +108,49 @@ class TestCache:
         plans = Plans(LIMITS, customers, ttl=60, clock=clock)
         for now in (100, 159.9, 160, 219):
             clock.now = now
-            drive(plans.limits_of(request_of(), "acme"))
+            run(plans.limits_of(request_of(), "acme"))
         assert customers.asked == ["acme", "acme"]
 
     def test_none_is_kept_without_a_time(self) -> None:
         customers = Customers(acme="free")
         plans = Plans(LIMITS, customers, ttl=0)
         for _ in range(3):
-            drive(plans.limits_of(request_of(), "acme"))
+            run(plans.limits_of(request_of(), "acme"))
         assert len(customers.asked) == 3
 
     def test_no_more_than_its_size_is_kept_and_what_was_used_last_stays(self) -> None:
         customers = Customers()
         plans = Plans(LIMITS, customers, default="free", size=2)
         for key in ("a", "b", "a", "c", "a", "b"):
-            drive(plans.limits_of(request_of(), key))
+            run(plans.limits_of(request_of(), key))
         assert customers.asked == ["a", "b", "c", "b"]
 
     def test_a_key_is_looked_up_anew_when_it_was_forgotten(self) -> None:
         customers = Customers(acme="free")
         plans = Plans(LIMITS, customers)
-        assert drive(plans.limits_of(request_of(), "acme")) == limits("20/hour")
+        assert run(plans.limits_of(request_of(), "acme")) == limits("20/hour")
         customers.plans["acme"] = "basic"
         plans.forget("acme")
         plans.forget("unknown")
-        assert drive(plans.limits_of(request_of(), "acme")) == limits("40/hour")
+        assert run(plans.limits_of(request_of(), "acme")) == limits("40/hour")
 
     def test_one_looks_up_anew_while_others_go_on_with_what_is_known(self) -> None:
         clock, customers = Seconds(), Customers(acme="free")
         plans = Plans(LIMITS, customers, ttl=60, clock=clock)
-        drive(plans.limits_of(request_of(), "acme"))
+        run(plans.limits_of(request_of(), "acme"))
         clock.now += 60
         renewal = plans.limits_of(request_of(), "acme")
         renewal.send(None)  # it waits for the table
-        assert drive(plans.limits_of(request_of(), "acme")) == limits("20/hour")
+        assert run(plans.limits_of(request_of(), "acme")) == limits("20/hour")
         assert len(customers.asked) == 2
 
     def test_the_last_answer_counts_on_where_the_look_up_fails(self, caplog: pytest.LogCaptureFixture) -> None:
         clock, customers = Seconds(), Customers(acme="free")
         plans = Plans(LIMITS, customers, ttl=60, clock=clock)
-        drive(plans.limits_of(request_of(), "acme"))
+        run(plans.limits_of(request_of(), "acme"))
         customers.fails = True
         clock.now += 60
-        assert drive(plans.limits_of(request_of(), "acme")) == limits("20/hour")
+        assert run(plans.limits_of(request_of(), "acme")) == limits("20/hour")
         assert caplog.record_tuples == [
             (
                 "ratelimit",
@@ -160,11 +159,11 @@ class TestCache:
             )
         ]
         with pytest.raises(ConnectionError):
-            drive(plans.limits_of(request_of(), "other"))
+            run(plans.limits_of(request_of(), "other"))
         clock.now += 5
         customers.fails = False
         customers.plans["acme"] = "basic"
-        assert drive(plans.limits_of(request_of(), "acme")) == limits("40/hour")
+        assert run(plans.limits_of(request_of(), "acme")) == limits("40/hour")
 
 
 def by_customer(request: Any) -> str | None:
@@ -221,5 +220,5 @@ async def test_the_plan_may_be_that_of_another_key_than_the_bucket() -> None:
 def test_a_request_without_the_key_of_a_plan_has_the_default_one() -> None:
     customers = Customers()
     plans = Plans(LIMITS, customers, by=header("x-api-key"), default="free")
-    assert drive(plans.limits_of(request_of(), "192.0.2.1")) == limits("20/hour")
+    assert run(plans.limits_of(request_of(), "192.0.2.1")) == limits("20/hour")
     assert customers.asked == []

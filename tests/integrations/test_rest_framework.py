@@ -20,7 +20,7 @@ from ratelimit.testing import ScriptedStore
 from tests.integrations import django_site  # configures Django, without which nothing of REST framework can be imported
 from tests.integrations.django_site import Site, fields
 from tests.integrations.gunicorns import gunicorn, statuses
-from tests.workers import patient
+from tests.support.workers import patient
 
 # isort: split
 from rest_framework.authentication import BaseAuthentication

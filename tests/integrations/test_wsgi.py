@@ -24,7 +24,7 @@ from ratelimit.integrations.wsgi import RateLimitMiddleware, decision_of, http_r
 from ratelimit.testing import ScriptedStore
 from tests.integrations.gunicorns import gunicorn, statuses
 from tests.integrations.requests_of import Limits
-from tests.workers import patient
+from tests.support.workers import patient
 
 
 @dataclass

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ratelimit import BucketConfiguration, Expiration
-from tests import vectors
+from tests.support import vectors
 
 TARGET = Path(__file__).parent / "target"
 

@@ -19,16 +19,16 @@ from ratelimit import (
     RedisStore,
     TokensInheritance,
 )
-from ratelimit.core import codec
+from ratelimit.core.token_bucket import codec
 from ratelimit.manager import Settings
 from ratelimit.testing import ManualClock
-from tests import vectors
 from tests.interop.peer import JavaError, Peer
-from tests.servers import SharedServer, wait_until
+from tests.support import vectors
+from tests.support.servers import SharedServer, wait_until
+from tests.support.ways import By, deciding_by
+from tests.support.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, redis_nanos
 from tests.test_concurrency import AGES, QUOTA, RATE, SMALL_QUOTA, both_faces, bound, every_way, few_ways
 from tests.test_traces import KEY, TRACES, Replay, as_due, each_category
-from tests.ways import By, deciding_by
-from tests.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, redis_nanos
 
 pytestmark = pytest.mark.redis
 

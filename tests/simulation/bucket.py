@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -21,7 +20,8 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
 )
-from ratelimit.core.int64 import NEVER
+from ratelimit.core.numbers import NEVER
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from tests.simulation.world import MILLISECOND
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.commands import (
     Batch,
     Command,
@@ -18,16 +17,17 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
 )
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import NEVER
-from ratelimit.core.optimization import Optimization
-from ratelimit.drive import Steps
+from ratelimit.core.numbers import NEVER
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.handle import Handle, removed
+from ratelimit.engine.last_seen import Remembered
+from ratelimit.engine.local_decisions import Optimizer
+from ratelimit.engine.on_error import OnError
+from ratelimit.engine.optimization import Optimization
+from ratelimit.engine.swapping import Backend, Call, Target, exchange
 from ratelimit.errors import RateLimitError
-from ratelimit.exchange import Backend, Call, Target, exchange
-from ratelimit.handle import Handle, removed
-from ratelimit.on_error import OnError
-from ratelimit.optimizing import Optimizer
-from ratelimit.remembered import Remembered
+from ratelimit.runtime.steps import Steps
 from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.simulation.network import Network, Request, SimulatedStore
 from tests.simulation.world import APART, SECOND, ViolationError, World

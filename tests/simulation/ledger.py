@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
-from ratelimit.core import codec
-from ratelimit.core.bandwidth import BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
     Command,
@@ -24,11 +22,13 @@ from ratelimit.core.commands import (
 )
 from ratelimit.core.commands import Decision as Decided
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.int64 import NEVER
+from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import ConsumptionProbe, Snapshot, VerboseResult
-from ratelimit.core.state import BucketState
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.swapping import Call
 from ratelimit.errors import BucketNotFoundError, ContentionError, CorruptStateError, StoreError
-from ratelimit.exchange import Call
 from tests.simulation.bucket import Bucket
 from tests.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ratelimit.drive import Steps
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
+from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from tests.simulation.bucket import Bucket
 from tests.simulation.ledger import Decision

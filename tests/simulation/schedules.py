@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from random import Random
 from typing import Any, Final, NamedTuple
 
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -23,13 +22,14 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.optimization import Optimization
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.engine.optimization import Optimization
 from tests.simulation.clients import Process, Settings
 from tests.simulation.ledger import Ledger, Remove
 from tests.simulation.network import FAULTS, SOCKET_TIMEOUT, Faults, Network
 from tests.simulation.server import Server
 from tests.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
-from tests.ways import By, deciding_by
+from tests.support.ways import By, deciding_by
 
 _GREEDY: Final = Bandwidth.greedy(7, 0.03)
 _INTERVALLY: Final = Bandwidth.intervally(6, 0.02)

@@ -6,7 +6,6 @@ import struct
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from ratelimit.core import codec
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -20,6 +19,7 @@ from ratelimit.core.commands import (
     TryConsume,
 )
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.token_bucket import codec
 
 _HEADER: Final = struct.Struct(">BqBqq")  # expiration, its milliseconds, has a version, version, now
 _OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, a further number

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from ratelimit.core import codec
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.commands import Command, GetAvailableTokens, GiveBack, Plan, TryConsume
 from ratelimit.core.expiration import Expiration
-from ratelimit.drive import Steps
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.engine.last_seen import Remembered
+from ratelimit.engine.swapping import Backend, Call, Target, exchange
 from ratelimit.errors import StoreTimeoutError, StoreUnavailableError
-from ratelimit.exchange import Backend, Call, Target, exchange
-from ratelimit.remembered import Remembered
+from ratelimit.runtime.steps import Steps
 from ratelimit.stores.memory import MemoryStore
 from tests.simulation.world import EPOCH, SECOND
 

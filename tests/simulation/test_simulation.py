@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-import ratelimit.exchange
+import ratelimit.engine.swapping
 from ratelimit.core.commands import Command, TryConsume, execute
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.state import BucketState
-from ratelimit.drive import Steps
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.handle import Handle
+from ratelimit.engine.last_seen import Seen
+from ratelimit.engine.local_decisions import Optimizer
+from ratelimit.engine.swapping import Backend, Call, Target, exchange
 from ratelimit.errors import StoreError
-from ratelimit.exchange import Backend, Call, Target, exchange
-from ratelimit.handle import Handle
-from ratelimit.optimizing import Optimizer
-from ratelimit.remembered import Seen
+from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from tests.simulation import clients, script
 from tests.simulation.clients import Process
@@ -97,11 +97,11 @@ def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) 
                 raise
         return (yield deciding.decide(key, arguments, deadline=call.deadline))  # type: ignore[no-any-return]
 
-    patch.setattr(ratelimit.exchange, "_delegated", delegated)
+    patch.setattr(ratelimit.engine.swapping, "_delegated", delegated)
 
 
 def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ratelimit.exchange, "request", lambda *_, **__: None)
+    patch.setattr(ratelimit.engine.swapping, "request", lambda *_, **__: None)
 
 
 def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -135,11 +135,11 @@ def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
 
 def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
     """Put something else in the place of what follows a swap whose reply was lost."""
-    patch.setattr(ratelimit.exchange, "_repeated", repeat)
+    patch.setattr(ratelimit.engine.swapping, "_repeated", repeat)
 
 
 def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None:
-    repeated = ratelimit.exchange._repeated
+    repeated = ratelimit.engine.swapping._repeated
 
     def repeat(*arguments: Any) -> Steps[Lost | None]:
         try:
@@ -153,7 +153,7 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
 
 
 def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ratelimit.exchange, "_holds_reading", lambda *_: True)
+    patch.setattr(ratelimit.engine.swapping, "_holds_reading", lambda *_: True)
 
 
 def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
@@ -170,13 +170,13 @@ def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) ->
     ) -> Steps[Lost | None]:
         if not isinstance(failure, StoreError) or not failure.in_doubt:
             raise failure
-        return Lost((yield ratelimit.exchange.asked(backend, backend.store.get, call, target.stored_key)))
+        return Lost((yield ratelimit.engine.swapping.asked(backend, backend.store.get, call, target.stored_key)))
 
     _repeating(patch, repeat)
 
 
 def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
-    repeated = ratelimit.exchange._repeated
+    repeated = ratelimit.engine.swapping._repeated
 
     def repeat(*arguments: Any) -> Steps[Lost | None]:
         try:

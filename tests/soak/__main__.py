@@ -21,11 +21,11 @@ from typing import Any, Final
 import psutil
 
 from ratelimit import ProxyManager
-from tests.servers import RedisServer, find_server
 from tests.soak import fuzz
 from tests.soak.faults import FaultyProxy
 from tests.soak.load import DELAYED, KINDS, LEDGER, LONGEST, RATE, RATE_BURST, RATE_TOKENS, limits_of, serve
 from tests.soak.verdict import growth, ledger, panels
+from tests.support.servers import RedisServer, find_server
 
 NAME: Final = "soak"
 # Written down before it is answered, so that a restart loses nothing that was acknowledged.

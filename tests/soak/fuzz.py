@@ -68,7 +68,7 @@ def _holds(target: str, seconds: int) -> bool:
 
 
 def _seeds(target: str) -> Iterator[bytes]:
-    from tests import vectors
+    from tests.support import vectors
 
     if target in ("state", "verbs"):
         recorded = vectors.load("state-bytes.json")
@@ -86,7 +86,7 @@ def _fuzz(target: str, arguments: list[str]) -> None:
     """Never comes back: the fuzzer ends the process."""
     atheris: Any = importlib.import_module("atheris")
     with atheris.instrument_imports(include=_INSTRUMENTED):
-        fuzzing = importlib.import_module("tests.fuzzing")
+        fuzzing = importlib.import_module("tests.support.fuzzing")
     check: Callable[[Any], None] = getattr(fuzzing, f"check_{target}")
 
     def check_text(data: bytes) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ratelimit import CircuitBreaker, CircuitState, InvalidConfigurationError, StoreTimeoutError, StoreUnavailableError
-from ratelimit.stores.circuit import Circuit
+from ratelimit.stores.redis.circuit import Circuit
 
 ERROR = StoreTimeoutError(b"key", "Redis did not answer in time")
 BREAKER = CircuitBreaker(failures=3, shortest_pause=0.1, longest_pause=0.8)

@@ -13,7 +13,7 @@ import redis.asyncio
 
 from ratelimit import AsyncMemoryStore, AsyncRedisStore, MemoryStore, RedisStore
 from ratelimit.stores.protocol import Lost
-from tests.faces import Settled
+from tests.support.faces import Settled
 
 SECOND = 10**9
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ratelimit.stores.deadlines import within
-from tests.servers import wait_until
+from ratelimit.stores.redis.deadlines import within
+from tests.support.servers import wait_until
 
 
 class Held:

@@ -15,7 +15,6 @@ import pytest
 import redis
 
 from ratelimit import Bandwidth, BandwidthState, BucketConfiguration, Expiration
-from ratelimit.core import codec
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -38,12 +37,13 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.int64 import MAX, MIN
-from ratelimit.core.requests import request
-from ratelimit.core.state import BucketState
+from ratelimit.core.numbers import MAX, MIN
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.script_arguments import request
 from ratelimit.errors import CorruptStateError
-from ratelimit.stores.scripts import load
+from ratelimit.stores.redis.scripts import load
 
 pytestmark = pytest.mark.redis
 

@@ -17,10 +17,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ratelimit import ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
-from ratelimit.stores import redis_channels
-from tests import servers
-from tests.lifecycle import forked
-from tests.servers import Cluster, RedisServer, ServerBinary, wait_until
+from ratelimit.stores.redis import channels as redis_channels
+from tests.support import servers
+from tests.support.lifecycle import forked
+from tests.support.servers import Cluster, RedisServer, ServerBinary, wait_until
 
 pytestmark = pytest.mark.redis
 

@@ -21,11 +21,11 @@ from ratelimit import (
     Recovery,
     TokensInheritance,
 )
-from ratelimit.core import codec
-from ratelimit.core.int64 import MAX
-from ratelimit.core.state import BucketState
+from ratelimit.core.numbers import MAX
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.testing import ManualClock
-from tests.faces import SwappingStore
+from tests.support.faces import SwappingStore
 
 MILLISECOND = 10**6
 

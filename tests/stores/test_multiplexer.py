@@ -26,10 +26,10 @@ from redis.exceptions import ClusterDownError, NoScriptError, ReadOnlyError, Res
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime.clock import monotonic
-from ratelimit.stores.multiplexer import Multiplexer
-from ratelimit.stores.redis_async_channels import AsyncClusterChannel
-from tests import servers
-from tests.servers import RedisServer, ServerBinary, wait_until
+from ratelimit.stores.redis.async_channels import AsyncClusterChannel
+from ratelimit.stores.redis.shared_connection import Multiplexer
+from tests.support import servers
+from tests.support.servers import RedisServer, ServerBinary, wait_until
 
 CUT = b"cut"
 """In the place of a reply: the connection is closed."""
@@ -879,7 +879,7 @@ def test_a_cluster_client_that_was_left_open_in_a_loop_that_is_closed_is_used_in
 ) -> None:
     program = """
     import asyncio, sys, redis.asyncio
-    from ratelimit.stores.redis_async_channels import AsyncClusterChannel
+    from ratelimit.stores.redis.async_channels import AsyncClusterChannel
 
     async def by_client(close):
         await channel.send(b"key", [(b"PING",)])

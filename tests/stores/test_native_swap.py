@@ -11,13 +11,13 @@ import redis
 from redis import exceptions
 
 from ratelimit import ProxyManager, RedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
-from ratelimit.stores.circuit import CircuitStatus
 from ratelimit.stores.protocol import Lost
-from ratelimit.stores.redis_channels import Command, PoolChannel, Replies
-from tests import servers
-from tests.monitors import monitored
-from tests.proxies import Proxy
-from tests.servers import RedisServer, ServerBinary
+from ratelimit.stores.redis.channels import Command, PoolChannel, Replies
+from ratelimit.stores.redis.circuit import CircuitStatus
+from tests.support import servers
+from tests.support.monitors import monitored
+from tests.support.proxies import Proxy
+from tests.support.servers import RedisServer, ServerBinary
 
 KEY = b"key"
 LIMITS = "1000/day"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit.stores.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS, ServerTime
+from ratelimit.stores.redis.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS, ServerTime
 
 SECOND = 10**9
 MILLISECOND = 10**6
@@ -85,7 +85,7 @@ time.monotonic_ns = lambda: awake
 
 import redis, redis.asyncio
 from ratelimit import AsyncRedisStore, ProxyManager, RedisStore
-from ratelimit.stores.server_time import ServerTime
+from ratelimit.stores.redis.server_time import ServerTime
 
 by_url = ProxyManager.from_url("redis://localhost:1/0").store
 for store in (RedisStore(redis.Redis()), AsyncRedisStore(redis.asyncio.Redis()), by_url):

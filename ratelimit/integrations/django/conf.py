@@ -32,7 +32,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.utils.module_loading import import_string
 
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
+from ratelimit.engine.on_error import ErrorPolicy, OnError
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http import (
     Answers,
     AsyncLimiter,
@@ -45,8 +46,8 @@ from ratelimit.integrations.http import (
 )
 from ratelimit.integrations.http.rules import Names, checked_rules
 from ratelimit.integrations.managers import namespace_of
+from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.on_error import ErrorPolicy, OnError
 
 T = TypeVar("T")
 

@@ -9,13 +9,14 @@ from typing import Any, TypeVar, Unpack, cast
 
 from asgiref.sync import iscoroutinefunction
 
-from ratelimit.drive import adrive, drive
-from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.django.conf import async_limiter, current, limiter, names
 from ratelimit.integrations.django.requests import EXEMPT, answered, exempted, native_of
 from ratelimit.integrations.http import Rule, RuleSettings
 from ratelimit.integrations.http.rules import RuleLimits
 from ratelimit.integrations.marks import marked
+from ratelimit.keys import brief
+from ratelimit.runtime.steps import arun, run
 
 ViewT = TypeVar("ViewT", bound=Callable[..., Any])
 
@@ -55,14 +56,14 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
         def limited(request: Any, *args: Any, **kwargs: Any) -> Any:
             if not current().enabled:
                 return view(request, *args, **kwargs)
-            return drive(answered(limiter(rules), native_of(request), partial(view, request, *args, **kwargs), place))
+            return run(answered(limiter(rules), native_of(request), partial(view, request, *args, **kwargs), place))
 
         @wraps(view)
         async def alimited(request: Any, *args: Any, **kwargs: Any) -> Any:
             if not current().enabled:
                 return await view(request, *args, **kwargs)
             respond = partial(view, request, *args, **kwargs)
-            return await adrive(answered(async_limiter(rules), native_of(request), respond, place))
+            return await arun(answered(async_limiter(rules), native_of(request), respond, place))
 
         return cast("ViewT", alimited if _is_async(view) else limited)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import Final
 
-from ratelimit.errors import Key
 from ratelimit.integrations.django.conf import current
 from ratelimit.integrations.http import HttpRequest, user
+from ratelimit.keys import Key
 
 _USER: Final = user()
 

@@ -10,11 +10,11 @@ from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
-from ratelimit.drive import adrive, drive
 from ratelimit.integrations.django.conf import async_limiter, current, limiter
 from ratelimit.integrations.django.requests import answered
 from ratelimit.integrations.http import HttpDecision
 from ratelimit.integrations.http.limiter import NOTE
+from ratelimit.runtime.steps import arun, run
 
 
 class RateLimitMiddleware:
@@ -46,5 +46,5 @@ class RateLimitMiddleware:
             return self.get_response(request)  # type: ignore[no-any-return]
         respond = partial(self.get_response, request)
         if self._asynchronous:
-            return adrive(answered(async_limiter(now.rules), request, respond))
-        return drive(answered(limiter(now.rules), request, respond))
+            return arun(answered(async_limiter(now.rules), request, respond))
+        return run(answered(limiter(now.rules), request, respond))

@@ -13,11 +13,12 @@ from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import Resolver404, ResolverMatch, URLResolver, get_resolver, resolve
 
-from ratelimit.drive import Steps
-from ratelimit.errors import InvalidArgumentError, brief
+from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations import http
 from ratelimit.integrations.http import AsyncLimiter, Headers, HttpAnswer, Limiter, decision_about
 from ratelimit.integrations.http.routes import canonical
+from ratelimit.keys import brief
+from ratelimit.runtime.steps import Steps
 
 EXEMPT: Final = "_ratelimit_exempt"
 

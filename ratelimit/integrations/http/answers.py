@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Literal, NamedTuple
 
-from ratelimit.errors import InvalidConfigurationError, brief
+from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.http.decision import HttpDecision, Policy, ServiceLimit
 from ratelimit.integrations.http.keys import name_of
+from ratelimit.keys import brief
 
 QUOTA_EXCEEDED: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 TEMPORARY_REDUCED_CAPACITY: Final = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"

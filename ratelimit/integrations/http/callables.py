@@ -5,8 +5,8 @@ from __future__ import annotations
 from inspect import iscoroutine
 from typing import Any
 
-from ratelimit.drive import Steps
 from ratelimit.errors import InvalidArgumentError
+from ratelimit.runtime.steps import Steps
 
 
 def answer_of(answer: Any) -> Steps[Any]:

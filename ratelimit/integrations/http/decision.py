@@ -7,14 +7,13 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration
-from ratelimit.core.duration import NANOS_PER_SECOND
-from ratelimit.core.int64 import NEVER
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
-from ratelimit.core.state import BandwidthState, nanos_until, nanos_until_full
-from ratelimit.errors import Key
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.token_bucket.state import BandwidthState, nanos_until, nanos_until_full
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule
+from ratelimit.keys import Key
 
 LARGEST_INTEGER: Final = 10**15 - 1
 """Of a structured field (RFC 9651)."""

@@ -17,10 +17,11 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final, TypeAlias
 from uuid import UUID
 
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http import address
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.managers import bucket_key
+from ratelimit.keys import Key, brief
 
 RequestKey: TypeAlias = Callable[[HttpRequest], Key | Awaitable[Key | None] | None]
 """Whose bucket a request draws on; None: the request has no such key. May be ``async`` where the limiter is."""

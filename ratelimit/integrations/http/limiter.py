@@ -8,11 +8,10 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.bandwidth import BucketConfiguration
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, RateLimitError, brief
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.on_error import ErrorPolicy, OnError
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, RateLimitError
 from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.decision import HttpDecision, Outcome, service_limits
@@ -23,8 +22,10 @@ from ratelimit.integrations.logs import OtherLimits, RefusalLog
 from ratelimit.integrations.managers import async_manager_of, bucket_key, manager_of, namespace_of
 from ratelimit.integrations.recording import record, recorders
 from ratelimit.integrations.switch import is_enabled
+from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.on_error import ErrorPolicy, OnError
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps, arun, run
 from ratelimit.stores.urls import without_secrets
 
 OnRefused: TypeAlias = Callable[[HttpRequest, HttpDecision], Awaitable[object] | object]
@@ -240,7 +241,7 @@ class Limiter(_Limiter):
             application.
         :raises RateLimitError: where the store fails, and the policy is to raise.
         """
-        return drive(self._decide(request, place))
+        return run(self._decide(request, place))
 
 
 class AsyncLimiter(_Limiter):
@@ -263,7 +264,7 @@ class AsyncLimiter(_Limiter):
 
     async def decide(self, request: HttpRequest, place: str = "") -> HttpDecision:
         """See :meth:`Limiter.decide`."""
-        return await adrive(self._decide(request, place))
+        return await arun(self._decide(request, place))
 
 
 def decision_about(request: HttpRequest) -> HttpDecision:

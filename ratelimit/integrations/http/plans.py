@@ -8,17 +8,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_nanos
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.drive import Steps
-from ratelimit.errors import InvalidConfigurationError, Key, brief
+from ratelimit.core.numbers import NANOS_PER_SECOND, Duration, to_nanos
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.keys import Key, brief
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps
 
 _RENEWAL_SECONDS: Final = 5.0  # for which others go on with what is known, while one looks it up anew
 

@@ -14,7 +14,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-from ratelimit.errors import InvalidConfigurationError, brief
+from ratelimit.errors import InvalidConfigurationError
+from ratelimit.keys import brief
 
 # {id}, {id:int} and {rest:path} of Starlette, <id>, <int:id> and <path:rest> of Flask and Django. A converter of
 # Werkzeug may have arguments: <any(a, b):name>.

@@ -9,17 +9,18 @@ from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
-from ratelimit.core.bandwidth import Bandwidth, BucketConfiguration, Limits
-from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.drive import Steps
-from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, Key, brief
-from ratelimit.handle import AsyncLimitsOfKey
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.handle import AsyncLimitsOfKey
+from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import Missing, RequestKey, client_ip, joined, method, name_of
 from ratelimit.integrations.http.plans import PlanLimits, Plans
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.routes import RouteTemplate, canonical, templates_of
 from ratelimit.integrations.managers import checked_version
+from ratelimit.keys import Key, brief
+from ratelimit.runtime.steps import Steps
 
 Predicate: TypeAlias = Callable[[HttpRequest], bool | Awaitable[bool]]
 Cost: TypeAlias = int | Callable[[HttpRequest], int | Awaitable[int]]

@@ -9,7 +9,7 @@ from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from typing import Any, Final
 
-from ratelimit.core.duration import to_nanos
+from ratelimit.core.numbers import to_nanos
 from ratelimit.integrations.extras import needing
 
 with needing("outbound"):

@@ -16,24 +16,22 @@ from functools import partial
 from typing import Any, Final, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
 
-from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.clock import Clock, MonotonicSleep
-from ratelimit.copies import OfThisProcess
-from ratelimit.core.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.commands import Reserve, Reserved, Verbose
-from ratelimit.core.duration import NANOS_PER_SECOND, Duration, to_seconds
-from ratelimit.core.int64 import NEVER
+from ratelimit.bucket import AsyncBucket, Bucket, reserving
+from ratelimit.checks import duration_nanos, token_count
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration, to_seconds
 from ratelimit.core.results import VerboseResult
-from ratelimit.core.state import BucketState
-from ratelimit.drive import Steps, adrive, drive
-from ratelimit.errors import InvalidArgumentError, Key, RateLimitError, RateLimitExceeded, brief, shown
-from ratelimit.handle import nanos_of, token_count
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.errors import InvalidArgumentError, RateLimitError, RateLimitExceeded
 from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
 from ratelimit.integrations.switch import is_enabled
+from ratelimit.keys import Key, brief, shown
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.runtime import fork_safety
-from ratelimit.runtime.clock import steady_clock
+from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps, arun, run
 
 RequestKey: TypeAlias = Key | Callable[[Any], Key | None]
 RequestCost: TypeAlias = int | Callable[[Any], int]
@@ -128,10 +126,10 @@ class OutboundLimit(OfThisProcess):
         self._limits = None if limits is None else BucketConfiguration.of(limits)
         self._key = key
         self._cost = cost if callable(cost) else token_count(cost, "cost")
-        self._max_wait = None if max_wait is None else nanos_of(max_wait, "max_wait")
-        self._max_hold = nanos_of(max_hold, "max_hold")
+        self._max_wait = None if max_wait is None else duration_nanos(max_wait, "max_wait")
+        self._max_hold = duration_nanos(max_hold, "max_hold")
         self._default_hold = (
-            _default_hold(self._limits) if default_hold is None else nanos_of(default_hold, "default_hold")
+            _default_hold(self._limits) if default_hold is None else duration_nanos(default_hold, "default_hold")
         )
         self._prefix = prefix
         self._manager = manager
@@ -154,11 +152,11 @@ class OutboundLimit(OfThisProcess):
         A wait that is interrupted gives its tokens back, unless others wait behind it. Errors of the store are as the
         manager's ``on_error`` says.
         """
-        return drive(self._admitted(request, asynchronous=False))
+        return run(self._admitted(request, asynchronous=False))
 
     async def aacquire(self, request: Any = None) -> Key | None:
         """See :meth:`acquire`."""
-        return await adrive(self._admitted(request, asynchronous=True))
+        return await arun(self._admitted(request, asynchronous=True))
 
     def learn(self, key: Key | None, status: int, headers: Mapping[str, str]) -> None:
         """Hold everybody back if the answer to a request says so.
@@ -167,29 +165,29 @@ class OutboundLimit(OfThisProcess):
 
         No error of the store comes of it: where the bucket cannot be told, this process alone is held back.
         """
-        drive(self._learned(key, status, headers, asynchronous=False))
+        run(self._learned(key, status, headers, asynchronous=False))
 
     async def alearn(self, key: Key | None, status: int, headers: Mapping[str, str]) -> None:
         """See :meth:`learn`."""
-        await adrive(self._learned(key, status, headers, asynchronous=True))
+        await arun(self._learned(key, status, headers, asynchronous=True))
 
     def hold_back(self, key: Key, duration: Duration) -> None:
         """Let nobody go before this long from now, as if a server had said so; at most ``max_hold``.
 
         :param duration: a ``timedelta`` or seconds, above 0.
         """
-        drive(self._held_back(_checked_key(key), nanos_of(duration, "duration"), asynchronous=False))
+        run(self._held_back(_checked_key(key), duration_nanos(duration, "duration"), asynchronous=False))
 
     async def ahold_back(self, key: Key, duration: Duration) -> None:
         """See :meth:`hold_back`."""
-        await adrive(self._held_back(_checked_key(key), nanos_of(duration, "duration"), asynchronous=True))
+        await arun(self._held_back(_checked_key(key), duration_nanos(duration, "duration"), asynchronous=True))
 
     def reserve(self, request: Any = None) -> float:
         """Take the tokens of a request on credit, and do not wait: the seconds until its turn, for who waits elsewhere.
 
         :raises RateLimitExceeded: where that is longer than ``max_wait``; nothing is taken then.
         """
-        return drive(self._reserved(request))
+        return run(self._reserved(request))
 
     def remaining_hold(self, request: Any = None) -> float:
         """Seconds for which this process knows that nobody is to go; 0 where it knows of nothing."""
@@ -249,12 +247,11 @@ class OutboundLimit(OfThisProcess):
         if key is None or not cost:
             return 0
         bucket = self._bucket(key, asynchronous=False)
-        handle = bucket._handle  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # no verb reserves without a sleep
         rest = self._rest(self._holds.get(key))
         longest = NEVER if self._max_wait is None else self._max_wait
         if rest > longest:
             raise RateLimitExceeded(key, to_seconds(rest))
-        result: VerboseResult[Reserved] = yield from handle.run(Verbose(Reserve(cost, longest)), handle.call())
+        result = yield from reserving(bucket, cost, longest)
         if result.value.wait == NEVER:
             raise RateLimitExceeded(key, to_seconds(_wait_of(result, cost)))
         return to_seconds(max(result.value.wait, rest)) or 0

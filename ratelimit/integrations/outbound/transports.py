@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Final, Self
 
-from ratelimit.copies import OfThisProcess
 from ratelimit.integrations.outbound.limit import OutboundLimit
+from ratelimit.runtime.copies import OfThisProcess
 
 _ADVICE: Final = "pickle the limit, and make the transport in each process"
 

@@ -1,0 +1,1 @@
+"""The command ``ratelimit demo``: a fleet of processes, and proof that its limit holds."""

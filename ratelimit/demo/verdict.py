@@ -1,0 +1,68 @@
+"""How many tokens may have been given away, and whether it were more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ratelimit.core.numbers import NANOS_PER_SECOND
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+
+
+def bound(configuration: BucketConfiguration, elapsed_nanos: int) -> int:
+    """The most tokens that a bucket gives away within this time, if it is made in it: capacity + rate x time."""
+    return min(_bound(bandwidth, elapsed_nanos) for bandwidth in configuration)
+
+
+def _bound(bandwidth: Bandwidth, elapsed_nanos: int) -> int:
+    initial, tokens, period = bandwidth.initial_tokens, bandwidth.refill_tokens, bandwidth.refill_period_nanos
+    if not bandwidth.refill_intervally:
+        return initial + tokens * elapsed_nanos // period
+    if bandwidth.first_refill_millis is None:
+        return initial + elapsed_nanos // period * tokens
+    # The periods began at another time: one more may end within, and those before have filled the bucket.
+    return max(initial, bandwidth.capacity) + (elapsed_nanos // period + 1) * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a bucket that was new at the start.
+
+    :param admitted: tokens that it gave away.
+    :param elapsed_nanos: the time that it may have had for it.
+    """
+
+    key: str
+    limits: BucketConfiguration
+    admitted: int
+    elapsed_nanos: int
+
+    @property
+    def bound(self) -> int:
+        """The most tokens that it may have given away."""
+        return bound(self.limits, self.elapsed_nanos)
+
+    @property
+    def broken(self) -> bool:
+        """Whether it gave away more."""
+        return self.admitted > self.bound
+
+    @property
+    def share(self) -> float:
+        """The part of the bound that was used."""
+        return self.admitted / self.bound if self.bound else float(self.admitted)
+
+    @property
+    def seconds(self) -> float:
+        """The time, for people."""
+        return self.elapsed_nanos / NANOS_PER_SECOND
+
+
+def verdict(outcomes: Sequence[Outcome]) -> tuple[bool, str]:
+    """Whether the limits held, and the sentence that says so."""
+    allowed = "and capacity + rate x time allowed"
+    broken = [f"{each.key} admitted {each.admitted} tokens, {allowed} {each.bound}" for each in outcomes if each.broken]
+    if broken:
+        return False, f"Verdict: broken. {'; '.join(broken)}."
+    admitted, most = sum(each.admitted for each in outcomes), sum(each.bound for each in outcomes)
+    return True, f"Verdict: the limits held. {admitted} tokens were admitted in total, {allowed} {most}."

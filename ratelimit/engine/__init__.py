@@ -1,0 +1,1 @@
+"""How a question becomes an answer: generators of steps, without sockets."""

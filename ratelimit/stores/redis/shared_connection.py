@@ -1,0 +1,476 @@
+"""One connection to a server for all tasks of an event loop.
+
+Commands of one turn of the loop leave in one write, and replies come back in the order of the commands. Connecting,
+with all that belongs to it (TLS, authentication, RESP3, database, Sentinel), is redis-py's. Once it is done, the
+connection of redis-py is taken over: its transport, and its parser, which may hold the beginning of what comes next.
+
+Nothing is ever sent twice. A connection on which anything goes wrong is given up, and its place is taken by a new one
+when the next command comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import weakref
+from asyncio import AbstractEventLoop, Future, StreamWriter
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, Final, NamedTuple, Protocol, cast
+
+from redis import exceptions
+from redis._parsers import _AsyncHiredisParser
+from redis._parsers.hiredis import NOT_ENOUGH_DATA
+
+from ratelimit.runtime import fork_safety
+from ratelimit.runtime.clock import monotonic
+from ratelimit.stores.redis.channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
+from ratelimit.stores.redis.circuit import Circuit
+from ratelimit.stores.redis.connecting import CONNECTS_ONCE
+from ratelimit.stores.redis.errors import translated
+
+_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+
+_CLOSED: Final = "the server closed the connection"
+_CLOSED_HERE: Final = "the store was closed"
+
+_LONGEST_FAILURE: Final = 1.0  # seconds
+_SHORTEST_SILENCE: Final = 0.1  # seconds
+# Seconds, where the client has no timeouts for the steps of connecting.
+_LONGEST_UNBOUNDED_CONNECTING: Final = 10.0
+
+MakeConnection = Callable[[], Any]
+"""Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
+
+
+class Multiplexer:
+    """Sends commands to one server, over one connection for each event loop in which it is used.
+
+    How long a command may take, from when it is handed in, is the ``socket_timeout`` of the connection. Where it has to
+    wait for the connection first, it may do so for the ``socket_connect_timeout`` as well, and then begins to count.
+    """
+
+    def __init__(self, make_connection: MakeConnection, circuit: Circuit | None = None) -> None:
+        self._make_connection = make_connection
+        self.circuit = Circuit(None) if circuit is None else circuit
+        self._links: dict[AbstractEventLoop, _Link] = {}
+        fork_safety.call_in_child(self._forget)
+
+    def _forget(self) -> None:
+        """Make other connections in a forked process, also in a loop that the parent has made.
+
+        A connection of the parent stays as it is: its end would remove it from what the parent's loop waits for.
+        """
+        fork_safety.leave(self._links)
+        self._links = {}
+
+    def send(
+        self, key: bytes, commands: Sequence[Command], deadline: float | None = None, *, admitted: bool = False
+    ) -> Future[Replies]:
+        """Send commands next to each other; to be awaited for their replies.
+
+        :param key: what errors are about.
+        :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
+        :param admitted: whether the circuit has let the commands through already.
+        """
+        now = check_time_left(key, deadline)
+        if self.circuit.is_open and not admitted:
+            self.circuit.admit(key, deadline)
+        loop = asyncio.get_running_loop()
+        link = self._links.get(loop)
+        if link is None or not link.usable:
+            link = self._links[loop] = _Link(loop, self._made(key), link, self.circuit)
+            for known in list(self._links):
+                if known.is_closed() and (left := self._links.pop(known, None)) is not None:
+                    left.leave_closed_loop()
+        return link.send(key, commands, math.inf if deadline is None else deadline, now)
+
+    def _made(self, key: bytes) -> Any:
+        try:
+            return self._make_connection()
+        except Exception as error:
+            raise translated(error, key, in_doubt=False) from error
+
+    def retire(self) -> None:
+        """Close each connection when all who wait for a reply have been answered."""
+        links, self._links = self._links, {}
+        for last in links.values():
+            for link in (*last.retired, last):
+                link.retire()
+
+    def close(self) -> None:
+        """Close the connections. Who waits for a reply is told so; a command that comes later connects again."""
+        fork_safety.check()
+        links, self._links = self._links, {}
+        for last in links.values():
+            for link in (*last.retired, last):
+                link.close()
+
+
+class _Waiter(NamedTuple):
+    """Who waits for replies.
+
+    :ivar since: when it began to count; later where it had to wait for the connection.
+    :ivar deadline: of its own; infinite where it has none.
+    """
+
+    future: Future[Replies]
+    key: bytes
+    replies: int
+    since: float
+    deadline: float
+
+
+class _Transport(Protocol):
+    """What there is of ``asyncio.WriteTransport`` also where there are no streams."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class _Link:
+    """One connection from its beginning to its end.
+
+    A waiter stays in its place until its replies have come, also when nobody waits for them any more.
+
+    A deadline that passes is the matter of that waiter alone, and connecting goes on without any. If nothing at all was
+    heard for as long as the timeout of the connection, or if nobody was answered in time for a second, it is retired:
+    it gets no more commands, and ends with the last of those who still wait.
+
+    All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it, but for
+    tests that freeze the one of the loop.
+
+    :param before: the connection whose place it takes.
+    """
+
+    def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None, circuit: Circuit) -> None:
+        self.usable = True
+        self.ended = False
+        self._closed_here = False
+        self.retired: list[_Link] = (
+            [] if before is None else [link for link in (*before.retired, before) if not link.ended]
+        )
+        self._loop = loop
+        self._circuit = circuit
+        self._timeout: float = connection.socket_timeout or math.inf
+        # Of those who come now.
+        self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
+        self._waiters: deque[_Waiter] = deque()
+        self._unsent: list[bytes] = []  # one for each of the last waiters
+        self._replies: Replies = []  # of the first waiter, as far as they have come
+        self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf  # when the timer goes off
+        self._heard = monotonic()
+        self._fails_since = math.inf  # since when nobody was answered in time
+        self._transport: _Transport | None = None
+        self._parser: Any = None
+        self._end_of_loop: AsyncGenerator[None, None] | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
+
+    def leave_closed_loop(self) -> None:
+        """Break off connecting whose loop was closed, from the outermost coroutine on.
+
+        The garbage collector would begin anywhere, and print what redis-py raises outside of a loop.
+        """
+        task = self._connecting
+        if task is not None and not task.done():
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001  # as asyncio.gather does
+            with contextlib.suppress(RuntimeError):
+                cast("Coroutine[Any, Any, None]", task.get_coro()).close()
+
+    def send(self, key: bytes, commands: Sequence[Command], deadline: float, now: float) -> Future[Replies]:
+        loop = self._loop
+        packed = pack(commands)
+        if not self._unsent and self._transport is not None:
+            loop.call_soon(self._flush)
+        self._unsent.append(packed)
+        future: Future[Replies] = loop.create_future()
+        self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
+        due = min(now + self._patience, deadline)
+        if now >= self._due and self._timer is not None and self._timer.when() > loop.time():
+            # A test has frozen the loop's clock, by which the timer is not due. A timer that is merely late goes off by
+            # itself, after the replies that have come meanwhile.
+            self._watch(math.inf, now)
+            self._on_deadline()
+        elif due < self._due:
+            self._watch(due, now)
+        return future
+
+    def _watch(self, due: float, now: float) -> None:
+        """Look after the waiters again at that time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = None if due == math.inf else self._loop.call_later(due - now, self._on_deadline)
+
+    def _flush(self) -> None:
+        if self._transport is not None and self._unsent:
+            packed, self._unsent = b"".join(self._unsent), []
+            self._transport.write(packed)
+
+    async def _connect(self, connection: Any) -> None:
+        CONNECTS_ONCE.set(True)  # it counts in this task only
+        is_bounded = connection.socket_timeout and connection.socket_connect_timeout
+        try:
+            async with asyncio.timeout(None if is_bounded else _LONGEST_UNBOUNDED_CONNECTING):
+                await connection.connect()
+            await self._take_over(connection)
+        except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
+            # A loop that was closed has forgotten its tasks, and nobody waits any more.
+            if not self._loop.is_closed():
+                self.end(error)
+        except asyncio.CancelledError:
+            self._closed_here = True
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
+            raise
+        finally:
+            if self.ended:
+                # The loop may have been closed without an end to its tasks.
+                with contextlib.suppress(RuntimeError):
+                    await connection.disconnect(nowait=True)
+
+    async def _take_over(self, connection: Any) -> None:
+        stream, writer, parser = connection._reader, connection._writer, connection._parser  # noqa: SLF001
+        if isinstance(writer, StreamWriter) and isinstance(parser, _AsyncHiredisParser):
+            connection._reader = connection._writer = None  # noqa: SLF001  # or it would report them as left open
+            writer.transport.set_protocol(_Receiver(self))
+            self._parser = parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+            self._transport = writer.transport
+        else:
+            self._transport = _Turns(self, connection)
+        self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
+        await anext(self._end_of_loop)
+        if self._parser is not None:
+            self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
+            if stream.at_eof() or writer.is_closing():
+                raise exceptions.ConnectionError(_CLOSED)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Send what has waited for the connection, and let its time begin."""
+        waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
+        if not (self.usable or waiting):
+            self.end(exceptions.ConnectionError(_CLOSED_HERE))
+            return
+        self._heard = now = monotonic()
+        self._fails_since = math.inf
+        self._patience = self._timeout
+        self._waiters = deque(waiter._replace(since=now) for waiter, _ in waiting)
+        self._unsent = [packed for _, packed in waiting]
+        self._watch(min([self._due_of(waiter) for waiter in self._waiters], default=math.inf), now)
+        self._flush()
+
+    def _due_of(self, waiter: _Waiter) -> float:
+        return min(waiter.deadline, waiter.since + self._patience)
+
+    def received(self, data: bytes) -> None:
+        self._heard = monotonic()
+        if self._circuit.failures:
+            self._circuit.succeeded()
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
+                if type(reply) is not PushNotification:
+                    self.take(reply)
+        except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
+            self.end(error)
+
+    def take(self, reply: Any) -> None:
+        """Give a reply to whom it belongs; raises where it belongs to nobody."""
+        waiters = self._waiters
+        if len(waiters) <= len(self._unsent):
+            raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
+        if isinstance(reply, Exception):
+            self._look_at(reply)
+        future, key, count, _, _ = waiters[0]
+        if count == 1:
+            replies = [reply]
+        else:
+            replies = self._replies
+            replies.append(reply)
+            if len(replies) < count:
+                return
+            self._replies = []
+        waiters.popleft()
+        if future.done():
+            if not waiters:  # else the replies may be one behind, for ever
+                self._fails_since = math.inf
+        else:
+            self._fails_since = math.inf
+            if self._refusal is None:
+                future.set_result(replies)
+            else:
+                _fail(future, self._refusal, key, in_doubt=False)
+        self._refusal = None
+        if not (self.usable or waiters):
+            self.end(exceptions.ConnectionError(_CLOSED))
+
+    def _look_at(self, error: Exception) -> None:
+        """Take note of what an error among the replies tells of the connection."""
+        if is_outdated(error):
+            self.usable = False
+        if not isinstance(error, exceptions.ResponseError):
+            self._refusal = error
+
+    @property
+    def awaits_replies(self) -> bool:
+        return len(self._waiters) > len(self._unsent)
+
+    def _on_deadline(self) -> None:
+        """Fail whose time is over, and look when the next one's will be."""
+        now = monotonic()
+        self._timer, self._due = None, math.inf
+        sent = len(self._waiters) - len(self._unsent)
+        next_due, failure = math.inf, None
+        for place, waiter in enumerate(self._waiters):
+            in_doubt = place < sent
+            due = self._due_of(waiter)
+            if not waiter.future.done() and due > now:
+                next_due = min(next_due, due)
+                continue
+            if in_doubt and max(self._heard, waiter.since) + self._timeout <= now:
+                self.usable = False
+            elif in_doubt:  # nobody waits for it any more, but it tells whether the server is silent
+                next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
+            if not waiter.future.done():
+                missing = "connection" if self._transport is None else "reply"
+                # Connecting has timeouts of its own, and goes on for those who come later.
+                self._fails_since = min(self._fails_since, waiter.since if in_doubt else math.inf)
+                failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
+                _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
+        if failure is not None and now - self._heard >= _SHORTEST_SILENCE:  # else it answers those who can wait
+            self._circuit.failed(failure)
+        if self._fails_since + _LONGEST_FAILURE <= now:
+            self.usable = False
+        else:
+            next_due = min(next_due, self._fails_since + _LONGEST_FAILURE)
+        if next_due < math.inf:
+            self._watch(next_due, now)
+        if not (self.usable or any(not waiter.future.done() for waiter in self._waiters)):
+            self.end(exceptions.ConnectionError(_CLOSED))
+
+    def lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
+
+    def retire(self) -> None:
+        """Take no more commands, and close the connection with the last reply that somebody waits for."""
+        self.usable = False
+        if self._loop is not asyncio.get_running_loop() or all(waiter.future.done() for waiter in self._waiters):
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection, which may belong to another loop than the one that runs here."""
+        error = exceptions.ConnectionError(_CLOSED_HERE)
+        self._closed_here = True
+        if self._loop is asyncio.get_running_loop():
+            self.end(error)
+        else:
+            with contextlib.suppress(RuntimeError):  # that loop is closed, and has closed the connection
+                self._loop.call_soon_threadsafe(self.end, error)
+
+    def end(self, error: Exception) -> None:
+        """Give the connection up, and fail all who wait."""
+        if self.ended:
+            return
+        self.usable, self.ended = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+        elif self._connecting not in (None, asyncio.current_task()):
+            self._connecting.cancel()
+        if self._end_of_loop is not None:
+            _run_to_the_end(self._end_of_loop)
+        sent = len(self._waiters) - len(self._unsent)
+        waiting = [(place, waiter) for place, waiter in enumerate(self._waiters) if not waiter.future.done()]
+        if waiting and not self._closed_here:
+            self._circuit.failed(error)
+        for place, waiter in waiting:
+            _fail(waiter.future, error, waiter.key, in_doubt=place < sent)
+        self._waiters.clear()
+        self._unsent.clear()
+
+
+def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bool) -> None:
+    ours = translated(error, key, in_doubt=in_doubt)
+    ours.in_doubt = in_doubt  # also where the error was the answer to somebody else
+    ours.__cause__ = error
+    future.set_exception(ours)
+
+
+async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> AsyncGenerator[None, None]:
+    """Close a connection when its loop is shut down, or when this generator is forgotten, and its link with it.
+
+    An event loop ends the asynchronous generators that were begun in it. Those that are collected it ends itself, in
+    its own thread.
+
+    :param _writer: is to live as long; it complains of an open transport otherwise.
+    """
+    try:
+        yield
+    finally:
+        transport.abort()
+
+
+def _run_to_the_end(generator: AsyncGenerator[None, None]) -> None:
+    with contextlib.suppress(StopIteration):
+        generator.aclose().send(None)  # it awaits nothing
+
+
+class _Receiver(asyncio.Protocol):
+    """Carries what the server sends to a link, which it does not keep alive."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = weakref.ref(link)
+
+    def data_received(self, data: bytes) -> None:
+        if (link := self._link()) is not None:
+            link.received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if (link := self._link()) is not None:
+            link.lost(exc)
+
+
+class _Turns:
+    """In the place of a transport where a connection is not made of streams and hiredis, as that of fakeredis is not.
+
+    Commands are written, and replies are read, by the methods of the connection, one after the other.
+    """
+
+    def __init__(self, link: _Link, connection: Any) -> None:
+        self._link = weakref.ref(link)
+        self._connection = connection
+        self._packed: list[bytes] = []
+        self._turns: asyncio.Task[None] | None = None
+
+    def write(self, data: bytes) -> None:
+        self._packed.append(data)
+        link = self._link()
+        if link is not None and (self._turns is None or self._turns.done()):
+            self._turns = asyncio.create_task(self._take_turns(link))
+
+    def abort(self) -> None:
+        if self._turns is not None and self._turns is not asyncio.current_task():
+            self._turns.cancel()
+        self._connection._close()  # noqa: SLF001  # the other ways to close it are awaited
+
+    async def _take_turns(self, link: _Link) -> None:
+        connection = self._connection
+        try:
+            while link.awaits_replies:
+                if self._packed:
+                    packed, self._packed = b"".join(self._packed), []
+                    await connection.send_packed_command(packed, check_health=False)
+                try:
+                    reply = await connection.read_response(disable_decoding=True)
+                except exceptions.ResponseError as error:
+                    reply = error
+                link.take(reply)
+        except Exception as error:  # noqa: BLE001  # whatever it is, all wait for it
+            link.end(error)
