@@ -18,7 +18,7 @@ from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, 
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BandwidthState
-from ratelimit.engine.listener import Decision, Listener
+from ratelimit.engine.observing import Decision, Listener
 from ratelimit.engine.on_error import OnError
 from ratelimit.engine.optimization import Optimization
 from ratelimit.errors import (
@@ -35,8 +35,9 @@ from ratelimit.errors import (
     StoreUnavailableError,
     UnsupportedStateError,
 )
-from ratelimit.manager import AsyncProxyManager, ProxyManager, Recovery
+from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.runtime.clock import Clock, SystemClock
+from ratelimit.settings import Recovery
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Lost, Store
 from ratelimit.stores.redis.circuit import CircuitBreaker, CircuitState, CircuitStatus

@@ -57,15 +57,15 @@ ACL_COMMANDS_FOR_A_CLUSTER = ("cluster|slots", "command", "asking")
 VERBS: dict[str, Callable[[Manager], Any]] = {
     "try_consume": lambda manager: manager.try_consume(KEY),
     "try_consume_and_return_remaining": lambda manager: manager.try_consume_and_return_remaining(KEY),
-    "try_consume_as_much_as_possible": lambda manager: manager.try_consume_as_much_as_possible(KEY, 2),
-    "consume_ignoring_rate_limits": lambda manager: manager.consume_ignoring_rate_limits(KEY, 1),
-    "consume": lambda manager: manager.consume(KEY, timeout=1),
-    "estimate_ability_to_consume": lambda manager: manager.estimate_ability_to_consume(KEY, 1),
+    "try_consume_as_much_as_possible": lambda manager: manager.bucket(KEY).try_consume_as_much_as_possible(2),
+    "consume_ignoring_rate_limits": lambda manager: manager.bucket(KEY).consume_ignoring_rate_limits(1),
+    "consume": lambda manager: manager.consume(KEY, max_wait=1),
+    "estimate_ability_to_consume": lambda manager: manager.bucket(KEY).estimate_ability_to_consume(1),
     "available_tokens": lambda manager: manager.available_tokens(KEY),
-    "add_tokens": lambda manager: manager.add_tokens(KEY, 1),
-    "force_add_tokens": lambda manager: manager.force_add_tokens(KEY, 1),
-    "give_back": lambda manager: manager.give_back(KEY, 1),
-    "hold_back": lambda manager: manager.hold_back(KEY, 1),
+    "add_tokens": lambda manager: manager.bucket(KEY).add_tokens(1),
+    "force_add_tokens": lambda manager: manager.bucket(KEY).force_add_tokens(1),
+    "give_back": lambda manager: manager.bucket(KEY).give_back(1),
+    "hold_back": lambda manager: manager.bucket(KEY).hold_back(1),
     "reset": lambda manager: manager.reset(KEY),
     "replace_configuration": lambda manager: manager.replace_configuration(KEY, "5/s", TokensInheritance.AS_IS),
     "snapshot": lambda manager: manager.snapshot(KEY),
@@ -79,12 +79,12 @@ READING_VERBS = {name: verb for name, verb in VERBS.items() if name != "remove"}
 TOKEN_VERBS: dict[str, Callable[[Manager, Any], Any]] = {
     "try_consume": lambda manager, tokens: manager.try_consume(KEY, tokens),
     "try_consume_and_return_remaining": lambda manager, tokens: manager.try_consume_and_return_remaining(KEY, tokens),
-    "consume_ignoring_rate_limits": lambda manager, tokens: manager.consume_ignoring_rate_limits(KEY, tokens),
+    "consume_ignoring_rate_limits": lambda manager, tokens: manager.bucket(KEY).consume_ignoring_rate_limits(tokens),
     "consume": lambda manager, tokens: manager.consume(KEY, tokens),
-    "estimate_ability_to_consume": lambda manager, tokens: manager.estimate_ability_to_consume(KEY, tokens),
-    "add_tokens": lambda manager, tokens: manager.add_tokens(KEY, tokens),
-    "force_add_tokens": lambda manager, tokens: manager.force_add_tokens(KEY, tokens),
-    "give_back": lambda manager, tokens: manager.give_back(KEY, tokens),
+    "estimate_ability_to_consume": lambda manager, tokens: manager.bucket(KEY).estimate_ability_to_consume(tokens),
+    "add_tokens": lambda manager, tokens: manager.bucket(KEY).add_tokens(tokens),
+    "force_add_tokens": lambda manager, tokens: manager.bucket(KEY).force_add_tokens(tokens),
+    "give_back": lambda manager, tokens: manager.bucket(KEY).give_back(tokens),
     "verbose": lambda manager, tokens: manager.bucket(KEY).verbose.try_consume(tokens),
 }
 
@@ -724,9 +724,9 @@ async def test_a_limit_for_as_much_as_possible_is_an_int_of_1_or_more(
 ) -> None:
     async with closing(face.from_url(server.url, LIMITS)) as manager:
         with pytest.raises(InvalidArgumentError, match="limit must be an int from 1"):
-            await settled(manager.try_consume_as_much_as_possible(KEY, limit))
+            await settled(manager.bucket(KEY).try_consume_as_much_as_possible(limit))
         assert not admin.exists(KEY)
-        assert await settled(manager.try_consume_as_much_as_possible(KEY)) == 10
+        assert await settled(manager.bucket(KEY).try_consume_as_much_as_possible()) == 10
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("-inf"), True, "1", timedelta(0)], ids=repr)
@@ -749,9 +749,9 @@ async def test_more_tokens_than_the_capacity_are_refused_for_ever(
         probe = await settled(manager.try_consume_and_return_remaining(KEY, tokens))
         assert (probe.consumed, probe.remaining_tokens) == (False, 10)
         assert (probe.nanos_to_wait_for_refill, probe.retry_after) == (NEVER, None)
-        estimate = await settled(manager.estimate_ability_to_consume(KEY, tokens))
+        estimate = await settled(manager.bucket(KEY).estimate_ability_to_consume(tokens))
         assert (estimate.can_be_consumed, estimate.nanos_to_wait_for_refill) == (False, NEVER)
-        assert not await settled(manager.consume(KEY, tokens, timeout=1))
+        assert not await settled(manager.consume(KEY, tokens, max_wait=1))
         assert await settled(manager.try_consume(KEY, 10))
 
 
@@ -762,7 +762,7 @@ async def test_a_debt_beyond_64_bits_is_refused(face: Face, server: RedisServer,
             with pytest.raises(ReservationOverflowError):
                 await settled(manager.consume(KEY, 2**63 - 1))
             with pytest.raises(ReservationOverflowError):
-                await settled(manager.consume_ignoring_rate_limits(KEY, 2**63 - 1))
+                await settled(manager.bucket(KEY).consume_ignoring_rate_limits(2**63 - 1))
         assert await settled(manager.try_consume(KEY, 9))
 
 
@@ -900,7 +900,7 @@ async def test_keys_that_are_only_odd_work(
 async def test_a_key_is_text_or_bytes(face: Face, server: RedisServer, admin: redis.Redis, key: Any) -> None:
     async with closing(face.from_url(server.url, LIMITS)) as manager:
         for verb in (manager.try_consume, manager.remove, manager.configuration, manager.bucket):
-            with pytest.raises(InvalidArgumentError, match="a key must be a str or bytes"):
+            with pytest.raises(InvalidArgumentError, match="key must be a str or bytes"):
                 await settled(verb(key))
         assert admin.dbsize() == 0
 

@@ -215,14 +215,14 @@ class TestInspect:
         assert client.pttl("key") < ttl
 
     def test_a_bucket_in_debt(self, manager: ProxyManager) -> None:
-        manager.consume_ignoring_rate_limits("key", 8)
+        manager.bucket("key").consume_ignoring_rate_limits(8)
         assert re.search(r"tokens    -3 of 5, next in 4\d min.*, full in 1 h 3\d min", answer(run("inspect", "key"), 0))
         (level,) = json.loads(answer(run("inspect", "key", "--json"), 0))["bandwidths"]
         assert level["tokens"] == -3
         assert 2_870 < level["next_token_after"] <= 2_880
 
     def test_a_full_bucket(self, manager: ProxyManager) -> None:
-        manager.force_add_tokens("key", 2)
+        manager.bucket("key").force_add_tokens(2)
         assert "tokens    7 of 5\n" in answer(run("inspect", "key"), 0)
         (level,) = json.loads(answer(run("inspect", "key", "--json"), 0))["bandwidths"]
         assert (level["next_token_after"], level["full_after"]) == (None, 0)

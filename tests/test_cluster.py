@@ -30,6 +30,7 @@ from ratelimit.stores.redis.shared_connection import Multiplexer
 from tests.support import servers
 from tests.support.faces import Settled, closing, settled
 from tests.support.fronts import Front
+from tests.support.inside import pipeline_of
 from tests.support.ledgers import CLUSTER_DOWN, LONGEST_CALL, Load
 from tests.support.proxies import Proxy
 from tests.support.servers import SLOTS, Cluster, RedisServer, ServerBinary
@@ -469,7 +470,7 @@ async def test_the_time_of_one_node_is_never_taken_for_that_of_another(server_bi
                 move_keys(source, target, moving)
                 end_move(source, target, slot)
                 assert await manager.try_consume(moving)
-                now = manager.face._backend.now
+                now = pipeline_of(manager).requests.now
                 assert abs(now(untouched.encode()) - time.time_ns()) < HOUR // 2
                 assert abs(now(moving.encode()) - time.time_ns()) < HOUR // 2  # it is with the other node now
                 assert await manager.available_tokens(untouched) == 4

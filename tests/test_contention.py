@@ -54,10 +54,12 @@ from ratelimit.core.commands import (
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.last_seen import NOTHING_SEEN
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.testing import ManualClock
 from tests.support.faces import settled
+from tests.support.inside import pipeline_of
 from tests.support.monitors import Monitor, monitored
 from tests.support.servers import RedisServer
 from tests.support.ways import By, Tap, Way, deciding_by
@@ -123,8 +125,8 @@ VERBS = [
     verb(ConsumeIgnoringRateLimits(1000), "consume_ignoring_rate_limits", 1000),
     verb(Reserve(3), "consume", 3),
     verb(Reserve(200), "consume", 200),
-    verb(Reserve(200, 10 * SECOND), "consume", 200, timeout=10),
-    verb(Reserve(200, 10_000 * SECOND), "consume", 200, timeout=10_000),
+    verb(Reserve(200, 10 * SECOND), "consume", 200, max_wait=10),
+    verb(Reserve(200, 10_000 * SECOND), "consume", 200, max_wait=10_000),
     verb(AddTokens(5), "add_tokens", 5),
     verb(ForceAddTokens(500), "force_add_tokens", 500),
     verb(Reset(), "reset"),
@@ -170,8 +172,7 @@ class Scene:
         return [command for command in self.monitor.sent() if command not in FOREIGN_COMMANDS]
 
     def remembered(self, key: str = "key") -> bytes | None:
-        state: bytes | None = self.manager._backend.remembered.get(key.encode()).state
-        return state
+        return pipeline_of(self.manager).last_seen.get(key.encode(), NOTHING_SEEN).state
 
     async def try_consume(self, tokens: int = 1) -> bool:
         return bool(await settled(self.manager.try_consume("key", tokens)))
@@ -380,7 +381,7 @@ def of_no_capacity(taken: int) -> BucketState:
 
 async def test_what_the_server_leaves_to_swaps_ends_when_others_do(scene: Scene) -> None:
     manager = scene.make(GREEDY)
-    object.__setattr__(manager._backend, "pause", lambda _: None)
+    pipeline_of(manager).requests.pause = lambda _: None
     for times in range(8):
         key = f"key {times}"
         scene.write(of_no_capacity(0), key)
@@ -400,7 +401,7 @@ async def test_what_the_server_leaves_to_swaps_ends_when_others_do(scene: Scene)
 
 async def test_what_the_server_leaves_to_swaps_is_bounded_by_attempts(scene: Scene) -> None:
     manager = scene.make(GREEDY, max_attempts=7)
-    object.__setattr__(manager._backend, "pause", lambda _: None)
+    pipeline_of(manager).requests.pause = lambda _: None
     states = count()
     scene.tap.before = lambda _: scene.write(of_no_capacity(next(states)))
     with pytest.raises(ContentionError):
@@ -523,7 +524,7 @@ async def test_a_bucket_that_must_exist_is_not_made_by_the_server(scene: Scene) 
 
 async def test_a_handle_knows_that_the_server_has_made_its_bucket(scene: Scene) -> None:
     scene.manager = scene.make(GREEDY, recovery=Recovery.RAISE)
-    with deciding_by(By.SCRIPT):
+    with deciding_by(By.SCRIPT, scene.manager):
         assert await scene.try_consume()
         scene.others.unlink("key")
         with pytest.raises(BucketNotFoundError):
@@ -611,7 +612,7 @@ async def test_a_wait_that_is_cancelled_while_the_server_decides_gives_its_token
 @pytest.mark.parametrize("scene", ["asyncio"], indirect=True)
 async def test_tasks_that_are_merged_are_answered_in_order_by_few_decisions(scene: Scene) -> None:
     scene.take_one()
-    with deciding_by(By.SCRIPT):
+    with deciding_by(By.SCRIPT, scene.manager):
         probes = await asyncio.gather(
             *(scene.manager.try_consume_and_return_remaining("key", 3) for _ in range(25)),
             *(scene.manager.try_consume("key", 3) for _ in range(25)),
@@ -626,7 +627,7 @@ async def test_tasks_that_are_merged_are_answered_in_order_by_few_decisions(scen
 async def test_threads_and_tasks_on_a_contended_bucket_get_what_is_there(scene: Scene, merging: bool) -> None:
     manager = scene.manager = scene.make(GREEDY, merging=merging)
     scene.take_one()
-    with deciding_by(By.SCRIPT):
+    with deciding_by(By.SCRIPT, manager):
         if isinstance(manager, ProxyManager):
             with ThreadPoolExecutor(8) as threads:
                 answers = list(threads.map(manager.try_consume, ["key"] * 150))

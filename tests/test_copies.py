@@ -147,9 +147,9 @@ def test_a_manager_made_by_url_is_pickled_with_all_that_it_was_given(make: Any) 
     again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(manager))))
     assert type(again) is make
     assert again.store is not manager.store
-    for name in ("_limits", "_prefix", "_on_error", "_version"):
+    for name in ("_limits", "_prefix", "_settings"):
         assert getattr(again, name) == getattr(manager, name)
-    assert again._backend.timeout == 0.25
+    assert again._timeout == 0.25
 
 
 @pytest.mark.redis

@@ -35,6 +35,7 @@ from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
 from tests.support.faces import SwappingStore
+from tests.support.inside import pipeline_of
 
 SECOND = 10**9
 BEGIN = 1_700_000_000 * SECOND + 1
@@ -158,7 +159,7 @@ class World:
             elif kind < 0.5:
                 self.begin(self.manager.try_consume("key", tokens), tokens)
             elif kind < 0.6:
-                self.begin(self.manager.consume("key", tokens, timeout=self.random.choice((0.5, 3))), tokens)
+                self.begin(self.manager.consume("key", tokens, max_wait=self.random.choice((0.5, 3))), tokens)
             else:
                 for _ in range(self.random.choice((1, 1, 1, 6))):
                     self.begin(self.manager.consume("key", tokens), tokens)
@@ -344,7 +345,7 @@ async def test_when_all_who_wait_leave_it_is_as_if_nobody_had_come(limits: str) 
         memory = SwappingStore(clock=clock)
         manager = AsyncProxyManager(SlowStore(memory), limits, clock=clock)
         begin = monotonic()
-        manager._backend.monotonic = partial(float, begin)  # or places would be forgotten on a busy machine
+        pipeline_of(manager).monotonic = partial(float, begin)  # or places would be forgotten on a busy machine
         bucket = manager.bucket("key")
         alone = AsyncProxyManager(AsyncMemoryStore(clock=clock), limits, clock=clock).bucket("key")
         assert await bucket.try_consume(3) == await alone.try_consume(3)
@@ -426,7 +427,7 @@ def test_places_that_take_several_steps_are_asked_for_in_smaller_parts() -> None
 
 async def test_empty_places_go_with_their_bucket() -> None:
     manager = AsyncProxyManager(AsyncMemoryStore(), "2/hour")
-    await manager.consume_ignoring_rate_limits("key", 20)
+    await manager.bucket("key").consume_ignoring_rate_limits(20)
     tasks = [asyncio.create_task(manager.consume("key")) for _ in range(2)]
     await settle()
     tasks[0].cancel()  # before the second, which keeps its time

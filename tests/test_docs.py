@@ -27,7 +27,7 @@ import pytest
 
 from ratelimit import Bucket, BucketConfiguration, InvalidConfigurationError, ProxyManager, cli, errors
 from ratelimit.core.token_bucket import limit_text
-from ratelimit.manager import Settings
+from ratelimit.settings import SettingsByName
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
 from tests.support.servers import RedisServer, ServerBinary
 from tests.test_bad_input import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
@@ -290,7 +290,7 @@ def test_the_urls_are_those_that_are_taken() -> None:
 def test_the_options_and_settings_are_those_of_the_library() -> None:
     rows = dict(re.findall(r"(?m)^\| `([a-z_]+)` \| `?([\w.]+)", OPERATIONS.read_text()))
     options = {name: "on" if value is True else f"{value:g}" for name, value in {**_DEFAULTS, **_POOL_DEFAULTS}.items()}
-    assert rows == options | {name: rows[name] for name in Settings.__annotations__}
+    assert rows == options | {name: rows[name] for name in SettingsByName.__annotations__}
     defaults = {name: str(each.default) for name, each in inspect.signature(ProxyManager).parameters.items()}
     plain = ["configuration_version", "inheritance", "recovery", "merging", "max_attempts"]
     assert {name: rows[name] for name in plain} == {name: defaults[name] for name in plain}

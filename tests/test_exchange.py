@@ -32,6 +32,7 @@ from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import Settled, settled
+from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9
 LIMITS = "10/hour"
@@ -72,7 +73,7 @@ class Face(Settled):
         else:
             super().__init__(AsyncProxyManager(AsyncMemoryStore(store), limits, clock=clock, **settings))
         self.pauses: list[int] = []
-        object.__setattr__(self.face._backend, "pause", self.pauses.append)
+        pipeline_of(self).requests.pause = self.pauses.append
 
 
 @pytest.fixture(params=["sync", "asyncio"])
@@ -344,7 +345,7 @@ def test_a_clock_of_the_callers_own_has_unique_readings_only_where_it_says_so() 
     assert MemoryStore(clock=FineClock(NOW)).unique_readings
     clocks: dict[Clock | None, bool] = {None: True, SystemClock(): False, clock: False, FineClock(NOW): True}
     for given, unique in clocks.items():
-        assert ProxyManager(MemoryStore(), clock=given)._backend.unique_readings == unique
+        assert pipeline_of(ProxyManager(MemoryStore(), clock=given)).requests.unique_readings == unique
 
 
 async def test_bytes_of_another_that_equal_ones_own_are_no_success(kind: str, clock: ManualClock) -> None:
@@ -404,10 +405,10 @@ async def test_memory_of_states_is_bounded(kind: str, store: Recorder, clock: Ma
     face = Face(kind, store, clock, memory_limit_bytes=100_000)
     for number in range(1000):
         await face.try_consume(f"key {number}")
-    remembered = face.face._backend.remembered
-    assert 100 < len(remembered._seen) < 200
+    seen = pipeline_of(face).last_seen
+    assert 100 < len(seen._values) < 200
     await face.try_consume("k" * 200_000)
-    assert len(remembered._seen) < 300
+    assert len(seen._values) < 300
     store.asked.clear()
     await face.try_consume("key 0")
     assert store.asked == ["create", "swap"]  # forgotten, and so as if never seen

@@ -499,15 +499,15 @@ async def test_waiting_has_a_timeout_of_its_own_and_an_interrupted_wait_gives_it
         return time.perf_counter() - begun
 
     async with AsyncProxyManager.from_url(url, limits, timeout=PATIENCE) as manager:
-        assert await manager.consume("key", 100, timeout=60)
-        assert not await manager.consume("key", 10, timeout=60)
+        assert await manager.consume("key", 100, max_wait=60)
+        assert not await manager.consume("key", 10, max_wait=60)
 
-        waiting = asyncio.create_task(manager.consume("key", 10, timeout=3600))
+        waiting = asyncio.create_task(manager.consume("key", 10, max_wait=3600))
         await until(stored, 110)
         await interrupted(waiting)
         assert await stored() == 100
 
-        waiting = asyncio.create_task(manager.consume("key", 10, timeout=3600))
+        waiting = asyncio.create_task(manager.consume("key", 10, max_wait=3600))
         await until(stored, 110)
         with wire.proxy.black_hole():
             outcome = await call(manager, "consume", 20, timeout=3600)
@@ -515,7 +515,7 @@ async def test_waiting_has_a_timeout_of_its_own_and_an_interrupted_wait_gives_it
             assert outcome.error.in_doubt
             assert outcome.seconds <= PATIENCE + SLACK
             assert await interrupted(waiting) <= PATIENCE + SLACK
-            in_flight = asyncio.create_task(manager.consume("key", 5, timeout=3600))
+            in_flight = asyncio.create_task(manager.consume("key", 5, max_wait=3600))
             await asyncio.sleep(0)
             assert await interrupted(in_flight) <= PATIENCE + SLACK
         assert [record.message.split(":")[0] for record in caplog.records] == [

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from ratelimit import AsyncProxyManager, MemoryStore, OnError, Optimization, ProxyManager, StoreUnavailableError
+from ratelimit.engine.question import Question
 from ratelimit.runtime import fork_safety
 from ratelimit.stores.protocol import Lost
 from tests.integrations.gunicorns import gunicorn, statuses
 from tests.integrations.uwsgis import uwsgi
 from tests.support import servers
+from tests.support.inside import local_decisions_of
 from tests.support.lifecycle import FORKS, forked
 from tests.support.servers import wait_until
 from tests.support.workers import patient
@@ -59,24 +61,24 @@ def test_tokens_on_their_way_to_the_store_at_a_fork_are_booked_once(url: str, ho
     """A thread of the parent is in an exchange that carries them, which does not end in the child."""
     with ProxyManager.from_url(url, LIMITS, optimization=Optimization.delaying(100, 3600)) as manager:
         assert all(manager.try_consume("key") for _ in range(11))
-        optimizer: Any = manager._optimizer
-        exchange, asked, forks = optimizer._exchange, threading.Event(), threading.Event()
+        local: Any = local_decisions_of(manager)
+        inner, asked, forks = local._inner, threading.Event(), threading.Event()
 
-        def slow(*arguments: Any) -> Any:
+        def slow(question: Question) -> Any:
             asked.set()
             assert forks.wait(PATIENCE)
-            return (yield from exchange(*arguments))
+            return (yield from inner(question))
 
-        optimizer._exchange = slow
-        thread = threading.Thread(target=manager.sync, args=("key",))
+        local._inner = slow
+        thread = threading.Thread(target=manager.bucket("key").sync)
         thread.start()
         assert asked.wait(PATIENCE)
 
         def consume_and_close() -> list[int]:
-            optimizer._exchange = exchange
+            local._inner = inner
             consumed = sum(manager.try_consume("key") for _ in range(5))
             manager.close()
-            return [consumed, sum(len(entry.under_way()) for entry in optimizer._entries.values())]
+            return [consumed, sum(len(entry.under_way()) for entry in local._entries.values.values())]
 
         assert forked(consume_and_close, how) == [5, 0]
         forks.set()
@@ -215,6 +217,8 @@ def test_a_cluster_is_used_by_tasks_of_parent_and_child(cluster: servers.Cluster
 PROGRAM = """
 import os
 from ratelimit import ProxyManager
+from ratelimit.engine.question import Question
+from tests.support.inside import local_decisions_of
 
 manager = ProxyManager.from_url(os.environ["RATELIMIT_URL"], "300/day", timeout=60)
 manager.try_consume("while the program is imported")

@@ -27,12 +27,14 @@ from ratelimit import (
     RedisStore,
     StoreUnavailableError,
 )
-from ratelimit.engine.last_seen import Remembered, Seen, _weight
+from ratelimit.engine.last_seen import LastSeen, Sighting, _weight
+from ratelimit.engine.question import Course
 from ratelimit.stores.protocol import Lost
 from ratelimit.stores.redis import channels as redis_channels
 from ratelimit.testing import ManualClock
 from tests.support import storms
 from tests.support.faces import SwappingStore
+from tests.support.inside import coalescing_of, local_buckets_of, local_decisions_of, pipeline_of
 from tests.support.interrupting import Interruption, at_every_point
 from tests.support.servers import RedisServer, wait_until
 
@@ -50,7 +52,7 @@ at_points = pytest.mark.skipif(
 
 
 def merger_of(manager: Any) -> Any:
-    return manager._optimizer._exchange.__self__
+    return coalescing_of(manager)
 
 
 def connections_of(manager: Any) -> Any:
@@ -198,15 +200,15 @@ def every_verb(manager: ProxyManager) -> None:
     for _ in range(20):
         assert manager.try_consume("key")
     manager.consume("key")
-    manager.try_consume_as_much_as_possible("key", 5)
-    manager.consume_ignoring_rate_limits("key", 3)
-    manager.estimate_ability_to_consume("key", 3)
-    manager.add_tokens("key", 3)
-    manager.force_add_tokens("key", 3)
-    manager.give_back("key", 3)
+    manager.bucket("key").try_consume_as_much_as_possible(5)
+    manager.bucket("key").consume_ignoring_rate_limits(3)
+    manager.bucket("key").estimate_ability_to_consume(3)
+    manager.bucket("key").add_tokens(3)
+    manager.bucket("key").force_add_tokens(3)
+    manager.bucket("key").give_back(3)
     manager.snapshot("key")
     manager.reset("key")
-    manager.hold_back("key", 1)
+    manager.bucket("key").hold_back(1)
     manager.remove("key")
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: [manager.try_consume("crowd") for _ in range(25)], range(4)))
@@ -349,7 +351,7 @@ def test_a_wait_that_is_interrupted_anywhere_keeps_no_token(verb: str, waits: bo
     debt = 10 if waits else 0
     if waits:
         assert manager.try_consume("key", 10)
-        object.__setattr__(manager._backend, "sleep", lambda _nanos: None)  # in which nothing is given back
+        pipeline_of(manager).sleep = lambda _nanos: None  # in which nothing is given back
     for points, outcome in at_every_point(lambda: bucket.consume(3)):  # noqa: B007
         assert isinstance(outcome, Interruption)
         wait_until(lambda: manager.available_tokens("key") == 7 - debt, "the tokens are back")
@@ -370,7 +372,7 @@ def test_a_wait_for_a_local_bucket_that_is_interrupted_anywhere_keeps_no_token()
     assert left() == 9
     for points, outcome in at_every_point(lambda: manager.consume("key", 3)):  # noqa: B007
         assert isinstance(outcome, Interruption)
-        local: Any = manager._local._buckets[b"key"]
+        local: Any = local_buckets_of(manager)._buckets.values[b"key"]
         wait_until(lambda local=local: local.state.available_tokens == 6, "the tokens are back")  # type: ignore[misc]
         assert local.books.uncharged <= 4  # none where the store may have got it
     assert points > FEWEST_POINTS
@@ -413,8 +415,8 @@ def test_what_a_local_bucket_has_given_is_charged_once_whatever_is_interrupted()
         (manager,) = managers
         assert isinstance(outcome, Interruption)
         assert manager.try_consume("key")
-        assert manager._local.debt(b"key", manager._backend.call()) is None
-        assert manager._local._buckets[b"key"].books == (0, ())
+        assert local_buckets_of(manager).debt(b"key", Course()) is None
+        assert local_buckets_of(manager)._buckets.values[b"key"].books == (0, ())
         # Where the interrupted decision was in doubt, it has either been carried out, debt and all, or neither has.
         assert 1000 - manager.available_tokens("key") in (4, 5, 1)
     assert points > FEWEST_POINTS
@@ -434,28 +436,29 @@ def test_tokens_of_an_optimization_are_told_to_the_store_whatever_is_interrupted
     for points, outcome in at_every_point(lambda: managers[0].try_consume("key", 3), prepare):  # noqa: B007
         (manager,) = managers
         assert isinstance(outcome, Interruption)
-        manager.sync("key")
-        (entry,) = manager._optimizer._entries.values()
+        manager.bucket("key").sync()
+        entries = local_decisions_of(manager)._entries
+        (entry,) = entries.values.values()
         assert entry.idle()
         # What was under way when it was interrupted may be told twice, which costs its user and never the bound.
         assert 4 <= 1000 - manager.available_tokens("key") <= 4 + 3 + 4
-        assert manager._optimizer._size == entry.weight
+        assert entries.size == entry.weight
     assert points > FEWEST_POINTS
 
 
 @at_points
 def test_the_memory_that_is_accounted_for_is_that_which_is_used() -> None:
-    remembered = Remembered(5_000)
+    remembered = LastSeen(5_000)
 
     def put() -> None:
         for number in range(20):
-            remembered.put(b"key %d" % (number % 12), Seen(b"state" * number))
+            remembered.put(b"key %d" % (number % 12), Sighting(b"state" * number))
             remembered.forget(b"key %d" % (number % 7))
 
     points = 0
     for points, _ in at_every_point(put):  # noqa: B007
-        assert remembered._size == sum(_weight(*item) for item in remembered._seen.items())
-        assert remembered._size <= 6_000
+        assert remembered._sightings.size == sum(_weight(*item) for item in remembered._values.items())
+        assert remembered._sightings.size <= 6_000
     assert points > 100
 
 

@@ -24,6 +24,7 @@ from ratelimit import (
 from ratelimit.keys import Key
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore, settled
+from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9
@@ -81,7 +82,7 @@ def make(request: pytest.FixtureRequest, clock: ManualClock, listener: Recorder)
 async def test_it_is_told_of_each_decision(make: Make, listener: Recorder) -> None:
     face = make()
     asynchronous = isinstance(face.face, AsyncProxyManager)
-    at_once = face.face._backend.executing is not None
+    at_once = pipeline_of(face).coalescing is None
 
     def decision(verb: str, tokens: int, consumed: int, remaining: int, wait: int) -> Decision:
         trips = 0 if at_once else 1
@@ -99,7 +100,7 @@ async def test_it_is_told_of_each_decision(make: Make, listener: Recorder) -> No
     assert listener.told() == decision("consume_ignoring_rate_limits", 2, 2, -1, 6 * SECOND)
     assert not await face.estimate_ability_to_consume("key", 1)
     assert listener.told() == decision("estimate_ability_to_consume", 1, 0, 0, 12 * SECOND)
-    assert not await face.consume("key", timeout=5)
+    assert not await face.consume("key", max_wait=5)
     assert listener.told() == decision("consume", 1, 0, -1, NEVER)
     assert await face.consume("key")
     assert listener.told() == decision("consume", 1, 1, -2, 12 * SECOND)
@@ -136,7 +137,7 @@ async def test_it_is_told_of_waits_that_are_cut_short(make: Make, listener: Reco
     def interrupt(_nanos: int) -> None:
         raise KeyboardInterrupt
 
-    object.__setattr__(face.face._backend, "sleep", interrupt)
+    pipeline_of(face).sleep = interrupt
     with pytest.raises(KeyboardInterrupt) as caught:
         await face.consume("key", 2)
     assert listener.interruptions == [("key", 2, caught.value)]
@@ -162,7 +163,7 @@ async def test_something_else_is_refused(make: Make) -> None:
         async def on_interrupted(self, key: Key, tokens: int, error: BaseException) -> None: ...
 
     for listener in (print, Awaited()):
-        with pytest.raises(InvalidArgumentError, match="a listener must have on_decision and on_interrupted"):
+        with pytest.raises(InvalidArgumentError, match=r"listener must have on_decision\(\) and on_interrupted\(\)"):
             make(listener=listener)
 
 
@@ -199,7 +200,7 @@ async def test_counters(make: Make, clock: ManualClock) -> None:
     def interrupt(_nanos: int) -> None:
         raise KeyboardInterrupt
 
-    object.__setattr__(face.face._backend, "sleep", interrupt)
+    pipeline_of(face).sleep = interrupt
     with pytest.raises(KeyboardInterrupt):
         await face.consume("key", 100)
     assert counters.interrupted == 1

@@ -140,7 +140,7 @@ async def test_a_decision_of_the_server_whose_reply_or_request_is_lost_is_in_dou
     proxy.about = load("decide").sha.encode()
     taken = 3 if loss == "lose_replies" else 0
     for number, verb in enumerate(("try_consume", "consume", "consume_ignoring_rate_limits"), start=1):
-        with deciding_by(By.SCRIPT):
+        with deciding_by(By.SCRIPT, face):
             for _ in range(2):
                 assert await face.try_consume(verb)
             with monitored(redis_url) as monitor:
@@ -161,7 +161,7 @@ async def test_those_who_are_merged_all_hear_of_a_decision_that_is_in_doubt(
 ) -> None:
     proxy.about = load("decide").sha.encode()
     async with AsyncProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", LIMITS) as manager:
-        with deciding_by(By.SCRIPT):
+        with deciding_by(By.SCRIPT, manager):
             for _ in range(2):
                 assert await manager.try_consume("key")
             proxy.lose_replies = 2  # of the first alone, and of the others together

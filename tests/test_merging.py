@@ -23,15 +23,17 @@ from ratelimit import (
     StoreUnavailableError,
     TokensInheritance,
 )
-from ratelimit.core.commands import Batch, ConsumeIgnoringRateLimits
-from ratelimit.engine.coalescing import TaskMerger, ThreadMerger
-from ratelimit.engine.handle import try_consume
-from ratelimit.engine.swapping import Call
+from ratelimit.core.commands import Batch, ConsumeIgnoringRateLimits, TryConsume
+from ratelimit.engine.coalescing.tasks import TaskCoalescing
+from ratelimit.engine.coalescing.threads import ThreadCoalescing
+from ratelimit.engine.question import Course
+from ratelimit.engine.store_requests import _WithDeadlines
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import arun
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import AsyncSwappingStore, SwappingStore
+from tests.support.inside import coalescing_of, pipeline_of, steps_of
 from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9 + 1
@@ -141,14 +143,14 @@ def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
 
 
 def queues(manager: Any) -> dict[Any, Any]:
-    merger = manager._optimizer._exchange.__self__
-    assert isinstance(merger, ThreadMerger | TaskMerger)
-    return merger._leaders if isinstance(merger, ThreadMerger) else merger._places
+    merger = coalescing_of(manager)
+    assert isinstance(merger, ThreadCoalescing | TaskCoalescing)
+    return merger._leaders if isinstance(merger, ThreadCoalescing) else merger._places
 
 
 def followers(manager: Any) -> dict[bytes, list[Any]]:
-    merger = manager._optimizer._exchange.__self__
-    assert isinstance(merger, ThreadMerger)
+    merger = coalescing_of(manager)
+    assert isinstance(merger, ThreadCoalescing)
     return merger._queues
 
 
@@ -367,9 +369,9 @@ async def test_hundreds_of_different_commands_go_in_parts_and_equal_ones_at_once
 
 async def test_a_batch_counts_as_the_commands_in_it(tasks: Tasks) -> None:
     first = await tasks.hold()
-    handle = tasks.manager.bucket("key")._handle
+    bucket = tasks.manager.bucket("key")
     batches = [Batch((ConsumeIgnoringRateLimits(1),) * 100) for _ in range(5)]
-    calls = [asyncio.ensure_future(arun(handle.run(batch, handle.call(10)))) for batch in batches]
+    calls = [asyncio.ensure_future(arun(steps_of(bucket, batch, 10))) for batch in batches]
     await asyncio.sleep(0)
     tasks.store.gate.set()
     assert await first
@@ -447,7 +449,7 @@ def test_a_key_whose_leader_is_gone_is_free_at_once() -> None:
     store = GatedStore()
     manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=3600)
     leaders: Any = queues(manager)
-    leaders[b"key"] = ref(Call())
+    leaders[b"key"] = ref(Course())
     assert manager.try_consume("key")
     assert not leaders
 
@@ -455,7 +457,7 @@ def test_a_key_whose_leader_is_gone_is_free_at_once() -> None:
 def test_a_thread_that_waits_for_a_leader_that_is_gone_goes_on_in_a_moment() -> None:
     store = GatedStore()
     manager = ProxyManager(store, LIMITS, clock=ManualClock(NOW), timeout=3600)
-    leaders, gone = queues(manager), [Call()]
+    leaders, gone = queues(manager), [Course()]
     leaders[b"key"] = ref(gone[0])
     with ThreadPoolExecutor(3) as threads:
         answers = [threads.submit(manager.try_consume, "key") for _ in range(3)]
@@ -487,10 +489,11 @@ def test_a_loop_that_was_left_in_the_middle_holds_up_no_other() -> None:
             never: asyncio.Future[Lost | None] = asyncio.get_running_loop().create_future()
             return await never
 
-    object.__setattr__(manager._backend, "store", Never())
+    requests = pipeline_of(manager).requests
+    swapping, requests.swapping = requests.swapping, _WithDeadlines(Never()).swapping
     left = [loop.create_task(manager.try_consume("key")) for _ in range(3)]
     loop.run_until_complete(asyncio.sleep(0.001))
-    object.__setattr__(manager._backend, "store", store)
+    requests.swapping = swapping
     assert asyncio.run(manager.try_consume("key"))
     for task in left:
         task.cancel()
@@ -537,7 +540,7 @@ def test_who_was_in_flight_and_is_collected_outside_of_the_loop_holds_up_nobody(
 
 async def _left_in_flight(tasks: Tasks) -> Any:
     """The steps of a decision that has sent its swap, in the hands of nobody."""
-    steps = tasks.manager.bucket("key")._handle.run(try_consume(1), Call())
+    steps = steps_of(tasks.manager.bucket("key"), TryConsume(1))
     swap = next(steps)
     while hasattr(swap, "__next__") or not hasattr(swap, "__await__"):
         swap = steps.send(await swap if hasattr(swap, "__await__") else swap)

@@ -31,6 +31,7 @@ from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import Settled, settled
+from tests.support.inside import pipeline_of
 from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9
@@ -123,7 +124,7 @@ async def test_deny_answers_as_if_there_were_no_tokens(make: Make, store: Unreli
     assert await face.try_consume_as_much_as_possible("key") == 0
     assert await face.estimate_ability_to_consume("key", 1) == EstimationProbe(False, 0, SECOND, degraded=True)
     assert not await face.consume("key")
-    assert not await face.consume("key", timeout=100)
+    assert not await face.consume("key", max_wait=100)
     assert (await settled(face.face.bucket("key").verbose.try_consume())).degraded
     with pytest.raises(StoreUnavailableError):  # which consumes in any case
         await face.consume_ignoring_rate_limits("key", 1)
@@ -227,7 +228,7 @@ async def test_keys_that_nobody_asks_for_are_charged_when_the_store_is_back(make
     async with asyncio.timeout(10):
         while store.get("key 19") is None:
             await asyncio.sleep(0)
-    wait_until(lambda: not face.face._guard._sweeping, "all is charged")
+    wait_until(lambda: not pipeline_of(face).fallback._sweeping, "all is charged")
     assert [await stored(face, f"key {number}") for number in range(20)] == [3] * 20
 
 
@@ -275,7 +276,7 @@ async def test_local_buckets_are_bounded(make: Make, store: Unreliable) -> None:
     face = make(OnError.local(1 / 2), memory_limit_bytes=100_000)
     for number in range(1000):
         assert await face.try_consume(f"key {number}")
-    assert 30 < len(face.face._local._buckets) < 100
+    assert 30 < len(pipeline_of(face).local_buckets._buckets.values) < 100
 
 
 async def test_a_local_bucket_keeps_the_limits_that_it_was_made_with_as_the_shared_one_does(
@@ -312,7 +313,7 @@ async def test_a_key_that_cannot_be_charged_holds_up_no_other(make: Make, store:
     async with asyncio.timeout(10):
         while not all(store.get(f"key {number}") for number in range(4)):
             await asyncio.sleep(0)
-    wait_until(lambda: not face.face._guard._sweeping, "all is charged")
+    wait_until(lambda: not pipeline_of(face).fallback._sweeping, "all is charged")
     assert [await stored(face, f"key {number}") for number in range(1, 4)] == [1] * 3
 
 
@@ -325,7 +326,7 @@ async def test_a_wait_that_took_nothing_gives_nothing_back(make: Make, store: Un
         store.down = None
         raise KeyboardInterrupt
 
-    object.__setattr__(face.face._backend, "sleep", come_back)
+    pipeline_of(face).sleep = come_back
     for bucket, wanted in ((face.face.bucket("key"), 3), (local, 10)):
         store.down = IN_DOUBT
         with contextlib.suppress(KeyboardInterrupt):
@@ -375,7 +376,7 @@ async def test_a_local_wait_that_is_interrupted_gives_its_tokens_back(
     def interrupt(_nanos: int) -> None:
         raise KeyboardInterrupt
 
-    object.__setattr__(face.face._backend, "sleep", interrupt)
+    pipeline_of(face).sleep = interrupt
     with pytest.raises(KeyboardInterrupt):
         await face.consume("key", 2)
     clock.advance(900)

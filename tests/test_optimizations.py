@@ -37,12 +37,13 @@ from ratelimit import (
 from ratelimit.core.commands import ConsumeAsMuchAsPossible, TryConsume
 from ratelimit.core.numbers import MIN
 from ratelimit.core.token_bucket import codec
-from ratelimit.engine.swapping import Call
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import run
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import Settled, SwappingStore, settled
+from tests.support.inside import local_decisions_of, proxy_of, steps_of
 from tests.support.monitors import monitored
 
 NOW = 1_700_000_000 * 10**9
@@ -115,7 +116,7 @@ async def close(face: Settled) -> None:
 
 
 def unsynchronized(face: Settled | ProxyManager) -> dict[bytes, int]:
-    entries = (face.face if isinstance(face, Settled) else face)._optimizer._entries
+    entries = local_decisions_of(face)._entries.values
     return {key: entry.unsynchronized for key, entry in entries.items()}
 
 
@@ -152,7 +153,7 @@ def test_an_optimization_is_a_value() -> None:
 
 
 def test_something_else_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="must be an Optimization, not 'delaying'"):
+    with pytest.raises(InvalidArgumentError, match="must be an Optimization; got 'delaying'"):
         ProxyManager(MemoryStore(), LIMITS, optimization="delaying")  # type: ignore[arg-type]  # the point
     with pytest.raises(InvalidArgumentError, match="must be an Optimization"):
         ProxyManager(MemoryStore(), LIMITS).bucket("key", optimization=5)  # type: ignore[arg-type]  # the point
@@ -171,7 +172,7 @@ async def test_a_bucket_known_empty_is_not_asked_about(make: Make, store: Counti
     probe = await face.try_consume_and_return_remaining("key", 3)
     assert (probe.consumed, probe.remaining_tokens, probe.retry_after) == (False, 0, 3)
     assert await face.try_consume_as_much_as_possible("key") == 0
-    assert not await face.consume("key", 5, timeout=4)
+    assert not await face.consume("key", 5, max_wait=4)
     assert store.asked() == (0, 0)
     clock.advance(nanos=SECOND - 1)
     assert not await face.try_consume("key")
@@ -271,7 +272,7 @@ consumptions = st.tuples(
 
 def ask(manager: Any, verb: str, tokens: int) -> Any:
     if verb == "reserve":
-        return manager.bucket("key").consume(tokens, timeout=5)
+        return manager.bucket("key").consume(tokens, max_wait=5)
     return getattr(manager.bucket("key"), verb)(tokens)
 
 
@@ -680,7 +681,7 @@ def test_the_store_is_closed_in_any_case() -> None:
     manager._store.close = lambda: closed.append(True)  # type: ignore[method-assign]  # the point
     manager.try_consume("key")
     manager.try_consume("key")
-    manager._optimizer._exchange = None  # type: ignore[assignment]  # the point
+    local_decisions_of(manager)._inner = None  # type: ignore[assignment]  # the point
     with pytest.raises(TypeError):
         manager.close()
     assert closed == [True]
@@ -844,7 +845,7 @@ budgets = st.lists(
 def admitted_by(text: str, elapsed: int) -> int:
     """The most that limits admit from when a bucket is made until then."""
     admitted = []
-    for bandwidth in ProxyManager(MemoryStore(), text).bucket("key")._handle.limits:  # type: ignore[union-attr]
+    for bandwidth in BucketConfiguration.parse(text):
         periods = elapsed // bandwidth.refill_period_nanos
         whole = elapsed * bandwidth.refill_tokens // bandwidth.refill_period_nanos
         came = periods * bandwidth.refill_tokens if bandwidth.refill_intervally else whole
@@ -896,7 +897,7 @@ def test_the_bound_is_reached() -> None:
     while managers[0].available_tokens("key") > 10:
         managers[0].try_consume("key", 11)
     for manager in managers:  # 10 are left as all of them know by now
-        manager.sync("key")
+        manager.bucket("key").sync()
     left = managers[0].available_tokens("key")
     granted = [manager.try_consume("key", left) for manager in managers]
     assert granted == [True] * 4
@@ -941,10 +942,10 @@ class Interleaved:
 
     def call(self, index: int, tokens: int, greedy: bool) -> None:
         command: Any = ConsumeAsMuchAsPossible(tokens) if greedy else TryConsume(tokens)
-        self.running.append((self.manager(index).bucket("key")._handle.run(command, Call()), [None], tokens))
+        self.running.append((steps_of(self.manager(index).bucket("key"), command), [None], tokens))
 
     def sync(self, index: int) -> None:
-        self.running.append((self.manager(index).bucket("key")._handle.sync(), [None], 0))
+        self.running.append((proxy_of(self.manager(index).bucket("key")).sync(), [None], 0))
 
     def step(self, index: int) -> None:
         if not self.running:
@@ -1002,7 +1003,7 @@ def test_calls_that_run_at_once_keep_the_bound_and_lose_nothing(
         consumed = stored(calls.store, calls.clock)[1]
         assert consumed >= calls.admitted
         assert consumed == calls.admitted or calls.doubts
-    entries = [entry for manager in calls.managers for entry in manager._optimizer._entries.values()]
+    entries = [entry for manager in calls.managers for entry in local_decisions_of(manager)._entries.values.values()]
     assert not any(entry.pending or entry.under_way() for entry in entries)
 
 
@@ -1016,7 +1017,7 @@ class Overlapping:
         self.manager = ProxyManager(self.store, "10/day", clock=clock, merging=False, optimization=optimization)
         assert self.manager.try_consume("key")
         assert self.manager.try_consume("key", 2)
-        self.steps = self.manager.bucket("key")._handle.sync()
+        self.steps = proxy_of(self.manager.bucket("key")).sync()
         self.value = self.steps.send(None)  # the time
         if landed:
             self.value = self.steps.send(self.value)
@@ -1069,9 +1070,9 @@ async def test_memory_is_bounded_and_nothing_is_dropped(make: Make, store: Count
     for index in range(200):
         for _ in range(3):
             assert await face.try_consume(f"{index}")
-    optimizer = face.face._optimizer
-    assert 5 <= len(optimizer._entries) <= 15
-    assert optimizer._size == sum(entry.weight for entry in optimizer._entries.values()) <= 20_000
+    entries = local_decisions_of(face)._entries
+    assert 5 <= len(entries.values) <= 15
+    assert entries.size == sum(entry.weight for entry in entries.values.values()) <= 20_000
     await close(face)
     plain = ProxyManager(store, LIMITS, clock=clock)
     assert [plain.snapshot(f"{index}").consumed_tokens for index in range(200)] == [3] * 200
@@ -1103,7 +1104,7 @@ def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
     manager = ProxyManager(store, LIMITS, optimization=MANUAL, memory_limit_bytes=3_000)
     assert manager.try_consume("old")
     assert manager.try_consume("old")
-    steps = manager.bucket("new")._handle.run(TryConsume(1), Call())
+    steps = steps_of(manager.bucket("new"), TryConsume(1))
     steps.send(steps.send(None))  # the store has been told, and its answer not been seen
     assert manager.try_consume("old")
     run(steps)
@@ -1183,7 +1184,7 @@ class SlowStore(AsyncMemoryStore):
 async def test_tasks_that_are_cancelled_lose_nothing() -> None:
     chance = random.Random(2)
     store = SlowStore()
-    manager = AsyncProxyManager(store, "100000/day intervally", optimization=Optimization.delaying(20, 60))
+    manager = AsyncProxyManager(store, "100000/day intervally", optimization=Optimization.delaying(20, 60), timeout=60)
     running = [asyncio.create_task(manager.try_consume(f"{chance.randrange(3)}")) for _ in range(3000)]
     for _ in range(20):
         for task in chance.sample(running, 50):

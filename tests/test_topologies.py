@@ -86,7 +86,7 @@ async def check_scenario(manager: Manager, other: Manager, key: str = "user:42")
     probe = await settled(manager.try_consume_and_return_remaining(key))
     assert (probe.consumed, probe.remaining_tokens) == (False, 0)
     assert 0 < probe.nanos_to_wait_for_refill <= 720 * 10**9
-    assert not await settled(manager.consume(key, timeout=1))
+    assert not await settled(manager.consume(key, max_wait=1))
     assert not await settled(other.try_consume(key))
 
     snapshot = await settled(manager.snapshot(key))

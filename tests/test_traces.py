@@ -35,12 +35,12 @@ from ratelimit import (
 )
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
-from ratelimit.engine.swapping import Call
 from ratelimit.runtime.steps import arun, run
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock
 from tests.support import vectors
 from tests.support.faces import settled
+from tests.support.inside import steps_of
 from tests.support.raw_commands import Sync, run_raw
 from tests.support.ways import WAYS, By, Tap, Way, batched, deciding_by
 
@@ -117,11 +117,13 @@ class Replay:
             self.handles[proxy] = self.handle(self.proxies[proxy])
             return None
         if op == "sync":
-            return await settled(self.drive(bucket._handle.run(Sync(), Call())))
+            return await settled(self.drive(steps_of(bucket, Sync())))
         if op in ("blocking_consume", "blocking_try_consume"):
             longest = args.pop("max_wait_nanos", None)
-            timeout = {} if longest is None else {"timeout": Fraction(longest, 10**9)}
-            consumed = await settled(bucket.consume(args["tokens"], **timeout))
+            if longest == 0:
+                raise InvalidArgumentError("Bucket4j refuses not to wait at all, which max_wait=0 means here")
+            wait = {} if longest is None else {"max_wait": Fraction(longest, 10**9)}
+            consumed = await settled(bucket.consume(args["tokens"], **wait))
             sleep = (self.clock.slept or [0])[0] if consumed else None
             return (
                 {"consumed": consumed, "sleep_nanos": sleep} if op == "blocking_try_consume" else {"sleep_nanos": sleep}

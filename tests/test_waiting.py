@@ -66,7 +66,7 @@ async def test_the_wait_is_exactly_until_the_tokens_are_there(face: Settled, clo
 @pytest.mark.parametrize("timeout", [2.999, timedelta(seconds=2.999), 1])
 async def test_a_wait_beyond_the_timeout_is_not_begun(face: Settled, clock: ManualClock, timeout: Any) -> None:
     await face.consume("key", 10)
-    assert not await face.consume("key", 3, timeout=timeout)
+    assert not await face.consume("key", 3, max_wait=timeout)
     assert clock.slept == []
     assert await face.available_tokens("key") == 0
     assert (await face.snapshot("key")).consumed_tokens == 10
@@ -75,7 +75,7 @@ async def test_a_wait_beyond_the_timeout_is_not_begun(face: Settled, clock: Manu
 @pytest.mark.parametrize("timeout", [3, 3.0, timedelta(seconds=3), float("inf"), 10**30])
 async def test_a_wait_within_the_timeout_is_waited(face: Settled, clock: ManualClock, timeout: Any) -> None:
     await face.consume("key", 10)
-    assert await face.consume("key", 3, timeout=timeout)
+    assert await face.consume("key", 3, max_wait=timeout)
     assert clock.slept == [3 * SECOND]
 
 
@@ -87,22 +87,37 @@ async def test_more_than_the_capacity_is_waited_for(face: Settled, clock: Manual
 async def test_a_wait_without_end_is_an_error_or_refused(face: Settled, clock: ManualClock) -> None:
     with pytest.raises(ReservationOverflowError):
         await face.consume("key", 2**63 - 1)
-    assert not await face.consume("key", 2**63 - 1, timeout=10)
+    assert not await face.consume("key", 2**63 - 1, max_wait=10)
     assert clock.slept == []
     assert (await face.snapshot("key")).consumed_tokens == 0
 
 
-@pytest.mark.parametrize("timeout", [0, -1, 0.0, timedelta(0), float("nan"), float("-inf"), "5", True])
-async def test_a_timeout_that_is_none_is_refused(face: Settled, timeout: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="timeout"):
-        await face.consume("key", timeout=timeout)
+@pytest.mark.parametrize("max_wait", [0, 0.0, timedelta(0)])
+async def test_no_wait_at_all_is_accepted(face: Settled, clock: ManualClock, max_wait: Any) -> None:
+    tokens = await face.available_tokens("key")
+    assert await face.consume("key", tokens, max_wait=max_wait)
+    assert not await face.consume("key", max_wait=max_wait)
+    assert clock.slept == []
+    assert (await face.snapshot("key")).consumed_tokens == tokens
+
+
+@pytest.mark.parametrize("max_wait", [-1, timedelta(-1), float("nan"), float("-inf"), "5", True])
+async def test_what_is_not_a_longest_wait_is_refused(face: Settled, max_wait: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="max_wait must be"):
+        await face.consume("key", max_wait=max_wait)
+
+
+async def test_the_deadline_of_a_wait_is_another_matter_than_its_length(face: Settled) -> None:
+    assert await face.consume("key", max_wait=0, timeout=60)
+    with pytest.raises(InvalidArgumentError, match="timeout must be above 0"):
+        await face.consume("key", max_wait=5, timeout=0)
 
 
 async def test_the_verbose_form_shows_the_bucket_after_the_reservation(face: Settled, clock: ManualClock) -> None:
     verbose = Settled(face.face.bucket("key").verbose)
     result = await verbose.consume(12)
     assert (result.value, result.available_tokens, clock.slept) == (True, -2, [2 * SECOND])
-    result = await verbose.consume(10**6, timeout=1)
+    result = await verbose.consume(10**6, max_wait=1)
     assert (result.value, result.available_tokens) == (False, 0)
 
 

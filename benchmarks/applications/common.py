@@ -12,7 +12,7 @@ from benchmarks import floor
 from benchmarks.model import OURS, AsyncHit, Contender, Entrant, Hit, Kind, Setup
 from benchmarks.ours import PATIENCE
 from ratelimit import AsyncProxyManager, ProxyManager
-from ratelimit.manager import Settings
+from ratelimit.settings import SettingsByName
 
 BARE: Final = "bare application"
 BUCKET: Final = f"{OURS}, bucket alone"
@@ -57,9 +57,9 @@ def in_memory(setup: Setup) -> bool:
 _numbers = count()
 
 
-def _settings() -> Settings:
+def _settings() -> SettingsByName:
     """With a prefix of its own, so that the applications of one table do not share their buckets."""
-    return Settings(timeout=PATIENCE, prefix=f"{next(_numbers)}:")
+    return SettingsByName(timeout=PATIENCE, prefix=f"{next(_numbers)}:")
 
 
 def manager_for(setup: Setup) -> ProxyManager:

@@ -1,88 +1,79 @@
-"""The states that a manager last saw, within bounded memory."""
+"""What a manager has last seen in the store, within bounded memory.
+
+It is only ever a guess that the store confirms: forgetting costs a round trip, and no more.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.runtime import fork_safety
+from ratelimit.runtime.bounded import BoundedMap
 
-_OVERHEAD_BYTES = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
-_BUCKET_BYTES = 150  # of a state that is kept as numbers as well, and as many for each of its bandwidths, roughly
+_OVERHEAD_BYTES: Final = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
+_BUCKET_BYTES: Final = 150  # of a state as numbers, and as many for each of its bandwidths, roughly
 
 
-class Seen(NamedTuple):
-    """What a manager knows of a key.
+class Sighting(NamedTuple):
+    """What is known of a key.
 
-    :param state: what was stored there, None if nothing.
-    :param bucket: the same as numbers, if they are at hand.
-    :param lost: swaps lost to others, since one was won at the first attempt.
-    :param undisturbed: decisions of the store itself, since one that others had come before.
+    :param state: the bytes that were stored; None: nothing.
+    :param bucket: the same as a state, where that is at hand.
+    :param losses: swaps that were lost to others, since one was won at the first attempt.
+    :param undisturbed: decisions of the store itself, since one before which another writer had come.
     """
 
     state: bytes | None
     bucket: BucketState | None = None
-    lost: int = 0
+    losses: int = 0
     undisturbed: int = 0
 
 
-_NOTHING = Seen(None)
+NOTHING_SEEN: Final = Sighting(None)
 
 
-class Remembered:
-    """The state last seen under each key, and how it was come by; the least recently used go first.
-
-    What is remembered is only ever a guess that the store confirms: forgetting costs a round trip, no more. Safe for
-    threads.
+class LastSeen:
+    """The last sighting of each key; the least recently used are forgotten first. Safe for threads.
 
     :param limit_bytes: roughly the memory that it may take.
+    :ivar get: gives the sighting under a key, or the one that is given beside it.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self._size = 0
-        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self._sightings = BoundedMap[Sighting](limit_bytes, _weight)
+        self._values = self._sightings.values
         self._lock = fork_safety.lock()
-
-    def get(self, key: bytes) -> Seen:
-        """What was last seen."""
-        return self._seen.get(key, _NOTHING)
+        # A method of the dictionary itself, because every decision calls it.
+        self.get: Final = self._values.get
 
     def forget(self, key: bytes) -> None:
-        """Expect nothing there."""
-        self.put(key, _NOTHING)
+        """Expect nothing under a key."""
+        self.put(key, NOTHING_SEEN)
 
-    def put(self, key: bytes, seen: Seen) -> None:
-        """Remember what was seen; where that is nothing the key is forgotten."""
-        state = seen.state
+    def put(self, key: bytes, sighting: Sighting) -> None:
+        """Remember what was seen; a key under which nothing is stored is forgotten."""
+        values, state = self._values, sighting.state
         with self._lock:
-            old = self._seen.get(key)
-            if old is not None:
-                if (
-                    state is not None
-                    and len(state) == len(old.state or b"")
-                    and (seen.bucket is None) is (old.bucket is None)
-                ):  # both weigh the same, as they usually do
-                    self._seen[key] = seen
-                    self._seen.move_to_end(key)
-                    return
-                self._drop(key, old)
-            if state is None:
+            old = values.get(key)
+            if (
+                old is not None
+                and state is not None
+                and len(state) == len(old.state)  # type: ignore[arg-type]  # nothing is not kept
+                and (sighting.bucket is None) is (old.bucket is None)
+            ):
+                # Both weigh the same, as they usually do.
+                values[key] = sighting
+                values.move_to_end(key)
                 return
-            weight = _weight(key, seen)
-            self._seen[key] = seen
-            self._size += weight
-            while self._size > self._limit:
-                self._drop(*next(iter(self._seen.items())))
-
-    def _drop(self, key: bytes, seen: Seen) -> None:
-        weight = _weight(key, seen)
-        # Between these two there is no call, at which the handler of a signal might come in.
-        del self._seen[key]
-        self._size -= weight
+            if state is None:
+                self._sightings.drop(key)
+            else:
+                self._sightings.put(key, sighting)
+                self._sightings.shrink()
 
 
-def _weight(key: bytes, seen: Seen) -> int:
-    numbers = 0 if seen.bucket is None else _BUCKET_BYTES * (1 + len(seen.bucket.bandwidth_states))
-    return len(key) + len(seen.state or b"") + _OVERHEAD_BYTES + numbers
+def _weight(key: bytes, sighting: Sighting) -> int:
+    bucket = sighting.bucket
+    numbers = 0 if bucket is None else _BUCKET_BYTES * (1 + len(bucket.bandwidth_states))
+    return len(key) + len(sighting.state or b"") + _OVERHEAD_BYTES + numbers

@@ -1,14 +1,14 @@
-"""Decisions without the store, as far as an optimization allows; and what was handed out so is told to it later.
+"""The layer that decides without the store, as far as an optimization allows, and tells the store later.
 
 For each key a manager keeps the state that the store has last shown, less the tokens that were handed out here since.
-What it may decide from that, it does; anything else is an exchange, which carries the tokens that the store does not
-know of yet, in the same swap and before the command that it is about.
+What it may decide from that, it does. Anything else asks the store, and carries the tokens that the store does not know
+of yet, in the same swap and before the command itself.
 
 Four rules hold it together:
 
 1. Tokens that were handed out are booked whatever the bucket holds by then, in debt if need be.
-2. They are unsynchronized, or on their way in one exchange: never in two, never in none. Both kinds count against what
-   may be handed out. An exchange that fails gives them back, also where its reply was lost: booked twice they cost
+2. They are unsynchronized, or on their way in one question: never in two, never in none. Both kinds count against what
+   may be handed out. A question that fails gives them back, also where its reply was lost: booked twice they cost
    their user some tokens until these come back, not booked they would be admitted beyond every bound.
 3. What the store shows is taken over unless something newer has been seen meanwhile.
 4. A read writes nothing.
@@ -17,9 +17,9 @@ Four rules hold it together:
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 from weakref import ref
 
@@ -38,9 +38,10 @@ from ratelimit.core.commands import (
 from ratelimit.core.numbers import MIN, wrap
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.optimization import Optimization
-from ratelimit.engine.swapping import Backend, Call, Exchange, Target
+from ratelimit.engine.question import Layer, Question, Target
 from ratelimit.errors import RateLimitError, StoreError
 from ratelimit.runtime import fork_safety
+from ratelimit.runtime.bounded import BoundedMap
 from ratelimit.runtime.steps import Steps
 
 T = TypeVar("T")
@@ -64,20 +65,20 @@ class _Sample(NamedTuple):
 class _Entry:
     """What is known of a bucket.
 
-    :param target: of the exchange that was last begun; as is the plan.
+    :param target: of the question that was asked last; as are the terms.
     :param state: as the store had it, less what was handed out here since; None: the store must be asked.
     :param seen_at: when the store had it so.
     :param seen_consumed: what the store had counted then.
     :param pending: tokens that were handed out here, and that the store is not known to have.
-    :param exchanges: those under way. One that was interrupted is gone without having said what came of it: it has
-        failed, and its tokens are to be told by another.
-    :param ended: exchanges that have succeeded.
+    :param exchanges: the questions under way. One that was interrupted is gone without a word: it has failed, and its
+        tokens are to be told by another.
+    :param ended: questions that were answered.
     :param own: tokens that this manager has consumed in the store.
     :param empty_tokens: so many are not there before ``empty_until``.
     """
 
     target: Target
-    plan: Plan
+    terms: Plan
     weight: int
     state: BucketState | None = None
     seen_at: int = 0
@@ -95,7 +96,7 @@ class _Entry:
         return not (self.pending or self.under_way())
 
     def under_way(self) -> list[_Begun]:
-        """The exchanges that somebody waits for."""
+        """Return the questions that somebody waits for."""
         return [begun for exchange in self.exchanges if (begun := exchange()) is not None]
 
     @property
@@ -142,143 +143,141 @@ class _Entry:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Begun:
-    """An exchange under way: the tokens that it carries or has to be told of, and how many had ended before."""
+    """A question under way: the tokens that it carries or has to be told of, and how many had ended before."""
 
     entry: _Entry
     target: Target
-    plan: Plan
+    terms: Plan
     carried: int
     not_carried: int
     ended: int
 
 
-class Optimizer:
+class LocalDecisions:
     """What a manager knows of its buckets, and has not told the store; the least recently used are forgotten first.
 
     A bucket with unsynchronized tokens is forgotten only when the store has been told. Safe for threads; the lock is
     held for arithmetic, and never while a store is waited for.
 
-    :param exchange: what asks the store.
+    :param inner: asks the store.
+    :param now: gives the time for a stored key; None where the store must be asked for it.
+    :param deadline: gives the deadline of a question of the manager's own that is asked now.
     :param limit_bytes: roughly the memory that it may take.
     """
 
-    def __init__(self, exchange: Exchange, limit_bytes: int) -> None:
-        self._exchange = exchange
-        self._limit = limit_bytes
-        self._size = 0
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+    def __init__(
+        self, inner: Layer, now: Callable[[bytes], Any], deadline: Callable[[], float], limit_bytes: int
+    ) -> None:
+        self._inner = inner
+        self._now = now
+        self._deadline = deadline
+        self._entries = BoundedMap[_Entry](limit_bytes, lambda _, entry: entry.weight)
         self._lock = fork_safety.lock()
-        fork_safety.call_in_child(self._forget_all)
+        # In a forked process the tokens are the parent's to book, as are the questions in flight.
+        fork_safety.call_in_child(self._entries.clear)
 
-    def optimized(self, optimization: Optimization | None) -> Exchange:
-        """An exchange that asks the store only where the optimization wants that; None: always."""
-        return self._exchange if optimization is None else partial(self._optimized, optimization)
+    def layer(self, optimization: Optimization) -> Layer:
+        """Return the layer that asks the store only where an optimization wants that."""
+
+        def decide(question: Question) -> Steps[Any]:
+            ((target, terms, command),) = question.parts
+            key = target.stored_key
+            if key in self._entries.values:
+                now = yield self._now(key)
+                decided = ASK if now is None else self._decided(optimization, question, now)
+                if decided is not ASK:
+                    return decided
+            elif not (yield from self._make_room(_weight(target, terms), question.deadline)):
+                return (yield from self._inner(question))
+            with self._lock:
+                begun = _begin(self._entry(target, terms), carrying=not command.only_reads)
+            return (yield from self._ask(begun, question, optimization.max_samples))
+
+        return decide
 
     def forget(self, key: bytes) -> None:
         """Drop what is known of a bucket that has been removed, unsynchronized tokens included."""
         with self._lock:
-            self._drop(key)
+            self._entries.drop(key)
 
-    def _forget_all(self) -> None:
-        """Know nothing in a forked process: the tokens are the parent's to book, as are the exchanges in flight."""
-        self._entries.clear()
-        self._size = 0
-
-    def sync(self, backend: Backend, key: bytes, call: Call | None = None) -> Steps[None]:
+    def sync(self, key: bytes, deadline: float) -> Steps[None]:
         """Tell the store what was handed out of a bucket, and learn what it holds; nothing where nothing is known."""
-        call = call or backend.own_call()
         with self._lock:
-            entry = self._entries.get(key)
+            entry = self._entries.values.get(key)
             begun = None if entry is None else _begin(entry, carrying=True)
         if begun is not None:
-            yield from self._ask(backend, begun, TakeSnapshot(), call, 0)
+            yield from self._synchronized(begun, deadline)
 
-    def sync_all(self, backend: Backend) -> Steps[None]:
+    def sync_all(self) -> Steps[None]:
         """Tell the store all that was handed out and not told.
 
         :raises StoreError: at once, where the store fails; other errors when all keys have been tried.
         """
         with self._lock:
-            keys = [key for key, entry in self._entries.items() if entry.unsynchronized]
+            keys = [key for key, entry in self._entries.values.items() if entry.unsynchronized]
         failure: RateLimitError | None = None
         for key in keys:
             try:
-                yield from self.sync(backend, key)
+                yield from self.sync(key, self._deadline())
             except RateLimitError as error:
                 failure = failure or error
                 if isinstance(error, StoreError):
                     break
         if failure is not None:
             with self._lock:
-                left = [entry.unsynchronized for entry in self._entries.values() if entry.unsynchronized]
+                entries = self._entries.values.values()
+                left = [entry.unsynchronized for entry in entries if entry.unsynchronized]
             _logger.warning("%d tokens of %d buckets could not be synchronized", sum(left), len(left))
             raise failure
 
-    def _optimized(  # noqa: PLR0917  # an exchange, and before it what it may save
-        self,
-        optimization: Optimization,
-        backend: Backend,
-        target: Target,
-        plan: Plan,
-        command: Command[T],
-        call: Call,
-    ) -> Steps[T]:
-        """As :func:`ratelimit.engine.swapping.exchange`, without the store where that is allowed."""
-        if target.stored_key in self._entries:
-            now = yield backend.now(target.stored_key)
-            decided = ASK if now is None else self.decided(optimization, target.stored_key, plan, command, now)
-            if decided is not ASK:
-                return decided  # type: ignore[return-value]  # the answer of the command
-        elif not (yield from self._make_room(backend, _weight(target, plan), call)):
-            answer = yield from self._exchange(backend, target, plan, command, call)
-            return answer  # type: ignore[no-any-return]  # that of the command
-        with self._lock:
-            begun = _begin(self._entry(target, plan), carrying=not command.only_reads)
-        return (yield from self._ask(backend, begun, command, call, optimization.max_samples))
+    def _synchronized(self, begun: _Begun, deadline: float | None) -> Steps[None]:
+        yield from self._ask(begun, Question.of(begun.target, begun.terms, TakeSnapshot(), deadline), 0)
 
-    def decided(self, optimization: Optimization, key: bytes, plan: Plan, command: Command[Any], now: int) -> Any:
-        """The answer, where it needs no exchange; else ``ASK``. Nothing is sent, and nobody waited for."""
+    def _decided(self, optimization: Optimization, question: Question, now: int) -> Any:
+        """Return the answer where it does not need the store, else ``ASK``. Nothing is sent, and nobody waited for."""
+        ((target, terms, command),) = question.parts
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or entry.state is None or entry.plan != plan:
+            entry = self._entries.values.get(target.stored_key)
+            if entry is None or entry.state is None or entry.terms != terms:
                 return ASK
             if abs(now - entry.seen_at) >= optimization.max_unsynchronized_nanos:  # a clock may go back a little
                 return ASK
             if type(command) is TryConsume and command.tokens >= entry.empty_tokens and now < entry.empty_until:
                 return False
-            self._entries.move_to_end(key)
+            self._entries.values.move_to_end(target.stored_key)
             try:
                 return _decided(entry, entry.state.refilled(now), optimization, command, now)
-            except ArithmeticError:  # foreign numbers, for the exchange to complain of
+            except ArithmeticError:
+                # The numbers are foreign. The store's own bytes are read for the error to show.
                 return ASK
 
-    def _ask(
-        self,
-        backend: Backend,
-        begun: _Begun,
-        command: Command[T],
-        call: Call,
-        samples: int,
-    ) -> Steps[T]:
-        """Ask the store; tokens on their way are seen through to the end, whoever is cancelled."""
-        carried = begun.carried
-        asking = Call(call.deadline, holds=True) if carried and not call.holds else call
+    def _ask(self, begun: _Begun, question: Question, samples: int) -> Steps[Any]:
+        """Ask the store; tokens on their way are seen through to the end, whatever is cancelled."""
+        ((_, _, command),) = question.parts
+        carried, course = begun.carried, question.course
         booking = bool(carried) or not command.only_reads
         asked = Synchronize(carried if booking else begun.not_carried, command, booking=booking)
+        if carried and not question.holds:
+            asking = Question.of(begun.target, begun.terms, asked, question.deadline, holds=True)
+        else:
+            asking = Question.of(
+                begun.target, begun.terms, asked, question.deadline, holds=question.holds, course=course
+            )
+        own = asking.course
         try:
-            outcome: Synchronized[T] = yield from self._exchange(backend, begun.target, begun.plan, asked, asking)
+            outcome: Synchronized[Any] = yield from self._inner(asking)
         except BaseException as error:
             self._failed(begun, error)
             if isinstance(error, GeneratorExit):
                 raise
-            if asking is not call and asking.interruption not in (None, error):
-                raise asking.interruption from error
+            if own is not course and own.interruption not in (None, error):
+                raise own.interruption from error
             raise
         finally:
-            call.round_trips = asking.round_trips
+            course.round_trips = own.round_trips
         self._succeeded(begun, outcome, samples)
-        if asking is not call and asking.interruption is not None:
-            raise asking.interruption
+        if own is not course and own.interruption is not None:
+            raise own.interruption
         return outcome.answer
 
     def _failed(self, begun: _Begun, error: BaseException) -> None:
@@ -286,7 +285,8 @@ class Optimizer:
         with self._lock:
             entry.exchanges = _without(entry, begun)
             if isinstance(error, RateLimitError) and not isinstance(error, StoreError):
-                entry.state = None  # it has vanished, perhaps: what was known of it counts no more
+                # The bucket has vanished, perhaps: what was known of it counts no more.
+                entry.state = None
 
     def _succeeded(self, begun: _Begun, outcome: Synchronized[Any], samples: int) -> None:
         entry, carried = begun.entry, begun.carried
@@ -299,7 +299,7 @@ class Optimizer:
             if begun.not_carried:
                 return  # a read, which must not put off when the tokens are booked
             if entry.state is None or alone or entry.seen_consumed <= outcome.state.consumed_tokens:
-                entry.plan = begun.plan
+                entry.terms = begun.terms
                 entry.saw(outcome)
                 if samples:
                     entry.sample(samples)
@@ -307,43 +307,37 @@ class Optimizer:
                 entry.state = entry.state.given_back(carried)
                 entry.empty_until = MIN
 
-    def _entry(self, target: Target, plan: Plan) -> _Entry:
-        entry = self._entries.get(target.stored_key)
+    def _entry(self, target: Target, terms: Plan) -> _Entry:
+        entry = self._entries.values.get(target.stored_key)
         if entry is None:
-            entry = _Entry(target, plan, _weight(target, plan))
-            self._entries[target.stored_key] = entry
-            self._size += entry.weight
-        elif entry.plan != plan:
-            entry.plan, entry.state = plan, None
+            entry = _Entry(target, terms, _weight(target, terms))
+            self._entries.put(target.stored_key, entry)
+        elif entry.terms != terms:
+            entry.terms, entry.state = terms, None
         entry.target = target
         return entry
 
-    def _drop(self, key: bytes) -> None:
-        entry = self._entries.get(key)
-        if entry is not None:
-            del self._entries[key]
-            self._size -= entry.weight
-
-    def _make_room(self, backend: Backend, weight: int, call: Call) -> Steps[bool]:
-        """Forget the least recently used; False where that cannot be done now."""
-        while weight <= self._limit:
+    def _make_room(self, weight: int, deadline: float | None) -> Steps[bool]:
+        """Forget the least recently used, and return whether there is room; False where that cannot be done now."""
+        entries = self._entries
+        while weight <= entries.limit:
             with self._lock:
-                if self._size + weight <= self._limit:
+                if entries.size + weight <= entries.limit:
                     return True
-                key, entry = next(iter(self._entries.items()))
+                key, entry = next(iter(entries.values.items()))
                 if entry.idle():
-                    self._drop(key)
+                    entries.drop(key)
                     continue
-                self._entries.move_to_end(key)
+                entries.values.move_to_end(key)
                 begun = _begin(entry, carrying=True)
             try:
-                yield from self._ask(backend, begun, TakeSnapshot(), Call(call.deadline), 0)
+                yield from self._synchronized(begun, deadline)
             except RateLimitError:
                 return False  # it keeps its tokens, and the newcomer asks the store
             with self._lock:
-                if not entry.idle() or self._entries.get(key) is not entry:
+                if not entry.idle() or entries.values.get(key) is not entry:
                     return False
-                self._drop(key)
+                entries.drop(key)
         return False
 
 
@@ -351,7 +345,7 @@ def _begin(entry: _Entry, *, carrying: bool) -> _Begun:
     under_way = entry.under_way()
     unsynchronized = entry.pending - sum(begun.carried for begun in under_way)
     carried, left = (unsynchronized, 0) if carrying else (0, unsynchronized)
-    begun = _Begun(entry, entry.target, entry.plan, carried, left, entry.ended)
+    begun = _Begun(entry, entry.target, entry.terms, carried, left, entry.ended)
     entry.exchanges = (*map(ref, under_way), ref(begun))
     return begun
 
@@ -389,5 +383,5 @@ _CONSUMING: Final[frozenset[type]] = frozenset(
 )
 
 
-def _weight(target: Target, plan: Plan) -> int:
-    return _OVERHEAD_BYTES + 2 * len(target.stored_key) + 300 * len(plan.configuration.bandwidths)
+def _weight(target: Target, terms: Plan) -> int:
+    return _OVERHEAD_BYTES + 2 * len(target.stored_key) + 300 * len(terms.configuration.bandwidths)

@@ -9,62 +9,70 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-from ratelimit.core.commands import Command, Plan
-from ratelimit.engine.swapping import Backend, Call, Exchange, Target
+from ratelimit.engine.question import Course, Layer, Question
 from ratelimit.runtime.steps import Steps, run
 from ratelimit.runtime.threads import Job, beside
 
-T = TypeVar("T")
-
 
 class Shield:
-    """Runs the exchange of a reservation in a thread that nothing interrupts, and undoes it in another one.
+    """Asks for a reservation in a thread that nothing interrupts, and undoes the reservation in another one.
 
     What calls out to the user's code, a listener perhaps, stays in the caller's thread. A clock or a store of the
     user's own does not, and sees the caller's context variables.
 
-    :param give_back: gets the answer to the reservation when it is to be undone, and when the store has given it, by
-        the clock of deadlines, or None where a local bucket has; whether there are tokens to give back is for it to
-        see.
-    :param patience: how long a caller who is interrupted waits at most for that, in seconds.
-    :ivar local_answers: the answer of a local bucket, where that has decided in the place of the store.
+    :param give_back: undoes a reservation, if it has taken tokens. It gets the answer, and when the store has given it,
+        by the clock of deadlines; None where a local bucket has given it.
+    :param patience: how long a caller that is interrupted waits at most for that, in seconds.
     """
 
-    def __init__(self, exchange: Exchange, give_back: Callable[[Any, float | None], None], patience: float) -> None:
-        self._exchange = exchange
+    def __init__(self, course: Course, give_back: Callable[[Any, float | None], None], patience: float) -> None:
+        self._course = course
         self._give_back = give_back
         self._patience = patience
         self._job: Job[Any] | None = None
-        self.local_answers: list[Any] = []
+        course.shield = self
 
-    def exchange(self, backend: Backend, target: Target, plan: Plan, command: Command[T], call: Call) -> Steps[T]:
-        """Do the exchange; an interruption meanwhile is left in the call."""
-        yield from ()
-        steps = self._exchange(backend, target, plan, command, call)
+    def ask(self, inner: Layer, question: Question, monotonic: Callable[[], float]) -> Any:
+        """Ask, and leave an interruption that comes meanwhile in the course."""
+        steps = inner(question)
 
-        def work() -> tuple[T, float]:
-            return run(steps), backend.monotonic()
+        def work() -> tuple[Any, float]:
+            return run(steps), monotonic()
 
-        job: Job[tuple[T, float]] = Job(partial(copy_context().run, work), lambda answered: self._give_back(*answered))
+        job: Job[tuple[Any, float]] = Job(
+            partial(copy_context().run, work), lambda answered: self._give_back(*answered)
+        )
         self._job = job
         job.start()
         while not job.ended:
             try:
                 job.wait(None)
-            except BaseException as error:  # noqa: BLE001  # raised once it is known what is to be undone
-                call.interruption = error
+            except BaseException as error:  # noqa: BLE001  # it is raised once it is known what is to be undone
+                self._course.interruption = error
         return job.result()[0]
 
     def undo(self) -> None:
         """Give back what was reserved, once that is known; nothing where there was no reservation."""
         job = self._job
-        if self.local_answers or (job is not None and job.may_give):
+        if self._course.local_answer is not None or (job is not None and job.may_give):
             beside(self._undo, self._patience)
 
     def _undo(self) -> None:
-        while self.local_answers:
-            self._give_back(self.local_answers.pop(), None)
+        answer, self._course.local_answer = self._course.local_answer, None
+        if answer is not None:
+            self._give_back(answer, None)
         if self._job is not None:
             self._job.abandon()
+
+
+def shielding(inner: Layer, monotonic: Callable[[], float]) -> Layer:
+    """Return the layer that asks under the shield of a question's course."""
+
+    def decide(question: Question) -> Steps[Any]:
+        yield from ()
+        shield = question.course.shield
+        return shield.ask(inner, question, monotonic)  # type: ignore[union-attr]  # it is asked where there is one
+
+    return decide

@@ -20,7 +20,7 @@ from ratelimit.core.numbers import Duration
 from ratelimit.core.results import VerboseResult
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
-from ratelimit.engine.handle import AsyncLimitsOfKey
+from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
 from ratelimit.integrations.logs import OtherLimits
 from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
@@ -203,7 +203,7 @@ class _Limit:
 def _taken(bucket: Bucket | AsyncBucket, cost: int, wait: bool | Duration) -> Steps[VerboseResult[Any]]:
     if wait is False:
         return (yield bucket.verbose.try_consume_and_return_remaining(cost))  # type: ignore[no-any-return]
-    return (yield bucket.verbose.consume(cost, timeout=None if wait is True else wait))  # type: ignore[no-any-return]
+    return (yield bucket.verbose.consume(cost, max_wait=None if wait is True else wait))  # type: ignore[no-any-return]
 
 
 def _is_async(function: object) -> bool:

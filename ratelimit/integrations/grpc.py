@@ -27,8 +27,8 @@ from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NANOS_PER_SECOND, NEVE
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
-from ratelimit.engine.handle import AsyncLimitsOfKey
 from ratelimit.engine.on_error import RETRY_NANOS
+from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import (
     ContentionError,
     CorruptStateError,

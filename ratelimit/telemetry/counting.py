@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ratelimit.engine.listener import Decision
+from ratelimit.engine.observing import Decision
 from ratelimit.keys import Key
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.copies import OfThisProcess

@@ -20,7 +20,7 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.core.token_bucket import codec
-from ratelimit.manager import Settings
+from ratelimit.settings import SettingsByName
 from ratelimit.testing import ManualClock
 from tests.interop.peer import JavaError, Peer
 from tests.support import vectors
@@ -108,7 +108,7 @@ def test_what_both_take_is_exactly_what_there_is(
                 wait_until_taken(client, access, total)
                 total += 50
                 if i % 2 == 0:
-                    manager.add_tokens(access.key, 50)
+                    manager.bucket(access.key).add_tokens(50)
                 else:
                     peers[0].ask("add_tokens", access.key, limits, tokens=50)
             wait_until_taken(client, access, total)
@@ -156,7 +156,7 @@ def test_a_newer_configuration_replaces_the_older_under_load(
     wanted = BucketConfiguration(Bandwidth.intervally(3000, 2 * AGES))
     limits = {1: QUOTA, 2: wanted}
     in_java, in_python = (2, 1) if newer == "java" else (1, 2)
-    settings: Settings = {"configuration_version": in_python, "inheritance": TokensInheritance.AS_IS}
+    settings: SettingsByName = {"configuration_version": in_python, "inheritance": TokensInheritance.AS_IS}
     access = Access(url, limits[in_python], settings=settings)
     # The older limits make the bucket: the newer ones would begin with more.
     ProxyManager(RedisStore(client), QUOTA, configuration_version=1).available_tokens(access.key)
@@ -254,7 +254,7 @@ def test_a_debt_is_stored_alike_and_read_field_for_field(
     implicit = None if version is None else {"version": version, "strategy": "RESET"}
     for tokens in (2, 1500):
         verb = "consume_ignoring_rate_limits"
-        penalty = manager.consume_ignoring_rate_limits("python", tokens)
+        penalty = manager.bucket("python").consume_ignoring_rate_limits(tokens)
         now = clock.now_nanos()
         assert peer.ask(verb, "java", limits, now=now, implicit=implicit, tokens=tokens) == penalty
         state = stored(client, "java")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -11,7 +12,6 @@ from ratelimit.core.commands import (
     Batch,
     Command,
     ConsumeAsMuchAsPossible,
-    Plan,
     Reserve,
     TryConsume,
     TryConsumeAndReturnRemaining,
@@ -20,17 +20,18 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
-from ratelimit.engine.handle import Handle, removed
-from ratelimit.engine.last_seen import Remembered
-from ratelimit.engine.local_decisions import Optimizer
-from ratelimit.engine.on_error import OnError
+from ratelimit.engine.face import Face
 from ratelimit.engine.optimization import Optimization
-from ratelimit.engine.swapping import Backend, Call, Target, exchange
+from ratelimit.engine.pipeline import Pipeline
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Layer, Question, Target
+from ratelimit.engine.swapping import swapping
 from ratelimit.errors import RateLimitError
-from ratelimit.runtime.steps import Steps
+from ratelimit.runtime.steps import Steps, run
 from tests.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.simulation.network import Network, Request, SimulatedStore
 from tests.simulation.world import APART, SECOND, ViolationError, World
+from tests.support.ways import tuning
 
 _NEW_READING: Final = 0.2  # how often a reply changes what its client makes of the server's clock
 
@@ -77,6 +78,23 @@ class Task:
     interrupted: bool = False
 
 
+Witness = Callable[[Question, Steps[Any]], Steps[Any]]
+
+
+class Witnessed(Pipeline):
+    """A pipeline whose decisions by the store have a witness; questions do not go together in it."""
+
+    def __init__(
+        self, witnessed: Callable[[Question, Steps[Any]], Steps[Any]], *arguments: Any, **settings: Any
+    ) -> None:
+        self._witnessed = witnessed
+        super().__init__(*arguments, **settings)
+
+    def _decider(self, *_: Any, **__: Any) -> Layer:
+        decide = swapping(self.requests)
+        return lambda question: self._witnessed(question, decide(question))
+
+
 class Process:
     """A client: its handles, what they remember together, and its tasks.
 
@@ -99,46 +117,45 @@ class Process:
         settings, store = self.settings, SimulatedStore(self.network.server, self._known_now)
         self._lag = self.world.random.randint(0, settings.skew)
         self._knows_time = self.world.random.random() < 0.5
-        self._backend = Backend(
-            store=store,
-            now=store.known_now,
-            sleep=Wait,
-            pause=self._pause,
-            monotonic=self.world.monotonic,
+        face = Face(False, self._pause, spawn=self._begin, finish=run, monotonic=self.world.monotonic)
+        self._pipeline = Witnessed(
+            self._witnessed,
+            store,
+            face,
+            optimization=settings.optimization,
+            tuning=tuning()._replace(most_attempts=settings.attempts),
+            memory_limit_bytes=settings.memory,
             timeout=settings.timeout,
-            remembered=Remembered(settings.memory),
-            attempts=settings.attempts,
-            deciding=store,
-            executing=None,
-            unique_readings=not settings.grain,
         )
-        self._handles: dict[bytes, Handle] = {}
-        self._optimizer = Optimizer(self._decided, 1 << 20)
+        self._pipeline.sleep = Wait
+        self._pipeline.requests.unique_readings = not settings.grain
+        self._buckets: dict[bytes, BucketProxy] = {}
         self._handed_out: Counter[bytes] = Counter()
         self._told: Counter[bytes] = Counter()
         self._excused = False
 
     def begin(self, key: bytes, command: Command[Any], deadline: bool) -> None:
         """Begin a verb; a reservation is waited for, as ``consume`` does."""
-        handle = self._handle(key)
+        bucket = self._bucket(key)
         if isinstance(command, Reserve):
             longest = None if command.longest_wait_nanos == NEVER else command.longest_wait_nanos / SECOND
-            steps: Steps[Any] = handle.consume(command.tokens, longest)
+            steps: Steps[Any] = bucket.consume(command.tokens, longest, None)
         elif isinstance(command, Remove):
-            steps = self._removed(handle, command)
+            steps = self._removed(bucket, command)
         else:
-            steps = handle.run(command, handle.call() if deadline else Call())
+            question = bucket.question(command)
+            steps = bucket.layer(question if deadline else question._replace(deadline=None))
         self._begin(self._counted(key, command, steps))
 
     def synchronize(self) -> None:
         """Tell the store what was handed out without it."""
-        for handle in self._handles.values():
-            self._begin(handle.sync())
+        for bucket in self._buckets.values():
+            self._begin(bucket.sync())
 
     def close(self) -> None:
         """All that was handed out is in the store, or was kept to be told later."""
         for key, tokens in self._handed_out.items():
-            entry = self._optimizer._entries.get(key)
+            entry = self._pipeline.local_decisions._entries.values.get(key)
             kept = 0 if entry is None else entry.unsynchronized
             if tokens > self._told[key] + kept and not self._excused:
                 raise ViolationError(
@@ -182,31 +199,26 @@ class Process:
     def __str__(self) -> str:
         return f"client {self.index}"
 
-    def _handle(self, key: bytes) -> Handle:
-        handle = self._handles.get(key)
-        if handle is None:
+    def _bucket(self, key: bytes) -> BucketProxy:
+        bucket = self._buckets.get(key)
+        if bucket is None:
             settings = self.settings
             target = Target(key, key, settings.expiration, settings.must_exist)
-            handle = self._handles[key] = Handle(
-                self._backend,
-                self._optimizer.optimized(settings.optimization),
+            bucket = self._buckets[key] = self._pipeline.bucket(
                 target,
                 settings.limits,
                 version=None,
                 inheritance=TokensInheritance.RESET,
-                timeout=self._backend.timeout,
-                optimizer=self._optimizer,
-                on_error=OnError.RAISE,
-                guard=None,
-                merger=None,
+                timeout=settings.timeout,
             )
-        return handle
+        return bucket
 
-    def _witnessed(self, key: bytes, command: Command[Any], call: Call, steps: Steps[Any]) -> Steps[Any]:
-        """Steps with the ledger as their witness."""
+    def _witnessed(self, question: Question, steps: Steps[Any]) -> Steps[Any]:
+        """Take steps with the ledger as their witness."""
+        ((target, _, command),) = question.parts
         task = self._running
         assert task is not None
-        decision = task.decision = self.ledger.begun(str(self), key, command, call)
+        decision = task.decision = self.ledger.begun(str(self), question)
         if self.world.tracing:
             self.world.note(f"{decision} begins")
         try:
@@ -221,16 +233,12 @@ class Process:
         if self.world.tracing:
             self.world.note(f"{decision} is told {plain_answer(answer)}")
         self.ledger.answered(decision, answer)
-        self._told[key] += decision.told_charge
+        self._told[target.stored_key] += decision.told_charge
         self._excused |= decision.outcome != "told" or isinstance(command, Remove)
         return answer
 
-    def _decided(self, backend: Backend, target: Target, plan: Plan, command: Command[Any], call: Call) -> Steps[Any]:
-        return self._witnessed(target.stored_key, command, call, exchange(backend, target, plan, command, call))
-
-    def _removed(self, handle: Handle, command: Remove) -> Steps[None]:
-        steps = removed(self._backend, handle.target, handle.optimizer)
-        return self._witnessed(handle.target.stored_key, command, self._backend.call(), steps)
+    def _removed(self, bucket: BucketProxy, command: Remove) -> Steps[None]:
+        return self._witnessed(bucket.question(command), self._pipeline.remove(bucket.target, bucket.timeout))
 
     def _resume(self, task: Task, value: Any, failure: BaseException | None) -> None:
         self._running = task

@@ -27,7 +27,7 @@ from ratelimit.core.results import ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine.swapping import Call
+from ratelimit.engine.question import Question
 from ratelimit.errors import BucketNotFoundError, ContentionError, CorruptStateError, StoreError
 from tests.simulation.bucket import Bucket
 from tests.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
@@ -70,7 +70,7 @@ class Decision:
     client: str
     key: bytes
     command: Command[Any]
-    call: Call
+    question: Question
     reading: int = 0
     trips: int = 0
     unanswered: int = 0
@@ -207,8 +207,9 @@ class Ledger:
 
     # What the clients are told.
 
-    def begun(self, client: str, key: bytes, command: Command[Any], call: Call) -> Decision:
-        decision = Decision(len(self.decisions), client, key, command, call)
+    def begun(self, client: str, question: Question) -> Decision:
+        ((target, _, command),) = question.parts
+        decision = Decision(len(self.decisions), client, target.stored_key, command, question)
         self.decisions.append(decision)
         return decision
 
@@ -256,13 +257,13 @@ class Ledger:
         match error:
             case StoreError():
                 in_doubt = error.in_doubt
-                deadline = decision.call.deadline
+                deadline = decision.question.deadline
                 if self.calm and (deadline is None or self.world.monotonic() < deadline - _ROUNDING):
                     self.fail(decision, f"fails with {error!r}, though nothing is wrong")
             case ContentionError() | BucketNotFoundError():
                 in_doubt = False
             case KeyboardInterrupt():
-                in_doubt = error is not decision.call.interruption
+                in_doubt = error is not decision.question.course.interruption
             case GeneratorExit():
                 in_doubt = True
             case _:
@@ -275,7 +276,7 @@ class Ledger:
     def _ended(self, decision: Decision) -> None:
         if decision.trips > self.most_trips + min(decision.unanswered, 1):
             self.fail(decision, f"takes {decision.trips} round trips")
-        deadline = decision.call.deadline
+        deadline = decision.question.deadline
         if deadline is not None and self.world.monotonic() > deadline + LONGEST_PAUSE_NANOS / SECOND:
             self.fail(decision, "ends after its deadline")
 

@@ -17,11 +17,15 @@ from ratelimit.core.commands import Command, GetAvailableTokens, GiveBack, Plan,
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
-from ratelimit.engine.last_seen import Remembered
-from ratelimit.engine.swapping import Backend, Call, Target, exchange
+from ratelimit.engine.face import Face
+from ratelimit.engine.last_seen import LastSeen
+from ratelimit.engine.question import Question, Target
+from ratelimit.engine.store_requests import DEFAULT_TUNING, requests_to
+from ratelimit.engine.swapping import swapping
 from ratelimit.errors import StoreTimeoutError, StoreUnavailableError
-from ratelimit.runtime.steps import Steps
+from ratelimit.runtime.steps import Steps, run
 from ratelimit.stores.memory import MemoryStore
+from ratelimit.testing import ManualClock
 from tests.simulation.world import EPOCH, SECOND
 
 KEY = b"key"
@@ -42,28 +46,26 @@ class Held:
         return partial(partial, getattr(self._stored, name))
 
 
+class Own(ManualClock):
+    """A clock that no other writer reads alike."""
+
+    def __init__(self, nanos: int) -> None:
+        super().__init__(nanos)
+        self.unique_readings = True
+
+
 class Client:
     """One that reads a clock to the nanosecond, like no other."""
 
     def __init__(self, stored: MemoryStore, index: int) -> None:
         held: Any = Held(stored)
-        self._backend = Backend(
-            store=held,
-            now=lambda _: EPOCH + 1 + index,
-            sleep=int,
-            pause=int,
-            monotonic=float,
-            timeout=1.0,
-            remembered=Remembered(1 << 20),
-            attempts=10,
-            deciding=None,
-            executing=None,
-            unique_readings=True,
-        )
+        face = Face(False, pause=int, spawn=run, finish=run, monotonic=float)
+        requests = requests_to(held, Own(EPOCH + 1 + index), face, LastSeen(1 << 20), DEFAULT_TUNING)
+        self._decide = swapping(requests)
 
     def begin(self, command: Command[Any]) -> tuple[Steps[Any], Swap]:
         """A decision, and its first request."""
-        steps = exchange(self._backend, Target(KEY, KEY, Expiration.none()), Plan(MINUTES), command, Call())
+        steps = self._decide(Question.of(Target(KEY, KEY, Expiration.none()), Plan(MINUTES), command))
         waits_for = next(steps)
         while isinstance(waits_for, int):
             waits_for = steps.send(waits_for)

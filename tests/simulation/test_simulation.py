@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
-import ratelimit.engine.swapping
-from ratelimit.core.commands import Command, TryConsume, execute
+from ratelimit.core.commands import TryConsume, execute
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine.handle import Handle
-from ratelimit.engine.last_seen import Seen
-from ratelimit.engine.local_decisions import Optimizer
-from ratelimit.engine.swapping import Backend, Call, Target, exchange
+from ratelimit.engine import attempt, delegation, lost_reply, swapping
+from ratelimit.engine.attempt import Attempt
+from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
+from ratelimit.engine.local_decisions import LocalDecisions
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Layer, Question
+from ratelimit.engine.store_requests import Requests
 from ratelimit.errors import StoreError
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
@@ -89,19 +91,25 @@ def a_store_that_lets_clients_wait(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
-    def delegated(deciding: Any, key: bytes, arguments: tuple[bytes, ...], call: Call) -> Steps[Decided]:
-        try:
-            return (yield deciding.decide(key, arguments, deadline=call.deadline))  # type: ignore[no-any-return]
-        except StoreError as error:
-            if not error.in_doubt:
-                raise
-        return (yield deciding.decide(key, arguments, deadline=call.deadline))  # type: ignore[no-any-return]
+    def repeating(requests: Requests) -> Layer:
+        decide: Any = requests.decide
 
-    patch.setattr(ratelimit.engine.swapping, "_delegated", delegated)
+        def deciding(key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
+            try:
+                return (yield decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]
+            except StoreError as error:
+                if not error.in_doubt:
+                    raise
+            return (yield decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]
+
+        requests.deciding = deciding
+        return swapping.swapping(requests)
+
+    patch.setattr(clients, "swapping", repeating)
 
 
 def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ratelimit.engine.swapping, "request", lambda *_, **__: None)
+    patch.setattr(delegation, "request", lambda *_, **__: None)
 
 
 def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -121,25 +129,31 @@ def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
-    def admitting(backend: Backend, target: Target, plan: Any, command: Command[Any], call: Call) -> Steps[Any]:
-        seen, now = backend.remembered.get(target.stored_key), backend.now(target.stored_key)
-        if seen.bucket is not None and isinstance(command, TryConsume):
-            after, answer = execute(command, plan, seen.bucket, now)
-            if answer:
-                backend.remembered.put(target.stored_key, Seen(seen.state, after))
-                return answer
-        return (yield from exchange(backend, target, plan, command, call))
+    def admitting(requests: Requests) -> Layer:
+        decide = swapping.swapping(requests)
 
-    patch.setattr(clients, "exchange", admitting)
+        def admit(question: Question) -> Steps[Any]:
+            ((target, terms, command),) = question.parts
+            seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
+            if seen.bucket is not None and isinstance(command, TryConsume):
+                after, answer = execute(command, terms, seen.bucket, now)
+                if answer:
+                    requests.remember(target.stored_key, Sighting(seen.state, after))
+                    return answer
+            return (yield from decide(question))
+
+        return admit
+
+    patch.setattr(clients, "swapping", admitting)
 
 
 def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
     """Put something else in the place of what follows a swap whose reply was lost."""
-    patch.setattr(ratelimit.engine.swapping, "_repeated", repeat)
+    patch.setattr(attempt, "repeated", repeat)
 
 
 def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None:
-    repeated = ratelimit.engine.swapping._repeated
+    repeated = lost_reply.repeated
 
     def repeat(*arguments: Any) -> Steps[Lost | None]:
         try:
@@ -153,30 +167,33 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
 
 
 def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ratelimit.engine.swapping, "_holds_reading", lambda *_: True)
+    patch.setattr(lost_reply, "_holds_reading", lambda *_: True)
 
 
 def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
-    def trusting(**settings: Any) -> Backend:
-        settings["unique_readings"] = True
-        return Backend(**settings)
+    def trusting(requests: Requests) -> Layer:
+        decide = swapping.swapping(requests)
 
-    patch.setattr(clients, "Backend", trusting)
+        def trust(question: Question) -> Steps[Any]:
+            requests.unique_readings = True
+            return (yield from decide(question))
+
+        return trust
+
+    patch.setattr(clients, "swapping", trusting)
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
-    def repeat(
-        backend: Backend, target: Target, _swap: Any, _traces: Any, failure: BaseException, call: Call
-    ) -> Steps[Lost | None]:
+    def repeat(attempt: Attempt, _after: Any, _ttl: int, failure: BaseException) -> Steps[Lost | None]:
         if not isinstance(failure, StoreError) or not failure.in_doubt:
             raise failure
-        return Lost((yield ratelimit.engine.swapping.asked(backend, backend.store.get, call, target.stored_key)))
+        return Lost((yield attempt.requests.get(attempt.target.stored_key, deadline=attempt.question.deadline)))
 
     _repeating(patch, repeat)
 
 
 def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
-    repeated = ratelimit.engine.swapping._repeated
+    repeated = lost_reply.repeated
 
     def repeat(*arguments: Any) -> Steps[Lost | None]:
         try:
@@ -193,7 +210,7 @@ def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
         return
         yield
 
-    patch.setattr(Handle, "_cancel", nothing)
+    patch.setattr(BucketProxy, "_cancel", nothing)
 
 
 def a_wait_that_is_cancelled_at_the_expense_of_those_behind_it(patch: pytest.MonkeyPatch) -> None:
@@ -209,13 +226,13 @@ def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_forgets_what_it_could_not_book(patch: pytest.MonkeyPatch) -> None:
-    failed = Optimizer._failed
+    failed = LocalDecisions._failed
 
-    def forget(self: Optimizer, begun: Any, error: BaseException) -> None:
+    def forget(self: LocalDecisions, begun: Any, error: BaseException) -> None:
         failed(self, begun, error)
         begun.entry.pending -= begun.carried
 
-    patch.setattr(Optimizer, "_failed", forget)
+    patch.setattr(LocalDecisions, "_failed", forget)
 
 
 MUTANTS: list[tuple[Mutant, str]] = [

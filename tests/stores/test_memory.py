@@ -26,6 +26,7 @@ from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.testing import ManualClock
 from tests.support.faces import SwappingStore
+from tests.support.inside import pipeline_of
 
 MILLISECOND = 10**6
 
@@ -115,7 +116,7 @@ VERBS: list[Callable[[Any, int], Any]] = [
     lambda bucket, tokens: bucket.verbose.try_consume_and_return_remaining(tokens),
     lambda bucket, tokens: bucket.try_consume_as_much_as_possible(tokens),
     lambda bucket, tokens: bucket.consume_ignoring_rate_limits(tokens),
-    lambda bucket, tokens: bucket.consume(tokens, timeout=30),
+    lambda bucket, tokens: bucket.consume(tokens, max_wait=30),
     lambda bucket, tokens: bucket.estimate_ability_to_consume(tokens),
     lambda bucket, _: bucket.available_tokens(),
     lambda bucket, _: bucket.snapshot(),
@@ -149,7 +150,7 @@ class Pair:
             store = kind(clock=expiry)
             self.stores.append(store)
             manager = ProxyManager(store, limits, clock=None if one_clock else time, **settings)
-            object.__setattr__(manager._backend, "sleep", lambda _: None)
+            pipeline_of(manager).sleep = lambda _: None
             self.managers.append(manager)
             self.times.append(time)
             self.expiries.append(expiry)

@@ -46,12 +46,16 @@ class AsyncSwappingStore(AsyncMemoryStore):
 
 
 class Settled:
-    """An object of either face, whose methods are all awaited."""
+    """An object of either face, whose methods are all awaited; a manager has all verbs of its buckets, key first."""
 
     def __init__(self, face: Any) -> None:
         self.face = face
 
     def __getattr__(self, name: str) -> Any:
+        if not hasattr(self.face, name) and hasattr(self.face, "bucket"):
+            return lambda key, *arguments, **keywords: getattr(Settled(self.face.bucket(key)), name)(
+                *arguments, **keywords
+            )
         method = getattr(self.face, name)
 
         async def call(*arguments: Any, **keywords: Any) -> Any:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ratelimit import AsyncProxyManager, ProxyManager, StoreError
+from tests.support.inside import coalescing_of
 
 LIMITS = "1000000000/365d intervally"
 CAPACITY = 1_000_000_000
@@ -103,7 +104,8 @@ class Ledger:
             assert sure <= taken <= sure + unsure, (key, sure, taken, unsure)
         assert self.slowest < LONGEST_WAIT, self.slowest
         manager: Any = self.manager
-        merger, connections = manager._optimizer._exchange.__self__, manager._store._channel._connections
+        merger: Any
+        merger, connections = coalescing_of(manager), manager._store._channel._connections
         assert not merger._leaders, merger._leaders
         connections.clear()
         deadline = time.monotonic() + PATIENCE

@@ -7,11 +7,16 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any, NamedTuple
 
-import ratelimit.engine.swapping
-from ratelimit.core.commands import Batch, Command
+import ratelimit.manager
+from ratelimit import OnError
+from ratelimit.core.commands import Batch
+from ratelimit.engine.question import Layer, Question
+from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning
+from ratelimit.runtime.steps import Steps
 from ratelimit.stores.redis.channels import Command as RedisCommand
 from ratelimit.stores.redis.channels import Replies
 from ratelimit.stores.redis.scripts import load
+from tests.support.inside import pipeline_of
 
 _NEVER = 2**63
 _DECIDE = load("decide")
@@ -20,7 +25,7 @@ _DECIDE = load("decide")
 class By(Enum):
     """Who decides; the values are swaps lost, and round trips of one decision, before the server does."""
 
-    EITHER = (ratelimit.engine.swapping._LOST_BEFORE_DELEGATION, ratelimit.engine.swapping._TRIPS_BEFORE_DELEGATION)
+    EITHER = (DEFAULT_TUNING.losses_before_delegation, DEFAULT_TUNING.trips_before_delegation)
     """As it comes: the client by swaps, and the server by its script once a bucket is contended."""
     SWAPS = (_NEVER, _NEVER)
     SCRIPT = (0, 0)
@@ -37,33 +42,50 @@ class Way(NamedTuple):
 WAYS = [Way(by, merging) for by in By for merging in (True, False)]
 
 
+def tuning() -> Tuning:
+    """Return how managers decide that are made from now on in this process."""
+    return vars(ratelimit.manager)["DEFAULT_TUNING"]  # type: ignore[no-any-return]
+
+
 def decide_by(by: By) -> None:
-    """From now on, in this process."""
-    lost, trips = by.value
-    for name, value in (("_LOST_BEFORE_DELEGATION", lost), ("_TRIPS_BEFORE_DELEGATION", trips)):
-        setattr(ratelimit.engine.swapping, name, value)
+    """Let all managers that are made from now on in this process decide so."""
+    losses, trips = by.value
+    decided = DEFAULT_TUNING._replace(losses_before_delegation=losses, trips_before_delegation=trips)
+    vars(ratelimit.manager)["DEFAULT_TUNING"] = decided
 
 
 @contextmanager
-def deciding_by(by: By) -> Generator[None]:
+def deciding_by(by: By, *managers: Any) -> Generator[None]:
+    """Let managers that are made in the block decide so, and these for as long as it runs."""
     decide_by(by)
+    requests = [pipeline_of(manager).requests for manager in managers]
+    for each in requests:
+        each.tuning = tuning()
     try:
         yield
     finally:
         decide_by(By.EITHER)
+        for each in requests:
+            each.tuning = tuning()
 
 
 def batched(manager: Any) -> None:
     """Let a manager of either face do each command as those that are led do theirs: in a batch."""
-    exchange = manager._exchange
+    pipeline = manager._pipeline
 
-    def exchange_batch(backend: Any, target: Any, plan: Any, command: Command[Any], call: Any) -> Any:
-        if command.only_reads:
-            return (yield from exchange(backend, target, plan, command, call))
-        (answer,) = yield from exchange(backend, target, plan, Batch((command,)), call)
-        return answer
+    def in_batch(layer: Layer) -> Layer:
+        def decide(question: Question) -> Steps[Any]:
+            ((_, _, command),) = question.parts
+            if command.only_reads:
+                return (yield from layer(question))
+            (answer,) = yield from layer(question.asking(Batch((command,))))
+            return answer
 
-    manager._exchange = exchange_batch
+        return decide
+
+    pipeline._ask_at_once = None
+    pipeline._innermost = in_batch(pipeline._innermost)
+    pipeline._layers = pipeline._composed(OnError.RAISE, None)
 
 
 class Tap:

@@ -27,7 +27,7 @@ from ratelimit import (
     StoreError,
     TokensInheritance,
 )
-from ratelimit.manager import Settings
+from ratelimit.settings import SettingsByName
 from tests.support.faces import Manager, settled
 from tests.support.ways import By, Tap, Way, decide_by
 
@@ -138,7 +138,7 @@ class Access(NamedTuple):
     url: str
     limits: BucketConfiguration
     key: str = "user:42"
-    settings: Settings = {}  # noqa: RUF012  # nobody changes it
+    settings: SettingsByName = {}  # noqa: RUF012  # nobody changes it
 
     def manager(self, store: RedisStore | None = None) -> ProxyManager:
         """A manager for a process, which is to close it: of a store of its own, if it is given none."""
@@ -152,8 +152,8 @@ class Access(NamedTuple):
             return AsyncProxyManager(store, self.limits, **self._settings())
         return AsyncProxyManager.from_url(self.url, self.limits, **self._settings())
 
-    def _settings(self) -> Settings:
-        settings: Settings = {"timeout": PATIENCE, **self.settings, "merging": Shared.way.merging}
+    def _settings(self) -> SettingsByName:
+        settings: SettingsByName = {"timeout": PATIENCE, **self.settings, "merging": Shared.way.merging}
         if Shared.way.by is By.SWAPS:
             settings["max_attempts"] = 10**6  # it is the script that spares a decision so many
         return settings
@@ -303,7 +303,7 @@ MANY_VERBS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("try_consume", (1,), {}),
     ("try_consume_and_return_remaining", (1,), {}),
     ("try_consume_as_much_as_possible", (2,), {}),
-    ("consume", (1,), {"timeout": 1e-9}),
+    ("consume", (1,), {"max_wait": 1e-9}),
     ("consume_ignoring_rate_limits", (1,), {}),
     ("estimate_ability_to_consume", (1,), {}),
     ("available_tokens", (), {}),

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration, Limits
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
-from ratelimit.engine.handle import AsyncLimitsOfKey
+from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import Missing, RequestKey, client_ip, joined, method, name_of

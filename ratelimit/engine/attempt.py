@@ -1,0 +1,185 @@
+"""One decision on its way through compare-and-swap: what is believed to be stored, and what was tried so far."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ratelimit.core.commands import execute
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.cancellation import seen_through
+from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
+from ratelimit.engine.lost_reply import repeated
+from ratelimit.engine.question import Question, new_tuple
+from ratelimit.engine.store_requests import Requests
+from ratelimit.errors import BucketNotFoundError, ContentionError, StoreTimeoutError
+from ratelimit.runtime import fork_safety
+from ratelimit.runtime.steps import Steps
+from ratelimit.stores.protocol import Lost
+
+_IMMEDIATE_ATTEMPTS: Final = 4
+_SHORTEST_PAUSE_NANOS: Final = 500_000
+_LONGEST_PAUSE_NANOS: Final = 16_000_000
+
+
+class Attempt:
+    """What is known about one decision while it is made.
+
+    :ivar before: the bytes that are believed to be stored; None: nothing.
+    :ivar state: the same bytes as a state, where that is at hand.
+    :ivar is_fresh: whether ``before`` was shown to this very decision.
+    :ivar swaps: swaps that this decision has lost.
+    :ivar now: the time to decide by; None: it has to be asked for.
+    :ivar must_read: whether the store must be read before anything else.
+    :ivar should_delegate: whether the store is to decide by itself.
+    :ivar has_delegated: whether it was asked to, which it is once.
+    :ivar new: the bytes that the last swap was to store.
+    """
+
+    # The class holds the defaults, because most decisions are over after one swap and set none of these.
+    is_fresh: bool = False
+    swaps: int = 0
+    must_read: bool = False
+    should_delegate: bool = False
+    has_delegated: bool = False
+    new: bytes = b""
+
+    def __init__(self, requests: Requests, question: Question) -> None:
+        self.requests = requests
+        self.question = question
+        ((target, self.terms, command),) = question.parts
+        self.target = target
+        self.command = command
+        key = target.stored_key
+        self.seen = seen = requests.last_seen(key, NOTHING_SEEN)
+        before, self.state, losses, _ = seen
+        self.before = before
+        self.now: Any = requests.known_now(key)
+        if losses >= requests.tuning.losses_before_delegation:
+            self.should_delegate = self._is_delegable()
+        if self.now is None or before is None or command.only_reads:
+            self.must_read = self._must_read_first()
+
+    @property
+    def must_exist(self) -> bool:
+        """Whether a missing bucket is an error."""
+        return self.target.must_exist_once_made and self.target.made
+
+    @property
+    def losses(self) -> int:
+        """Swaps under the key that were lost in a row."""
+        return self.seen.losses + self.swaps
+
+    def read(self) -> Steps[None]:
+        """Read what is stored; the reply brings the time along where the store has not told it yet."""
+        self.must_read = False
+        self.question.course.round_trips += 1
+        question = self.question
+        self.shown((yield self.requests.get(self.target.stored_key, deadline=question.deadline)))
+
+    def read_clock(self) -> Steps[None]:
+        """Learn the time, by asking for it where that cannot be avoided."""
+        key = self.target.stored_key
+        now = self.requests.now(key)
+        if now is None:
+            now = self.requests.now_nanos(key, deadline=self.question.deadline)
+        self.now = yield now
+
+    def compute(self) -> tuple[Any, Any]:
+        """Return the state to store, or None, and the answer."""
+        state = self.state
+        if state is None and self.before is not None:
+            self.state = state = codec.decode(self.before, self.target.key)
+        try:
+            return execute(self.command, self.terms, state, self.now)
+        except ArithmeticError as error:
+            raise codec.out_of_range(self.before or b"", self.target.key) from error
+
+    def swap(self, after: BucketState) -> Steps[Lost | None]:
+        """Put a state in the place of ``before``; None where that is done, else what is stored instead."""
+        requests, question, target = self.requests, self.question, self.target
+        self.new = new = codec.encode(after)
+        ttl = target.expiration.ttl_millis(after, self.now)
+        question.course.round_trips += 1
+        try:
+            if question.holds:
+                swap = requests.swap(target.stored_key, self.before, new, ttl, deadline=question.deadline)
+                return (yield from seen_through(swap, question.course))  # type: ignore[no-any-return]
+            return (yield from requests.swapping(target.stored_key, self.before, new, ttl, question.deadline))
+        except BaseException as error:  # noqa: BLE001  # it is raised again unless the outcome can be found out
+            return (yield from repeated(self, after, ttl, error))
+
+    def remembered(self, answer: Any) -> Any:
+        """Return the answer of a command that stores nothing, after noting what was shown."""
+        undisturbed = self.seen.undisturbed if self.before == self.seen.state else 0
+        self.requests.remember(self.target.stored_key, Sighting(self.before, self.state, self.losses, undisturbed))
+        return answer
+
+    def won(self, after: BucketState, answer: Any) -> Any:
+        """Return the answer of a command whose swap was carried out."""
+        losses = self.losses if self.swaps else 0
+        state, target = self.state, self.target
+        self.requests.remember(target.stored_key, new_tuple(Sighting, (self.new, after, losses, 0)))
+        if state is None or state.configuration_version != after.configuration_version:
+            target.made = True
+        return answer
+
+    def lost(self, loss: Lost) -> Steps[None]:
+        """Go on from the bytes of the writer that has won, after a pause where many swaps were lost.
+
+        :raises ContentionError: after the most swaps that one decision may lose.
+        :raises StoreTimeoutError: where there is no time left.
+        """
+        if self.question.course.interruption is not None:
+            raise self.question.course.interruption  # nothing was consumed
+        requests = self.requests
+        self.swaps += 1
+        self.shown(loss.state)
+        late = self.is_late()
+        if late or self.swaps >= requests.tuning.most_attempts:
+            requests.remember(self.target.stored_key, Sighting(self.before, None, self.losses))
+            if late:
+                raise StoreTimeoutError(
+                    self.target.key, f"there was no time left after {self.swaps} swaps that were lost"
+                )
+            raise ContentionError(self.target.key, self.swaps)
+        if self.swaps >= _IMMEDIATE_ATTEMPTS:
+            yield requests.pause(_jittered_pause(self.swaps - _IMMEDIATE_ATTEMPTS))
+            yield from self.read()
+
+    def is_late(self) -> bool:
+        """Return whether there is no time left to ask the store."""
+        deadline = self.question.deadline
+        return deadline is not None and self.requests.monotonic() >= deadline
+
+    def shown(self, before: bytes | None) -> None:
+        """Go on from what the store has shown.
+
+        :raises BucketNotFoundError: where nothing is stored, and this handle has made a bucket that must exist.
+        """
+        if before is None and self.must_exist:
+            raise BucketNotFoundError(self.target.key)
+        self.before, self.state, self.is_fresh, self.now = before, None, True, None
+        self.should_delegate = self._is_contended() and self._is_delegable()
+
+    def _is_contended(self) -> bool:
+        tuning = self.requests.tuning
+        return (
+            self.losses >= tuning.losses_before_delegation
+            or self.question.course.round_trips >= tuning.trips_before_delegation
+        )
+
+    def _must_read_first(self) -> bool:
+        if self.command.only_reads or (self.before is None and self.must_exist):
+            return True
+        # A store that can decide brings its time along with a read.
+        return self.now is None and self.requests.decide is not None
+
+    def _is_delegable(self) -> bool:
+        # A command that only reads is answered from its read, unless that shows a bucket to be made or replaced.
+        can_delegate = self.requests.decide is not None and not self.has_delegated
+        return can_delegate and (self.swaps > 0 or not self.command.only_reads)
+
+
+def _jittered_pause(retry: int) -> int:
+    return fork_safety.chance.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))

@@ -1,0 +1,66 @@
+"""Decisions that the store makes by itself, because swaps would be lost: see the third rule of ``swapping``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ratelimit.core.commands import execute
+from ratelimit.core.token_bucket import codec
+from ratelimit.engine.attempt import Attempt
+from ratelimit.engine.cancellation import seen_through
+from ratelimit.engine.last_seen import Sighting
+from ratelimit.engine.script_arguments import request
+from ratelimit.runtime.steps import Steps
+
+NOT_DECIDED: Final = object()
+"""No answer: the store has shown what is stored, and has changed nothing."""
+
+_UNDISTURBED_BEFORE_SWAPS: Final = 16
+"""Decisions of the store without another writer in between, after which this process swaps again."""
+
+
+def delegated(attempt: Attempt) -> Steps[Any]:
+    """Let the store decide, once in an attempt; ``NOT_DECIDED`` where it cannot decide this command, or this bucket."""
+    attempt.should_delegate, attempt.has_delegated = False, True
+    question, requests = attempt.question, attempt.requests
+    now: int = attempt.now
+    target, course = attempt.target, question.course
+    arguments = request(
+        attempt.command,
+        attempt.terms,
+        target.expiration,
+        now,
+        must_exist=attempt.must_exist,
+    )
+    if arguments is None:
+        return NOT_DECIDED
+    course.round_trips += 1
+    if question.holds:
+        deciding = requests.decide(target.stored_key, arguments, deadline=question.deadline)  # type: ignore[misc]
+        done, before = yield from seen_through(deciding, course)
+    else:
+        done, before = yield from requests.deciding(target.stored_key, arguments, question.deadline)  # type: ignore[misc]
+    if done:
+        return _explained(attempt, before, now)
+    if course.interruption is not None:
+        raise course.interruption  # nothing was consumed
+    attempt.shown(before)
+    return NOT_DECIDED
+
+
+def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
+    """Return the answer to what the store has decided; its reply tells only what was stored before.
+
+    The store goes on to decide until no other process has written for a while.
+    """
+    target, seen = attempt.target, attempt.seen
+    state = None if before is None else codec.decode(before, target.key)
+    after, answer = execute(attempt.command, attempt.terms, state, now)
+    stored = before if after is None else codec.encode(after)
+    undisturbed = seen.undisturbed + 1 if before == seen.state else 0
+    tuning = attempt.requests.tuning
+    losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else tuning.losses_before_delegation
+    attempt.requests.remember(target.stored_key, Sighting(stored, after or state, losses, undisturbed))
+    if state is None or (after is not None and state.configuration_version != after.configuration_version):
+        target.made = True
+    return answer

@@ -1,0 +1,206 @@
+"""The layer that answers where the store fails, as ``on_error`` says.
+
+A local bucket keeps books: what it has handed out is charged to the shared bucket by the next decision about the same
+key that the store answers, in the same swap, and for keys that nobody asks for by a sweep beside the callers, which
+begins when the store has answered for the first time. What was in doubt is never charged again, because the store may
+have it. A local bucket stays when the store is back, so that a store that fails on and off does not fill it each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+from ratelimit.core.commands import Book, Cancel, GiveBack, Synchronize
+from ratelimit.core.results import ConsumptionProbe, EstimationProbe, VerboseResult
+from ratelimit.engine.local_buckets import Debt, LocalBuckets, was_asked
+from ratelimit.engine.on_error import RETRY_NANOS, ErrorPolicy, OnError
+from ratelimit.engine.outage_log import OutageLog
+from ratelimit.engine.question import Layer, Question, Target
+from ratelimit.errors import (
+    BucketNotFoundError,
+    ContentionError,
+    CorruptStateError,
+    InvalidArgumentError,
+    RateLimitError,
+    StoreError,
+)
+from ratelimit.keys import brief
+from ratelimit.runtime import fork_safety
+from ratelimit.runtime.steps import Steps
+
+_SECONDS_BETWEEN_SWEEPS: Final = 1.0
+_FAILURES_OF_A_SWEEP: Final = 5  # in a row: the store is down again
+
+
+class Fallback:
+    """What a manager does where its store fails.
+
+    :param beneath: the layer that charges debts to the shared buckets.
+    :param deadline: gives the deadline of a question of the manager's own that is asked now.
+    :param spawn: runs steps beside the caller.
+    :param monotonic: a clock of seconds.
+    """
+
+    def __init__(
+        self,
+        beneath: Layer,
+        local: LocalBuckets,
+        outages: OutageLog,
+        *,
+        deadline: Callable[[], float],
+        spawn: Callable[[Steps[None]], None],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.local = local
+        self._beneath = beneath
+        self._outages = outages
+        self._deadline = deadline
+        self._spawn = spawn
+        self._monotonic = monotonic
+        self._sweeping = False
+        self._swept_at = float("-inf")
+        self._in_debt = False  # whether there may be something to sweep
+        self._lock = fork_safety.lock()
+        fork_safety.call_in_child(self._end_sweep)
+
+    def layer(self, inner: Layer, policy: ErrorPolicy) -> Layer:
+        """Return the layer that goes by a policy where the layer below fails."""
+        local, outages = self.local, self._outages
+
+        def decide(question: Question) -> Steps[Any]:
+            ((target, _, command),) = question.parts
+            course = question.course
+            debt = local.debt(target.stored_key, course) if local and not command.only_reads else None
+            try:
+                if debt is None:
+                    answer: Any = yield from inner(question)
+                else:
+                    answer = yield from self._charging(inner, debt, question)
+            except (StoreError, ContentionError, CorruptStateError) as error:
+                course.failure = error
+                answer = self._answer(policy, question, error)
+                course.degraded = True
+            else:
+                if (outages.degraded or self._in_debt) and course.round_trips:
+                    self._store_answers()
+            return answer
+
+        return decide
+
+    def _charging(self, inner: Layer, debt: Debt, question: Question) -> Steps[Any]:
+        """Ask, and charge a debt along with it."""
+        ((_, _, command),) = question.parts
+        try:
+            outcome = yield from inner(question.asking(Synchronize(debt.tokens, command, booking=True)))
+        except BaseException as error:
+            asked = was_asked(question.course) or isinstance(error, StoreError)
+            self.local.settle(debt, charged=asked and _is_in_doubt(error))
+            raise
+        self.local.settle(debt, charged=True)
+        return outcome.answer
+
+    def _answer(self, policy: ErrorPolicy, question: Question, error: RateLimitError) -> Any:
+        """Return the answer without the store, or raise the error."""
+        ((target, _, command),) = question.parts
+        if not command.is_decision:
+            raise error
+        chosen = policy if isinstance(policy, OnError) else policy(target.key, error)
+        if not isinstance(chosen, OnError):
+            raise InvalidArgumentError(f"on_error must give an OnError; got {brief(chosen)}") from error
+        if chosen.kind == "raise":
+            raise error
+        if chosen.kind == "allow":
+            answer = command.answer_without_limit()
+            question.course.charged = False
+        elif chosen.kind == "deny":
+            try:
+                answer = command.answer_refused(RETRY_NANOS)
+            except NotImplementedError:
+                raise error from None
+        elif isinstance(command, GiveBack):
+            answer = None
+            self.local.give_back(target, command.tokens)
+        else:
+            in_doubt = _is_in_doubt(error)
+            question.course.charged = not in_doubt
+            answer = self.local.decide(question, chosen.share, in_doubt=in_doubt)
+        self._in_debt |= chosen.kind == "local"
+        self._outages.note_failure(target.key, chosen, error)
+        return _degraded(answer)
+
+    def _store_answers(self) -> None:
+        """Begin what is to be done when the store is back."""
+        self._outages.note_answer()
+        now = self._monotonic()
+        with self._lock:
+            sweeps = self._in_debt and not self._sweeping and now - self._swept_at >= _SECONDS_BETWEEN_SWEEPS
+            if sweeps:
+                self._swept_at = now
+        if sweeps:
+            with suppress(RuntimeError):  # no thread to be had: the next answer of the store tries again
+                self._spawn(self._sweep())
+
+    def _sweep(self) -> Steps[None]:
+        if self._sweeping:
+            return
+        self._sweeping = True
+        try:
+            self._in_debt = False
+            yield from self.charge_all()
+        except RateLimitError:
+            # The next answer of the store begins another sweep.
+            self._in_debt = True
+        finally:
+            self._sweeping = False
+
+    def _end_sweep(self) -> None:
+        """Begin without a sweep in a forked process: the thread is missing there, and the debts were the parent's."""
+        self._sweeping = self._in_debt = False
+
+    def charge_all(self) -> Steps[None]:
+        """Charge what was consumed of all local buckets.
+
+        :raises RateLimitError: the first, where some could not be charged; after several in a row at once.
+        """
+        failure: RateLimitError | None = None
+        in_a_row = 0
+        for debt, course in self.local.debts():
+            question = Question.of(
+                debt.local.target, debt.local.terms, Book(debt.tokens), self._deadline(), course=course
+            )
+            try:
+                yield from self._beneath(question)
+            except (BucketNotFoundError, CorruptStateError):  # there is nothing to charge it to
+                self.local.settle(debt, charged=True)
+            except BaseException as error:
+                self.local.settle(debt, charged=_is_in_doubt(error))
+                in_a_row += 1
+                if not isinstance(error, RateLimitError) or in_a_row >= _FAILURES_OF_A_SWEEP:
+                    raise
+                failure = failure or error
+            else:
+                self.local.settle(debt, charged=True)
+                in_a_row = 0
+        if failure is not None:
+            raise failure
+
+    def cancel_locally(self, target: Target, command: Cancel) -> None:
+        """Undo a reservation that was made in a local bucket."""
+        self.local.cancel(target, command)
+
+
+def _is_in_doubt(error: BaseException) -> bool:
+    """Return whether the store may have done what ended so; also where nobody has waited for the end."""
+    return bool(getattr(error, "in_doubt", not isinstance(error, RateLimitError)))
+
+
+def _degraded(answer: Any) -> Any:
+    """Return the answer, marked as not the store's where it can be."""
+    if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
+        if isinstance(answer, VerboseResult) and isinstance(answer.value, ConsumptionProbe | EstimationProbe):
+            answer = replace(answer, value=replace(answer.value, degraded=True))
+        return replace(answer, degraded=True)
+    return answer

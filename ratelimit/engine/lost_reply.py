@@ -1,0 +1,58 @@
+"""What is done about a swap whose reply was lost: see the second rule of ``swapping``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine.last_seen import Sighting
+from ratelimit.errors import StoreError, StoreUnavailableError
+from ratelimit.runtime.steps import Steps
+from ratelimit.stores.protocol import Lost
+
+if TYPE_CHECKING:
+    from ratelimit.engine.attempt import Attempt
+
+
+def repeated(attempt: Attempt, after: BucketState, ttl: int, failure: BaseException) -> Steps[Lost | None]:
+    """Swap once more, after a swap whose reply was lost.
+
+    :param failure: what has come in place of the reply. It is raised again where the swap was not carried out for sure,
+        and where there is nobody left to wait for another reply.
+    :raises StoreUnavailableError: where nobody can say whether the first swap was carried out.
+    """
+    question, requests = attempt.question, attempt.requests
+    course, key = question.course, attempt.target.stored_key
+    if isinstance(failure, StoreError):
+        if not failure.in_doubt or attempt.is_late():
+            raise failure
+    elif not question.holds or isinstance(failure, GeneratorExit):
+        raise failure
+    else:
+        # Sync code was interrupted, or the event loop is closing: no reply will come any more.
+        course.interruption = failure
+    course.round_trips += 1
+    try:
+        loss: Lost | None = yield requests.swap(key, attempt.before, attempt.new, ttl, deadline=question.deadline)
+    except StoreError as error:
+        error.in_doubt = True
+        raise
+    if loss is None:
+        return None
+    is_in_place = loss.state == attempt.new
+    if is_in_place and requests.unique_readings and _holds_reading(attempt.state, after, attempt.now):
+        # No other writer can have written these bytes: the first swap was carried out.
+        return None
+    requests.remember(key, Sighting(loss.state))
+    meanwhile = "while others were changing the bucket"
+    if is_in_place:
+        meanwhile = "and the state that it was to store is there, which another writer may have stored"
+    raise StoreUnavailableError(
+        attempt.target.key, f"a reply of the store was lost {meanwhile}", in_doubt=True
+    ) from failure
+
+
+def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:
+    """Return whether the new state shows at what time it was computed, which the old one does not."""
+    known = set() if before is None else {state.last_refill_time_nanos for state in before.bandwidth_states}
+    return now not in known and any(now == state.last_refill_time_nanos for state in after.bandwidth_states)

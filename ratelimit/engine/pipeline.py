@@ -1,0 +1,293 @@
+"""The layers of a manager, listed once, and what all of them have in common.
+
+From the outside in, each of them only where there is something for it to do:
+
+- the terms of a key are looked up, where the limits are a callable;
+- observing: a listener is notified;
+- fallback: ``on_error`` answers where the store fails;
+- the shield, for waits in sync code;
+- local decisions: as an optimization allows;
+- coalescing: one question at a time for each bucket;
+- swapping: the store is asked. Over a store in this process, :class:`InProcess` takes the place of these two.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+from ratelimit.checks import timeout_seconds
+from ratelimit.core.commands import Command, Plan
+from ratelimit.core.numbers import Duration
+from ratelimit.core.token_bucket import codec
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.inheritance import TokensInheritance
+from ratelimit.engine.cancelled_waits import CancelledWaits
+from ratelimit.engine.coalescing.tasks import TaskCoalescing
+from ratelimit.engine.coalescing.threads import ThreadCoalescing
+from ratelimit.engine.face import Face
+from ratelimit.engine.fallback import Fallback
+from ratelimit.engine.in_process import InProcess
+from ratelimit.engine.last_seen import LastSeen
+from ratelimit.engine.local_buckets import LocalBuckets
+from ratelimit.engine.local_decisions import LocalDecisions
+from ratelimit.engine.observing import Listener, observing
+from ratelimit.engine.on_error import ErrorPolicy, OnError
+from ratelimit.engine.optimization import Optimization
+from ratelimit.engine.outage_log import OutageLog
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Course, Layer, Part, Question, Target, errors_named, new_tuple
+from ratelimit.engine.shield import shielding
+from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning, now_of, requests_to
+from ratelimit.engine.swapping import swapping
+from ratelimit.errors import RateLimitError
+from ratelimit.runtime import fork_safety
+from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
+from ratelimit.runtime.steps import Steps
+from ratelimit.stores.protocol import AsyncStore, ExecutingStore, Store
+
+_logger = logging.getLogger("ratelimit")
+
+AsyncLimitsOfKey: TypeAlias = Callable[[Any], Limits | Awaitable[Limits | None] | None]
+"""Gives the limits of a key, or None for one that is not limited; in asyncio code it may be ``async``."""
+
+
+class _Layers(NamedTuple):
+    """The layers for one policy and one optimization.
+
+    :param layer: the outermost.
+    :param shielded: the outermost of those for waits in sync code.
+    :param ask_at_once: asks without steps; None: there is more to do than that.
+    """
+
+    layer: Layer
+    shielded: Layer
+    ask_at_once: Callable[[Question], Any] | None
+
+
+class Pipeline:
+    """What the buckets of a manager have in common.
+
+    :param clock: what time it is for buckets; None: the time of the store.
+    :param on_error: the policy of buckets that have none of their own.
+    :param optimization: that of buckets that have none of their own; None: every decision asks the store.
+    :param described: the manager, as logs name it.
+    :param coalesces: whether questions that want the same bucket at the same time go together.
+    :param timeout: how long a question of the manager's own may take, in seconds.
+    :ivar sleep: waits for a number of nanoseconds by the clock of the buckets.
+    :ivar monotonic: the clock of deadlines, in seconds.
+    :ivar coalescing: lets one question at a time through; None where questions do not go together.
+    """
+
+    def __init__(
+        self,
+        store: Store | AsyncStore,
+        face: Face,
+        *,
+        clock: Clock | None = None,
+        on_error: ErrorPolicy = OnError.RAISE,
+        listener: Listener | None = None,
+        optimization: Optimization | None = None,
+        described: str = "a manager",
+        tuning: Tuning = DEFAULT_TUNING,
+        memory_limit_bytes: int = 16 * 2**20,
+        coalesces: bool = True,
+        timeout: float = 0.5,
+    ) -> None:
+        self.store = store
+        self.face = face
+        self.listener = listener
+        self.monotonic = face.monotonic
+        self._timeout = timeout
+        sleeper = MonotonicSleep() if clock is None else clock
+        self.sleep: Callable[[int], Any] = sleeper.asleep if face.asynchronous else sleeper.sleep
+        now_of_clock = None if clock is None else now_of(clock)
+        self.last_seen = LastSeen(memory_limit_bytes)
+        self.requests = requests_to(store, clock, face, self.last_seen, tuning)
+        self.cancelled_waits = CancelledWaits()
+        self.coalescing: ThreadCoalescing | TaskCoalescing | None = None
+        self._ask_at_once: Callable[[Question], Any] | None = None
+        self._innermost = self._decider(store, now_of_clock, coalesces=coalesces)
+        self.local_decisions = LocalDecisions(self._innermost, self.requests.now, self.own_deadline, memory_limit_bytes)
+        steady = steady_clock()
+        self.local_buckets = LocalBuckets(now_of_clock or (lambda _: steady()), memory_limit_bytes)
+        self.fallback = Fallback(
+            self._beneath(optimization),
+            self.local_buckets,
+            OutageLog(described, self.monotonic),
+            deadline=self.own_deadline,
+            spawn=face.spawn,
+            monotonic=self.monotonic,
+        )
+        self._on_error = on_error
+        self._optimization = optimization
+        self._layers = self._composed(on_error, optimization)
+        self._begin = self.monotonic
+
+    def _decider(self, store: Any, now_of_clock: Callable[[bytes], int] | None, *, coalesces: bool) -> Layer:
+        """Return the innermost layers, and note how they are asked without steps."""
+        if isinstance(store, ExecutingStore) and store.executes:
+            in_process = InProcess(store, now_of_clock)
+            if not self.face.asynchronous:
+                self._ask_at_once = in_process.ask
+            return in_process.decide
+        deciding = swapping(self.requests)
+        if not coalesces:
+            return deciding
+        if self.face.asynchronous:
+            self.coalescing = TaskCoalescing(deciding, self.monotonic)
+            self._ask_at_once = self.coalescing.ask
+        else:
+            self.coalescing = ThreadCoalescing(deciding, self.monotonic)
+        return self.coalescing.decide
+
+    def _beneath(self, optimization: Optimization | None) -> Layer:
+        return self._innermost if optimization is None else self.local_decisions.layer(optimization)
+
+    def _composed(self, on_error: ErrorPolicy, optimization: Optimization | None) -> _Layers:
+        beneath = self._beneath(optimization)
+        layer = self._around(beneath, on_error)
+        shielded = layer if self.face.asynchronous else self._around(shielding(beneath, self.monotonic), on_error)
+        return _Layers(layer, shielded, self._ask_at_once if layer is self._innermost else None)
+
+    def _around(self, layer: Layer, on_error: ErrorPolicy) -> Layer:
+        if on_error != OnError.RAISE:
+            layer = self.fallback.layer(layer, on_error)
+        if self.listener is not None:
+            layer = observing(layer, self.listener, self.monotonic, asynchronous=self.face.asynchronous)
+        return layer
+
+    def bucket(
+        self,
+        target: Target,
+        limits: BucketConfiguration | AsyncLimitsOfKey,
+        *,
+        version: int | None,
+        inheritance: TokensInheritance,
+        timeout: float,
+        on_error: ErrorPolicy | None = None,
+        optimization: Optimization | None = None,
+    ) -> BucketProxy:
+        """Return a bucket with its layers.
+
+        :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
+        :param on_error: None: the policy of the pipeline; likewise the optimization.
+        """
+        layers = self._layers
+        if on_error is not None or optimization is not None:
+            layers = self._composed(
+                self._on_error if on_error is None else on_error,
+                self._optimization if optimization is None else optimization,
+            )
+        layer, shielded, ask_at_once = layers
+        terms: Plan | None = None
+        if isinstance(limits, BucketConfiguration):
+            terms = Plan(limits, version, inheritance)
+        else:
+            look_up = partial(
+                looking_up, limits=limits, version=version, inheritance=inheritance, monotonic=self.monotonic
+            )
+            layer, shielded, ask_at_once = look_up(layer), look_up(shielded), None
+        if ask_at_once is None:
+            ask: Any = self._asking(target, terms, timeout, layer, self.face.finish)
+        else:
+            ask = self._asking(target, terms, timeout, ask_at_once, _itself)
+        return BucketProxy(self, target, terms, timeout, layer, shielded, ask, ask)
+
+    def _asking(
+        self, target: Target, terms: Plan | None, timeout: float, start: Callable[[Question], Any], finish: Any
+    ) -> Any:
+        """Return what answers a command about a bucket. Every decision passes through it."""
+
+        def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+            fork_safety.check()
+            deadline = self._begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
+            part = new_tuple(Part, (target, terms, command))
+            return finish(start(new_tuple(Question, ((part,), deadline, False, Course()))))
+
+        return ask
+
+    def deadline(self, seconds: float) -> float:
+        """Return the deadline of a question that begins now.
+
+        :raises RateLimitError: once the manager is closed.
+        """
+        fork_safety.check()
+        return self._begin() + seconds
+
+    def own_deadline(self, seconds: float | None = None) -> float:
+        """Return the deadline of a question of the manager's own, also once it is closed."""
+        fork_safety.check()
+        return self.monotonic() + (self._timeout if seconds is None else seconds)
+
+    def close(self) -> None:
+        """Refuse every question that begins from now on; those that are under way go on.
+
+        What a question begins with is replaced, so that none has to ask whether the manager is closed.
+        """
+        self._begin = _closed
+
+    def settled(self) -> Steps[None]:
+        """Tell the store of all that was handed out without asking it."""
+        fork_safety.check()
+        try:
+            yield from self.local_decisions.sync_all()
+        finally:
+            try:
+                yield from self.fallback.charge_all()
+            except RateLimitError as error:
+                _logger.warning("what was consumed without the store could not be charged to it: %s", error)
+
+    def remove(self, target: Target, timeout: float) -> Steps[None]:
+        """Forget a bucket, in the store and in this process."""
+        deadline = self.deadline(timeout)
+        with errors_named(target.key):
+            yield self.requests.delete(target.stored_key, deadline=deadline)
+        for known in (self.last_seen, self.cancelled_waits, self.local_decisions, self.local_buckets):
+            known.forget(target.stored_key)
+
+    def stored_configuration(self, target: Target, timeout: float) -> Steps[BucketConfiguration | None]:
+        """Return the configuration that is stored with a bucket; None where there is no bucket."""
+        deadline = self.deadline(timeout)
+        with errors_named(target.key):
+            state = yield self.requests.get(target.stored_key, deadline=deadline)
+        return None if state is None else codec.decode(state, target.key).configuration
+
+
+def looking_up(
+    inner: Layer,
+    *,
+    limits: AsyncLimitsOfKey,
+    version: int | None,
+    inheritance: TokensInheritance,
+    monotonic: Callable[[], float],
+) -> Layer:
+    """Return the layer that looks up the terms of a key; a key without limits is answered without the store."""
+
+    def decide(question: Question) -> Steps[Any]:
+        ((target, _, command),) = question.parts
+        begun = monotonic()
+        found = yield limits(target.key)
+        if found is None:
+            return command.answer_without_limit()
+        terms = Plan(BucketConfiguration.of(found), version, inheritance)
+        deadline = question.deadline
+        if deadline is not None:
+            # The time that the lookup takes is the caller's own.
+            deadline += monotonic() - begun
+        return (yield from inner(question._replace(parts=(Part(target, terms, command),), deadline=deadline)))
+
+    return decide
+
+
+def _itself(answer: Any) -> Any:
+    return answer
+
+
+def _closed() -> float:
+    # Not a StoreError, which ``on_error`` would turn into an answer: the program is wrong, not the store.
+    raise RateLimitError(
+        "the manager is closed, and so are its buckets; make another manager, or close this one after its last call"
+    )

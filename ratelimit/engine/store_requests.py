@@ -1,0 +1,133 @@
+"""What the loop asks of a store and of clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from ratelimit.engine.face import Face
+from ratelimit.engine.last_seen import LastSeen, Sighting
+from ratelimit.runtime.clock import Clock, has_unique_readings
+from ratelimit.runtime.steps import Steps
+from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, Store
+
+
+class Tuning(NamedTuple):
+    """When the loop changes its ways.
+
+    :param most_attempts: swaps that one decision may lose before it gives up.
+    :param losses_before_delegation: swaps that were lost under a key, after which the store is asked to decide.
+    :param trips_before_delegation: round trips of one decision, after which the store is asked to decide.
+    """
+
+    most_attempts: int = 100
+    losses_before_delegation: int = 2
+    trips_before_delegation: int = 2
+
+
+DEFAULT_TUNING: Final = Tuning()
+
+
+@dataclass(slots=True)
+class Requests:
+    """What the loop asks of a store and of clocks.
+
+    Every request takes a deadline, also where the store itself knows none.
+
+    :param get: reads what is stored; as ``Store.get``.
+    :param swap: swaps; as ``Store.swap``.
+    :param swapping: swaps, in steps.
+    :param now_nanos: asks for the time; as ``Store.now_nanos``.
+    :param now: tells the time by which a key is decided about; None where a read has to bring it first.
+    :param known_now: tells the same where it is known without asking a store that can decide; None elsewhere.
+    :param delete: deletes; as ``Store.delete``.
+    :param decide: lets the store decide; None where it cannot.
+    :param deciding: lets the store decide, in steps.
+    :param pause: waits for a number of nanoseconds between attempts, in real time.
+    :param monotonic: the clock of deadlines, in seconds.
+    :param last_seen: gives what was last seen under a key, or the sighting beside it.
+    :param remember: keeps what was seen under a key.
+    :param unique_readings: whether no two readings of ``now`` are alike, in whichever process.
+    """
+
+    get: Callable[..., Any]
+    swap: Callable[..., Any]
+    swapping: Callable[..., Steps[Lost | None]]
+    now_nanos: Callable[..., Any]
+    now: Callable[[bytes], Any]
+    known_now: Callable[[bytes], Any]
+    delete: Callable[..., Any]
+    decide: Callable[..., Any] | None
+    deciding: Callable[..., Steps[Decided]] | None
+    pause: Callable[[int], Any]
+    monotonic: Callable[[], float]
+    unique_readings: bool
+    last_seen: Callable[[bytes, Sighting], Sighting]
+    remember: Callable[[bytes, Sighting], None]
+    tuning: Tuning
+
+
+def requests_to(
+    store: Store | AsyncStore,
+    clock: Clock | None,
+    face: Face,
+    last_seen: LastSeen,
+    tuning: Tuning,
+) -> Requests:
+    """Return the requests to a store.
+
+    :param clock: tells the time by which keys are decided about; None: the store does.
+    """
+    deciding = store if isinstance(store, DecidingStore) else None
+    asks: Any = _WithDeadlines(store) if deciding is None else store
+    by_clock = None if clock is None else now_of(clock)
+    now = by_clock or (store.now_nanos if deciding is None else deciding.known_now)
+    return Requests(
+        get=asks.get,
+        swap=asks.swap,
+        swapping=asks.swapping,
+        now_nanos=asks.now_nanos,
+        delete=asks.delete,
+        now=now,
+        known_now=_nothing_known if deciding is None else now,
+        decide=None if deciding is None else deciding.decide,
+        deciding=None if deciding is None else deciding.deciding,
+        pause=face.pause,
+        monotonic=face.monotonic,
+        unique_readings=has_unique_readings(store if clock is None else clock),
+        last_seen=last_seen.get,
+        remember=last_seen.put,
+        tuning=tuning,
+    )
+
+
+class _WithDeadlines:
+    """A store that knows no deadlines, asked as if it knew them."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def get(self, key: bytes, *, deadline: float | None) -> Any:
+        return self._store.get(key)
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl: int, *, deadline: float | None) -> Any:
+        return self._store.swap(key, before, after, ttl)
+
+    def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl: int, deadline: float | None) -> Steps[Any]:
+        return (yield self._store.swap(key, before, after, ttl))
+
+    def now_nanos(self, key: bytes, *, deadline: float | None) -> Any:
+        return self._store.now_nanos(key)
+
+    def delete(self, key: bytes, *, deadline: float | None) -> Any:
+        return self._store.delete(key)
+
+
+def now_of(clock: Clock) -> Callable[[bytes], int]:
+    """Return what tells the time by a clock, whatever the key."""
+    return lambda _key: clock.now_nanos()
+
+
+def _nothing_known(_key: bytes) -> None:
+    return None
