@@ -17,7 +17,9 @@ import ratelimit
 from ratelimit.stores.redis import scripts
 
 ROOT = Path(__file__).parents[1]
-LUA = {path.stem: path.read_bytes() for path in (ROOT / "lua").glob("*.lua")}
+LUA = {path.relative_to(ROOT / "lua").as_posix(): path.read_bytes() for path in (ROOT / "lua").rglob("*.lua")}
+SCRIPTS = sorted(name.removesuffix(".lua") for name in LUA if "/" not in name)
+PARTS = sorted(name.removesuffix(".lua") for name in LUA if "/" in name)
 
 USE = """
 import ratelimit
@@ -83,11 +85,11 @@ def only(directory: Path, pattern: str) -> Path:
 
 def test_the_scripts_of_the_wheel_are_used_in_a_fresh_environment(built: Path, fresh: Path) -> None:
     install(fresh, only(built, "*.whl"))
-    done = run(fresh, USE.format(names=sorted(LUA)))
+    done = run(fresh, USE.format(names=SCRIPTS))
     assert done.returncode == 0, done.stderr
     where, *loaded = done.stdout.splitlines()
     assert Path(where).is_relative_to(site_packages(fresh))
-    assert loaded == [f"{name} {scripts.load(name).sha}" for name in sorted(LUA)]
+    assert loaded == [f"{name} {scripts.load(name).sha}" for name in SCRIPTS]
 
 
 @pytest.mark.parametrize("scripts_at", ["ratelimit/lua", "lua"], ids=["as installed", "as in a checkout"])
@@ -97,13 +99,13 @@ def test_the_scripts_are_found_in_a_zip_file(tmp_path: Path, scripts_at: str) ->
         for path in (ROOT / "ratelimit").rglob("*.py"):
             zipped.write(path, path.relative_to(ROOT))
         for name, text in LUA.items():
-            zipped.writestr(f"{scripts_at}/{name}.lua", text)
-    program = f"import sys\nsys.path.insert(0, {str(archive)!r})\n{USE.format(names=sorted(LUA))}"
+            zipped.writestr(f"{scripts_at}/{name}", text)
+    program = f"import sys\nsys.path.insert(0, {str(archive)!r})\n{USE.format(names=SCRIPTS)}"
     done = run(Path(sys.executable), program)
     assert done.returncode == 0, done.stderr
     where, *loaded = done.stdout.splitlines()
     assert Path(where).is_relative_to(archive)
-    assert loaded == [f"{name} {scripts.load(name).sha}" for name in sorted(LUA)]
+    assert loaded == [f"{name} {scripts.load(name).sha}" for name in SCRIPTS]
 
 
 @pytest.mark.redis
@@ -131,8 +133,10 @@ asyncio.run(main())
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     with zipfile.ZipFile(only(built, "*.whl")) as wheel:
         names = wheel.namelist()
-        assert {name for name in names if name.startswith("ratelimit/lua/")} == {f"ratelimit/lua/{n}.lua" for n in LUA}
-        assert all(wheel.read(f"ratelimit/lua/{name}.lua") == text for name, text in LUA.items())
+        assert {name for name in names if name.startswith("ratelimit/lua/")} == {
+            f"ratelimit/lua/{name}" for name in LUA
+        }
+        assert all(wheel.read(f"ratelimit/lua/{name}") == text for name, text in LUA.items())
         assert "ratelimit/py.typed" in names
         assert {name.split("/")[0].split("-")[0] for name in names} == {"ratelimit", "ratelimit_redis"}
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
@@ -145,17 +149,28 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
 def test_the_sdist_holds_what_is_needed_to_build_and_to_test(built: Path) -> None:
     with tarfile.open(only(built, "*.tar.gz")) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {f"lua/{name}.lua" for name in LUA} <= names
+    assert {f"lua/{name}" for name in LUA} <= names
     wanted = {"pyproject.toml", "README.md", "CHANGELOG.md", "Makefile", "docs/LICENSE", "tests/data/traces.json"}
     assert wanted <= names
 
 
+def header(name: str) -> str:
+    """Return the comment at the top of a script or a part, up to the first empty line."""
+    return LUA[f"{name}.lua"].decode().split("\n\n")[0]
+
+
 def test_every_script_says_its_keys_arguments_and_reply() -> None:
-    assert {"set_nx_px", "set_nx", "compare_and_swap_px", "compare_and_swap"} <= set(LUA)
-    for name, text in LUA.items():
-        header = text.split(b"\n\n")[0]
-        for word in (b"-- KEYS[1]", b"-- ARGV[1]", b"-- Reply:"):
-            assert word in header, name
+    assert {"set_nx_px", "set_nx", "compare_and_swap_px", "compare_and_swap", "decide"} <= set(SCRIPTS)
+    for name in SCRIPTS:
+        for word in ("-- KEYS[1]", "-- ARGV[1]", "-- Reply:"):
+            assert word in header(name), name
+
+
+def test_every_part_says_what_it_uses_and_offers_and_to_what() -> None:
+    assert {"parts/numbers", "parts/token_bucket"} <= set(PARTS)
+    for name in PARTS:
+        for word in ("-- Uses ", "-- Offers ", "-- To "):
+            assert word in header(name), name
 
 
 def test_a_missing_script_is_a_clear_error() -> None:

@@ -20,10 +20,10 @@ from ratelimit.core.commands import (
 )
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket import codec
+from ratelimit.stores.operations import Operation
 
 _HEADER: Final = struct.Struct(">BqBqq")  # expiration, its milliseconds, has a version, version, now
-_OPERATION: Final = struct.Struct(">BIqq")  # verb, times, tokens, a further number
-_RAISE: Final = 12
+_OPERATION: Final = struct.Struct(">BIqq")  # number, times, tokens, a further number
 
 _EXPIRATIONS: Final = (Expiration.none(), None, None, Expiration.automatic())
 
@@ -50,14 +50,14 @@ def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
         ]
         state = state._replace(bandwidth_states=tuple(begun))
     commands: list[Command[Any]] = []
-    for verb, times, tokens, further in _OPERATION.iter_unpack(request[_HEADER.size :]):
+    for number, times, tokens, further in _OPERATION.iter_unpack(request[_HEADER.size :]):
         for _ in range(times):
-            if verb == _RAISE:  # belongs to the one before it
+            if number == Operation.RAISE:  # belongs to the one before it
                 cancel = commands.pop()
                 assert isinstance(cancel, Cancel)
                 commands.append(replace(cancel, surplus=(*cancel.surplus, (tokens, further))))
             else:
-                commands.append(_command(verb, tokens, further))
+                commands.append(_command(number, tokens, further))
     refilled = state.refilled(now)
     after, _ = Batch(tuple(commands)).decide(refilled, now)
     if after is None and before is None:
@@ -67,25 +67,25 @@ def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
     return Decision(True, codec.encode(after), _expiration(kind, duration).ttl_millis(after, now))
 
 
-def _command(verb: int, tokens: int, further: int) -> Command[Any]:
-    match verb:
-        case 1:
+def _command(number: int, tokens: int, further: int) -> Command[Any]:
+    match number:
+        case Operation.TRY_CONSUME:
             return TryConsume(tokens)
-        case 2:
+        case Operation.CONSUME_AS_MUCH_AS_POSSIBLE:
             return ConsumeAsMuchAsPossible(tokens)
-        case 3:
+        case Operation.RESERVE:
             return Reserve(tokens, further)
-        case 4:
+        case Operation.GIVE_BACK:
             return GiveBack(tokens)
-        case 5:
+        case Operation.ADD:
             return AddTokens(tokens)
-        case 7:
+        case Operation.RESET:
             return Reset()
-        case 8:
+        case Operation.BOOK:
             return Book(tokens)
-        case 11:
+        case Operation.CANCEL:
             return Cancel(tokens, further)
-    raise NotImplementedError(verb)
+    raise NotImplementedError(number)
 
 
 def _expiration(kind: int, duration: int) -> Expiration:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import struct
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -43,6 +44,7 @@ from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.script_arguments import request
 from ratelimit.errors import CorruptStateError
+from ratelimit.stores.operations import Operation
 from ratelimit.stores.redis.scripts import load
 
 pytestmark = pytest.mark.redis
@@ -61,7 +63,7 @@ LONGEST_TTL = 2**53
 CONSUMED = 1_000_000  # tokens that a bucket has counted, often
 OLD_TTL = 10**12  # far from anything that the script sets
 
-# The script, telling also the time to live that it sets: -1 for none, -2 where it stores nothing.
+# This is the script with the time to live that it sets added to its reply: -1 for none, -2 where it stores nothing.
 TELLING = b"""
 local told = -2
 local real = redis
@@ -549,35 +551,44 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
     assert sizes(after(client, everything)) == [5, 0, 497]
 
 
-@pytest.mark.parametrize(
-    ("command", "size"),
-    [
-        (Reserve(25), -22),
-        (Reserve(25, SECOND), 3),
-        (ConsumeIgnoringRateLimits(1000), -997),
-        (GiveBack(4), 7),
-        (GiveBack(100), 10),
-        (Batch((Reserve(25), Cancel(25, 25))), 3),
-        (Batch((Reserve(25), Reserve(1), Cancel(25, 25))), -23),
-        (Batch((Reserve(1), TryConsume(1), Cancel(1, 1))), 2),
-        (AddTokens(100), 10),
-        (ForceAddTokens(100), 103),
-        (Reset(), 10),
-        (Book(1000), -997),
-        (HoldBack(2 * SECOND), -19),
-        (Batch((HoldBack(SECOND), HoldBack(2 * SECOND), HoldBack(SECOND))), -19),
-        (Synchronize(4, Verbose(TryConsume(1)), booking=True), -1),
-        (Synchronize(2, TryConsume(1), booking=True), 0),
-        (TryConsume(4), 3),
-        (TryConsumeAndReturnRemaining(3), 0),
-        (Verbose(TryConsume(2)), 1),
-        (Batch((TryConsume(2), TryConsume(2), GetAvailableTokens(), TryConsume(1))), 0),
-        (Batch((TryConsume(1),) * 1000), 0),
-        (Batch((ForceAddTokens(900), *(TryConsume(1),) * 1000, Reserve(7))), -7),
-    ],
-)
+EACH_OPERATION: list[tuple[Command[Any], int]] = [
+    (ConsumeAsMuchAsPossible(2), 1),
+    (Reserve(25), -22),
+    (Reserve(25, SECOND), 3),
+    (ConsumeIgnoringRateLimits(1000), -997),
+    (GiveBack(4), 7),
+    (GiveBack(100), 10),
+    (Batch((Reserve(25), Cancel(25, 25))), 3),
+    (Batch((Reserve(25), Reserve(1), Cancel(25, 25))), -23),
+    (Batch((Reserve(1), TryConsume(1), Cancel(1, 1))), 2),
+    (AddTokens(100), 10),
+    (ForceAddTokens(100), 103),
+    (Reset(), 10),
+    (Book(1000), -997),
+    (HoldBack(2 * SECOND), -19),
+    (Batch((HoldBack(SECOND), HoldBack(2 * SECOND), HoldBack(SECOND))), -19),
+    (Synchronize(4, Verbose(TryConsume(1)), booking=True), -1),
+    (Synchronize(2, TryConsume(1), booking=True), 0),
+    (TryConsume(4), 3),
+    (TryConsumeAndReturnRemaining(3), 0),
+    (Verbose(TryConsume(2)), 1),
+    (Batch((TryConsume(2), TryConsume(2), GetAvailableTokens(), TryConsume(1))), 0),
+    (Batch((TryConsume(1),) * 1000), 0),
+    (Batch((ForceAddTokens(900), *(TryConsume(1),) * 1000, Reserve(7))), -7),
+    (ReplaceConfiguration(BucketConfiguration.parse("100/second"), TokensInheritance.ADDITIVE), 93),
+    (Batch((Reserve(25), Cancel(25, 25, ((1, 0),)))), 4),
+]
+"""Commands, and how many tokens of 3 they leave."""
+
+
+@pytest.mark.parametrize(("command", "size"), EACH_OPERATION)
 def test_each_operation(client: redis.Redis, command: Command[Any], size: int) -> None:
     assert sizes(after(client, case("10/second", (NOW, 3, 0), command=command))) == [size]
+
+
+def test_no_operation_is_forgotten_here() -> None:
+    sent = [case("10/second", command=command).request()[1][26:] for command, _ in EACH_OPERATION]
+    assert {number for packed in sent for number, *_ in struct.iter_unpack(">BIqq", packed)} == set(Operation)
 
 
 def test_a_reservation_that_waits_under_several_limits_is_undone_to_the_byte(client: redis.Redis) -> None:

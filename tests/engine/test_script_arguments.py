@@ -1,4 +1,4 @@
-"""Commands as the arguments of the script that decides."""
+"""Commands are turned into the arguments of the script that decides."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine import script_arguments as requests
+from ratelimit.engine import script_arguments
 from ratelimit.engine.script_arguments import request
+from ratelimit.stores.operations import Operation
 
 NOW = 1_700_000_000_000_000_000
 CONFIGURATION = BucketConfiguration.parse("10/second; 100/hour")
@@ -46,11 +47,11 @@ AUTOMATIC = Expiration.automatic()
 TEMPLATE = codec.encode(BucketState.initial(CONFIGURATION, None, 0))
 OTHERS = [BucketConfiguration.parse(text) for text in ("5/minute", "7/minute id a")]
 
-Operation = tuple[int, int, int, int]
+Packed = tuple[int, int, int, int]
 
 
-def operations(command: Command[Any]) -> list[Operation] | None:
-    """Verb, times, tokens and a further number of each; the time goes first."""
+def operations(command: Command[Any]) -> list[Packed] | None:
+    """Unpack the number, times, tokens and further number of each operation; the time goes first."""
     arguments = request(command, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     if arguments is None:
         return None
@@ -62,29 +63,33 @@ def operations(command: Command[Any]) -> list[Operation] | None:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        (TryConsume(3), (1, 1, 3, 0)),
-        (TryConsumeAndReturnRemaining(3), (1, 1, 3, 0)),
-        (ConsumeAsMuchAsPossible(), (2, 1, MAX, 0)),
-        (Reserve(3, 5), (3, 1, 3, 5)),
-        (ConsumeIgnoringRateLimits(3), (13, 1, 3, 0)),
-        (GiveBack(3), (4, 1, 3, 0)),
-        (Cancel(3, -9), (11, 1, 3, -9)),
-        (AddTokens(3), (5, 1, 3, 0)),
-        (ForceAddTokens(3), (6, 1, 3, 0)),
-        (Reset(), (7, 1, 0, 0)),
-        (Book(3), (8, 1, 3, 0)),
-        (HoldBack(3), (9, 1, 3, 0)),
-        *((ReplaceConfiguration(OTHERS[0], one), (10, 1, one.value, 0)) for one in TokensInheritance),
+        (TryConsume(3), (Operation.TRY_CONSUME, 1, 3, 0)),
+        (TryConsumeAndReturnRemaining(3), (Operation.TRY_CONSUME, 1, 3, 0)),
+        (ConsumeAsMuchAsPossible(), (Operation.CONSUME_AS_MUCH_AS_POSSIBLE, 1, MAX, 0)),
+        (Reserve(3, 5), (Operation.RESERVE, 1, 3, 5)),
+        (ConsumeIgnoringRateLimits(3), (Operation.CONSUME_IGNORING_RATE_LIMITS, 1, 3, 0)),
+        (GiveBack(3), (Operation.GIVE_BACK, 1, 3, 0)),
+        (Cancel(3, -9), (Operation.CANCEL, 1, 3, -9)),
+        (AddTokens(3), (Operation.ADD, 1, 3, 0)),
+        (ForceAddTokens(3), (Operation.FORCE_ADD, 1, 3, 0)),
+        (Reset(), (Operation.RESET, 1, 0, 0)),
+        (Book(3), (Operation.BOOK, 1, 3, 0)),
+        (HoldBack(3), (Operation.HOLD_BACK, 1, 3, 0)),
+        *((ReplaceConfiguration(OTHERS[0], one), (Operation.REPLACE, 1, one.value, 0)) for one in TokensInheritance),
     ],
 )
-def test_each_command_is_an_operation(command: Command[Any], expected: Operation) -> None:
+def test_each_command_is_an_operation(command: Command[Any], expected: Packed) -> None:
     assert operations(command) == [expected]
     assert operations(Verbose(command)) == [expected]
     assert operations(Batch((command,))) == [expected]
 
 
 def test_what_was_taken_beside_the_tokens_follows_their_cancellation() -> None:
-    assert operations(Cancel(3, 9, ((5, 0), (5, 0), (0, 7)))) == [(11, 1, 3, 9), (12, 2, 5, 0), (12, 1, 0, 7)]
+    assert operations(Cancel(3, 9, ((5, 0), (5, 0), (0, 7)))) == [
+        (Operation.CANCEL, 1, 3, 9),
+        (Operation.RAISE, 2, 5, 0),
+        (Operation.RAISE, 1, 0, 7),
+    ]
 
 
 @pytest.mark.parametrize("command", [GetAvailableTokens(), EstimateAbilityToConsume(1), TakeSnapshot()])
@@ -92,24 +97,31 @@ def test_what_only_reads_leaves_no_trace(command: Command[Any]) -> None:
     assert operations(command) == []
     assert operations(Verbose(command)) == []
     assert operations(Batch((command,))) == []
-    assert operations(Batch((TryConsume(1), Verbose(command), TryConsume(1)))) == [(1, 2, 1, 0)]
+    assert operations(Batch((TryConsume(1), Verbose(command), TryConsume(1)))) == [(Operation.TRY_CONSUME, 2, 1, 0)]
 
 
 def test_tokens_are_booked_before_what_is_done_besides() -> None:
-    assert operations(Synchronize(3, Verbose(TryConsume(1)), booking=True)) == [(8, 1, 3, 0), (1, 1, 1, 0)]
-    assert operations(Synchronize(3, TakeSnapshot(), booking=True)) == [(8, 1, 3, 0)]
-    assert operations(Synchronize(0, TryConsume(1), booking=True)) == [(1, 1, 1, 0)]
+    assert operations(Synchronize(3, Verbose(TryConsume(1)), booking=True)) == [
+        (Operation.BOOK, 1, 3, 0),
+        (Operation.TRY_CONSUME, 1, 1, 0),
+    ]
+    assert operations(Synchronize(3, TakeSnapshot(), booking=True)) == [(Operation.BOOK, 1, 3, 0)]
+    assert operations(Synchronize(0, TryConsume(1), booking=True)) == [(Operation.TRY_CONSUME, 1, 1, 0)]
     assert operations(Synchronize(3, TakeSnapshot(), booking=False)) == []
 
 
 def every_command(of: type[Command[Any]] = Command) -> Iterator[type[Command[Any]]]:
     for command in of.__subclasses__():
         module = sys.modules[command.__module__]
-        if getattr(module, command.__name__, None) is command:  # of one with slots there is an earlier class as well
+        # A class with slots has an earlier class of its name beside it, which is none of the module's.
+        if getattr(module, command.__name__, None) is command:
             if module.__name__.startswith("ratelimit."):
                 yield command
             yield from every_command(command)
 
+
+LEFT_TO_SWAPS: frozenset[type[Command[Any]]] = frozenset()
+"""Commands that the script does not know, on purpose."""
 
 EXAMPLES: dict[type[Command[Any]], tuple[Any, ...]] = {
     EstimateAbilityToConsume: (1,),
@@ -126,12 +138,26 @@ EXAMPLES: dict[type[Command[Any]], tuple[Any, ...]] = {
 """Arguments of the commands that take others than a number of tokens."""
 
 
-@pytest.mark.parametrize("kind", list(every_command()))
-def test_every_command_of_the_library_is_known_to_the_script(kind: type[Command[Any]]) -> None:
+def example(kind: type[Command[Any]]) -> Command[Any]:
     keywords = {"booking": True} if kind is Synchronize else {}
-    command = kind(*EXAMPLES.get(kind, (1,)), **keywords)
-    assert operations(command) is not None
+    return kind(*EXAMPLES.get(kind, (1,)), **keywords)
+
+
+@pytest.mark.parametrize("kind", list(every_command()))
+def test_every_command_only_reads_or_is_an_operation_or_is_left_to_swaps(kind: type[Command[Any]]) -> None:
+    command = example(kind)
+    packed = operations(command)
+    if kind in LEFT_TO_SWAPS:
+        assert packed is None
+        return
+    assert packed is not None, "give it an operation and a function in lua/, or name it among those left to swaps"
+    assert bool(packed) is not command.only_reads
     assert operations(Batch((Verbose(command), TryConsume(1)))) is not None
+
+
+def test_every_operation_is_used_by_a_command() -> None:
+    used = {number for kind in every_command() for number, *_ in operations(example(kind)) or ()}
+    assert used == set(Operation)
 
 
 def test_the_limits_that_replace_others_go_along_once_each() -> None:
@@ -142,7 +168,12 @@ def test_the_limits_that_replace_others_go_along_once_each() -> None:
     template, _, must_exist, *states = arguments
     assert (template, must_exist) == (TEMPLATE, b"0")
     assert states == [codec.encode(BucketState.initial(limits, None, NOW)) for limits in OTHERS]
-    assert operations(batch) == [(10, 1, 3, 0), (1, 1, 1, 0), (10, 2, 3, 1), (10, 2, 3, 0)]
+    assert operations(batch) == [
+        (Operation.REPLACE, 1, 3, 0),
+        (Operation.TRY_CONSUME, 1, 1, 0),
+        (Operation.REPLACE, 2, 3, 1),
+        (Operation.REPLACE, 2, 3, 0),
+    ]
 
 
 class TryConsumeTwice(TryConsume):
@@ -164,7 +195,11 @@ def test_an_unknown_command_is_no_request_wherever_it_stands(command: Command[An
 
 def test_equal_neighbours_are_one_operation_with_a_count() -> None:
     batch = Batch((*(TryConsume(1),) * 999, Batch((Verbose(TryConsumeAndReturnRemaining(1)), Reset())), TryConsume(1)))
-    assert operations(batch) == [(1, 1000, 1, 0), (7, 1, 0, 0), (1, 1, 1, 0)]
+    assert operations(batch) == [
+        (Operation.TRY_CONSUME, 1000, 1, 0),
+        (Operation.RESET, 1, 0, 0),
+        (Operation.TRY_CONSUME, 1, 1, 0),
+    ]
     assert operations(Batch(())) == []
 
 
@@ -230,10 +265,13 @@ def test_numbers_of_more_than_64_bits_are_no_request() -> None:
 
 def test_plans_are_told_apart_however_many_there_are() -> None:
     seen = set()
-    for capacity in range(1, 2 * requests._FIXED_LIMIT):
+    cached = script_arguments._fixed_part.cache_info
+    most = cached().maxsize
+    assert most is not None
+    for capacity in range(1, 2 * most):
         plan = Plan(BucketConfiguration(Bandwidth.greedy(capacity, 1)))
         arguments = request(TryConsume(1), plan, AUTOMATIC, NOW, must_exist=False)
         assert arguments is not None
         seen.add(arguments[0])
-        assert len(requests._fixed) <= requests._FIXED_LIMIT
-    assert len(seen) == 2 * requests._FIXED_LIMIT - 1
+        assert cached().currsize <= most
+    assert len(seen) == 2 * most - 1
