@@ -16,47 +16,46 @@ import redis.asyncio
 from benchmarks.floor import SCRIPT, STATES, TTL, Bare, name_of, threads_own
 from benchmarks.model import AsyncHit, Hit, Setup
 from benchmarks.ours import configuration_of
-from ratelimit.core.commands import Plan, TryConsume, execute
+from ratelimit.core.algorithm import State, decode, encode
+from ratelimit.core.commands import Terms, TryConsume, execute
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.stores.redis.async_channels import AsyncPoolChannel
 
 _ONE = TryConsume(1)
 _TTL = Expiration.automatic()
 
-_Known = dict[str, tuple[bytes, BucketState]]
+_Known = dict[str, tuple[bytes, State]]
 """What was last seen under each name."""
 
 
-def _made(plan: Plan) -> tuple[bytes, BucketState]:
-    state, _ = execute(_ONE, plan, None, time.time_ns())
+def _made(terms: Terms) -> tuple[bytes, State]:
+    state, _ = execute(_ONE, terms, None, time.time_ns())
     assert state is not None
-    return codec.encode(state), state
+    return encode(state), state
 
 
 @contextmanager
 def core(setup: Setup) -> Generator[Hit]:
     """The core over a bare socket for each thread."""
-    plan, known = Plan(configuration_of(setup)), _Known()
+    terms, known = Terms(configuration_of(setup)), _Known()
 
     def hit(bare: Bare, key: str) -> bool:
         name = name_of(key, setup)
         if name not in known:
-            before, state = known[name] = _made(plan)
+            before, state = known[name] = _made(terms)
             bare.ask("SET", name, before)
         before, state = known[name]
         while True:
             now = time.time_ns()
-            after, granted = execute(_ONE, plan, state, now)
+            after, granted = execute(_ONE, terms, state, now)
             if after is None:
                 return granted
-            new = codec.encode(after)
+            new = encode(after)
             reply = bare.ask("EVALSHA", bare.sha, 1, name, before, new, _TTL.ttl_millis(after, now))
             if reply == 1:
                 known[name] = new, after
                 return granted
-            before, state = reply, codec.decode(reply)
+            before, state = reply, decode(reply)
 
     with threads_own(setup, hit) as each:
         yield each
@@ -84,27 +83,27 @@ async def connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
 @asynccontextmanager
 async def core_over_connection(setup: Setup) -> AsyncGenerator[AsyncHit]:
     """The core over the connection."""
-    plan, known = Plan(configuration_of(setup)), _Known()
+    terms, known = Terms(configuration_of(setup)), _Known()
     async with _channel(setup) as (channel, sha):
 
         async def hit(key: str) -> bool:
             if key not in known:
-                before, state = known[key] = _made(plan)
+                before, state = known[key] = _made(terms)
                 await channel.send(b"", ((b"SET", key.encode(), before),))
             before, state = known[key]
             while True:
                 now = time.time_ns()
-                after, granted = execute(_ONE, plan, state, now)
+                after, granted = execute(_ONE, terms, state, now)
                 if after is None:
                     return granted
-                new = codec.encode(after)
+                new = encode(after)
                 ttl = b"%d" % _TTL.ttl_millis(after, now)
                 command = (b"EVALSHA", sha, b"1", key.encode(), before, new, ttl)
                 (reply,) = await channel.send(b"", (command,))
                 if reply == 1:
                     known[key] = new, after
                     return granted
-                before, state = reply, codec.decode(reply)
+                before, state = reply, decode(reply)
 
         yield hit
 

@@ -13,10 +13,10 @@ __distribution__ = "ratelimit-redis"  # before the imports: ratelimit.errors loo
 
 from ratelimit.bucket import AsyncBucket, AsyncVerboseBucket, Bucket, VerboseBucket
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.engine.observing import Decision, Listener
 from ratelimit.engine.on_error import OnError

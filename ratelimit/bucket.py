@@ -23,10 +23,10 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
 )
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.keys import Key, shown
 from ratelimit.runtime.copies import OfThisProcess

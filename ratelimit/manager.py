@@ -12,10 +12,10 @@ from weakref import WeakMethod
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.checks import refusal, stored_key, timeout_seconds
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import Duration
 from ratelimit.core.results import ConsumptionProbe, Snapshot
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.face import ASYNCIO, SYNC, Face
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization

@@ -9,8 +9,8 @@ from typing import Final, TypedDict
 
 from ratelimit.checks import boolean, instance, refusal, stored_key, timeout_seconds, whole_number
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, MIN, Duration
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.observing import Listener
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization

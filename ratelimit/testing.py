@@ -13,8 +13,17 @@ from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableE
 from ratelimit.keys import brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.runtime.copies import OfThisProcess
-from ratelimit.stores.memory import MemoryStore
+from ratelimit.stores.memory import AsyncSwappingMemoryStore, SwappingMemoryStore
 from ratelimit.stores.protocol import Lost
+
+__all__ = [
+    "AsyncSwappingMemoryStore",
+    "ManualClock",
+    "ScriptedStore",
+    "SwappingMemoryStore",
+    "areset_all",
+    "reset_all",
+]
 
 
 class ManualClock(OfThisProcess):
@@ -149,7 +158,7 @@ def _of_integrations() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
     return managers_made()
 
 
-class ScriptedStore(MemoryStore):
+class ScriptedStore(SwappingMemoryStore):
     """A store in memory that does the next swaps as it is told, and the others as they are asked.
 
     What is scripted is done in order, one for each swap.

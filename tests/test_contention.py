@@ -30,6 +30,7 @@ from ratelimit import (
     TokensInheritance,
     VerboseResult,
 )
+from ratelimit.core.algorithm import encode
 from ratelimit.core.commands import (
     AddTokens,
     Command,
@@ -40,12 +41,12 @@ from ratelimit.core.commands import (
     GetAvailableTokens,
     GiveBack,
     HoldBack,
-    Plan,
     ReplaceConfiguration,
     Reserve,
     Reserved,
     Reset,
     TakeSnapshot,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -250,7 +251,7 @@ class Disturbance:
 
 
 async def disturbed(  # all that a decision depends on
-    scene: Scene, verb: Verb, plan: Plan, limits: BucketConfiguration, number: int, *, must_exist: bool = False
+    scene: Scene, verb: Verb, plan: Terms, limits: BucketConfiguration, number: int, *, must_exist: bool = False
 ) -> None:
     """Let others write a bucket of these limits before each request of a decision, and check what that takes.
 
@@ -294,7 +295,7 @@ async def disturbed(  # all that a decision depends on
     before = None if disturbance.left is None else codec.decode(disturbance.left)
     after, value = execute(command, plan, before, scene.clock.now_nanos())
     assert answer == verb.answer(value)
-    assert scene.stored(key) == (disturbance.left if after is None else codec.encode(after))
+    assert scene.stored(key) == (disturbance.left if after is None else encode(after))
     assert scene.remembered(key) == scene.stored(key)
 
 
@@ -304,21 +305,21 @@ async def test_a_decision_takes_three_round_trips_at_most_and_is_exact(
     scene: Scene, verb: Verb, limits: BucketConfiguration
 ) -> None:
     for number in range(16):
-        await disturbed(scene, verb, Plan(limits), limits, number)
+        await disturbed(scene, verb, Terms(limits), limits, number)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=str)
 async def test_so_does_one_that_replaces_the_limits_by_a_raised_version(scene: Scene, verb: Verb) -> None:
     for number in range(16):
         inheritance = TokensInheritance((number + number // 4) % 4)
-        await disturbed(scene, verb, Plan(TWO, 2, inheritance), GREEDY, number)
+        await disturbed(scene, verb, Terms(TWO, 2, inheritance), GREEDY, number)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=str)
 async def test_so_does_one_whose_bucket_must_exist(scene: Scene, verb: Verb) -> None:
     for number in range(16):
         version = 2 if (number + number // 4) % 2 else None
-        await disturbed(scene, verb, Plan(TWO, version), TWO, number, must_exist=True)
+        await disturbed(scene, verb, Terms(TWO, version), TWO, number, must_exist=True)
 
 
 @pytest.mark.parametrize("removes", [False, True])

@@ -33,8 +33,8 @@ from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.cancelled_waits import CancelledWaits, Place
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock
-from tests.support.faces import SwappingStore
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
+from tests.support.faces import for_asyncio
 from tests.support.inside import pipeline_of
 
 SECOND = 10**9
@@ -220,7 +220,7 @@ class SyncWorld:
         self.random = random.Random(seed)
         self.limits = some_limits(self.random)
         self.clock = NestedClock(self)
-        store = (MemoryStore if seed % 2 else SwappingStore)(clock=self.clock)
+        store = (MemoryStore if seed % 2 else SwappingMemoryStore)(clock=self.clock)
         self.bucket = ProxyManager(store, self.limits, clock=self.clock, expiration=Expiration.none()).bucket("key")
         self.left = DECISIONS
         self.due = BEGIN
@@ -295,7 +295,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-class SlowStore(AsyncMemoryStore):
+class SlowStore(AsyncSwappingMemoryStore):
     """Is asked by swaps, and takes some turns of the event loop, so that calls are merged and cancelled in flight."""
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
@@ -309,7 +309,7 @@ class SlowStore(AsyncMemoryStore):
 async def test_tasks_of_several_managers_keep_within_each_limit(managers: int) -> None:
     for seed in range(60):
         rng, clock = random.Random(seed), LoopClock()
-        limits, memory = some_limits(rng), SwappingStore(clock=clock)
+        limits, memory = some_limits(rng), SwappingMemoryStore(clock=clock)
         handles = [
             AsyncProxyManager(SlowStore(memory), limits, clock=clock, expiration=Expiration.none()).bucket("key")
             for _ in range(managers)
@@ -342,7 +342,7 @@ async def test_tasks_of_several_managers_keep_within_each_limit(managers: int) -
 async def test_when_all_who_wait_leave_it_is_as_if_nobody_had_come(limits: str) -> None:
     for seed in range(10):
         rng, clock = random.Random(seed), LoopClock()
-        memory = SwappingStore(clock=clock)
+        memory = SwappingMemoryStore(clock=clock)
         manager = AsyncProxyManager(SlowStore(memory), limits, clock=clock)
         begin = monotonic()
         pipeline_of(manager).monotonic = partial(float, begin)  # or places would be forgotten on a busy machine
@@ -362,7 +362,7 @@ async def test_when_all_who_wait_leave_it_is_as_if_nobody_had_come(limits: str) 
         assert await bucket.snapshot() == await alone.snapshot()
 
 
-class Broken(SwappingStore):
+class Broken(SwappingMemoryStore):
     """A store that can be reached or not."""
 
     down = False
@@ -385,7 +385,7 @@ async def test_a_wait_for_a_local_bucket_is_cancelled_there(recovers: bool) -> N
     clock = LoopClock()
     store = Broken(clock=clock)
     store.down = True
-    manager = AsyncProxyManager(AsyncMemoryStore(store), "1/second", clock=clock, on_error=OnError.local(1))
+    manager = AsyncProxyManager(for_asyncio(store), "1/second", clock=clock, on_error=OnError.local(1))
     tasks = [asyncio.create_task(manager.consume("key", tokens)) for tokens in (1, 2, 3)]
     await settle()
     first, second, third = tasks

@@ -31,7 +31,7 @@ from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Settled, settled
+from tests.support.faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9
@@ -71,7 +71,7 @@ class Face(Settled):
         if kind == "sync":
             super().__init__(ProxyManager(store, limits, clock=clock, **settings))
         else:
-            super().__init__(AsyncProxyManager(AsyncMemoryStore(store), limits, clock=clock, **settings))
+            super().__init__(AsyncProxyManager(for_asyncio(store), limits, clock=clock, **settings))
         self.pauses: list[int] = []
         pipeline_of(self).requests.pause = self.pauses.append
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from ratelimit import AsyncProxyManager, MemoryStore, OnError, Optimization, ProxyManager, StoreUnavailableError
+from ratelimit import AsyncProxyManager, OnError, Optimization, ProxyManager, StoreUnavailableError
 from ratelimit.engine.question import Question
 from ratelimit.runtime import fork_safety
 from ratelimit.stores.protocol import Lost
+from ratelimit.testing import SwappingMemoryStore
 from tests.integrations.gunicorns import gunicorn, statuses
 from tests.integrations.uwsgis import uwsgi
 from tests.support import servers
@@ -87,7 +88,7 @@ def test_tokens_on_their_way_to_the_store_at_a_fork_are_booked_once(url: str, ho
         assert manager.snapshot("key").consumed_tokens == 16
 
 
-class FailingStore(MemoryStore):
+class FailingStore(SwappingMemoryStore):
     """A store that fails when it is told to, or lets its caller wait."""
 
     fails = False

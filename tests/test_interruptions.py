@@ -31,9 +31,8 @@ from ratelimit.engine.last_seen import LastSeen, Sighting, _weight
 from ratelimit.engine.question import Course
 from ratelimit.stores.protocol import Lost
 from ratelimit.stores.redis import channels as redis_channels
-from ratelimit.testing import ManualClock
+from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support import storms
-from tests.support.faces import SwappingStore
 from tests.support.inside import coalescing_of, local_buckets_of, local_decisions_of, pipeline_of
 from tests.support.interrupting import Interruption, at_every_point
 from tests.support.servers import RedisServer, wait_until
@@ -217,7 +216,7 @@ def every_verb(manager: ProxyManager) -> None:
 # Threads that want the same bucket
 
 
-class Gate(SwappingStore):
+class Gate(SwappingMemoryStore):
     """Whose swaps wait, once they are told to, until they may go on."""
 
     def __init__(self) -> None:
@@ -344,7 +343,7 @@ def test_a_thread_that_is_interrupted_anywhere_keeps_no_other_waiting(arrange: C
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "has not to wait"])
 @pytest.mark.parametrize("in_process", [True, False], ids=["in process", "by swaps"])
 def test_a_wait_that_is_interrupted_anywhere_keeps_no_token(verb: str, waits: bool, in_process: bool) -> None:
-    store = MemoryStore() if in_process else SwappingStore()
+    store = MemoryStore() if in_process else SwappingMemoryStore()
     manager = ProxyManager(store, "10/hour", clock=ManualClock(NOW), timeout=PATIENCE)
     points = 0
     bucket: Any = manager.bucket("key") if verb == "consume" else manager.bucket("key").verbose
@@ -381,7 +380,7 @@ def test_a_wait_for_a_local_bucket_that_is_interrupted_anywhere_keeps_no_token()
 # Books
 
 
-class Switched(SwappingStore):
+class Switched(SwappingMemoryStore):
     """Fails when it is told to."""
 
     fails = False
@@ -430,7 +429,9 @@ def test_tokens_of_an_optimization_are_told_to_the_store_whatever_is_interrupted
 
     def prepare() -> None:
         clock = ManualClock(NOW)
-        managers[:] = [ProxyManager(SwappingStore(), LIMITS, clock=clock, optimization=optimization, timeout=PATIENCE)]
+        managers[:] = [
+            ProxyManager(SwappingMemoryStore(), LIMITS, clock=clock, optimization=optimization, timeout=PATIENCE)
+        ]
         assert all(managers[0].try_consume("key") for _ in range(4))
 
     for points, outcome in at_every_point(lambda: managers[0].try_consume("key", 3), prepare):  # noqa: B007

@@ -22,8 +22,8 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.keys import Key
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore, settled
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
+from tests.support.faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9
@@ -71,9 +71,9 @@ def make(request: pytest.FixtureRequest, clock: ManualClock, listener: Recorder)
         settings = {"clock": clock, "listener": listener, **settings}
         in_process = "process" in request.param
         if "asyncio" in request.param:
-            own: Any = AsyncMemoryStore() if in_process else AsyncSwappingStore()
-            return Settled(AsyncProxyManager(own if store is None else AsyncMemoryStore(store), limits, **settings))
-        own = MemoryStore() if in_process else SwappingStore()
+            own: Any = AsyncMemoryStore() if in_process else AsyncSwappingMemoryStore()
+            return Settled(AsyncProxyManager(own if store is None else for_asyncio(store), limits, **settings))
+        own = MemoryStore() if in_process else SwappingMemoryStore()
         return Settled(ProxyManager(own if store is None else store, limits, **settings))
 
     return make
@@ -169,7 +169,7 @@ async def test_something_else_is_refused(make: Make) -> None:
 
 async def test_tasks_that_share_a_swap_are_told_of_one_by_one() -> None:
     listener = Recorder()
-    manager = AsyncProxyManager(AsyncSwappingStore(), "5/hour", clock=ManualClock(NOW), listener=listener)
+    manager = AsyncProxyManager(AsyncSwappingMemoryStore(), "5/hour", clock=ManualClock(NOW), listener=listener)
     await asyncio.gather(*(manager.try_consume("key") for _ in range(8)))
     assert sorted(decision.consumed for decision in listener.decisions) == [0] * 3 + [1] * 5
     assert sorted(decision.remaining or 0 for decision in listener.decisions) == [0, 0, 0, 0, 1, 2, 3, 4]

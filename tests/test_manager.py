@@ -30,8 +30,8 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.core.token_bucket import codec
-from ratelimit.testing import ManualClock
-from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore, settled
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
+from tests.support.faces import Settled, settled
 
 NOW = 1_700_000_000 * 10**9
 
@@ -283,7 +283,7 @@ def public(thing: object) -> set[str]:
 
 @pytest.mark.parametrize("limits", ["5/minute", lambda _: None], ids=["limited", "not limited"])
 @pytest.mark.parametrize("on_error", [OnError.RAISE, OnError.ALLOW, OnError.local(1)], ids=str)
-@pytest.mark.parametrize("store", [MemoryStore, AsyncMemoryStore, SwappingStore, AsyncSwappingStore])
+@pytest.mark.parametrize("store", [MemoryStore, AsyncMemoryStore, SwappingMemoryStore, AsyncSwappingMemoryStore])
 async def test_a_closed_manager_says_so(store: Any, on_error: OnError, limits: Any) -> None:
     opened = store()
     make: Any = AsyncProxyManager if iscoroutinefunction(store.swap) else ProxyManager
@@ -311,7 +311,7 @@ async def test_a_closed_manager_says_so(store: Any, on_error: OnError, limits: A
 
 
 async def test_a_call_that_is_under_way_goes_on_when_its_manager_is_closed() -> None:
-    class SlowStore(AsyncSwappingStore):
+    class SlowStore(AsyncSwappingMemoryStore):
         async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
             await asyncio.sleep(0.01)
             return await super().swap(key, before, after, ttl_millis)

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import (
-    AsyncMemoryStore,
     AsyncProxyManager,
     ProxyManager,
     ReservationOverflowError,
@@ -31,8 +30,7 @@ from ratelimit.engine.store_requests import _WithDeadlines
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import arun
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import AsyncSwappingStore, SwappingStore
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
 from tests.support.inside import coalescing_of, pipeline_of, steps_of
 from tests.support.servers import wait_until
 
@@ -60,7 +58,7 @@ class GatedStore(ScriptedStore):
         return super().swap(key, before, after, ttl_millis)
 
 
-class AsyncGatedStore(AsyncMemoryStore):
+class AsyncGatedStore(AsyncSwappingMemoryStore):
     """The same for tasks; what it is asked first, it does last."""
 
     def __init__(self) -> None:
@@ -106,7 +104,7 @@ calls = st.one_of(
 def test_merged_calls_have_the_answers_and_leave_the_bytes_of_calls_one_by_one(
     wanted: list[tuple[Any, ...]], known: bool
 ) -> None:
-    alone = ProxyManager(SwappingStore(), LIMITS, clock=ManualClock(NOW), merging=False)
+    alone = ProxyManager(SwappingMemoryStore(), LIMITS, clock=ManualClock(NOW), merging=False)
     if known:
         alone.try_consume("key")
     alone.try_consume("key", 30)
@@ -469,7 +467,7 @@ def test_a_thread_that_waits_for_a_leader_that_is_gone_goes_on_in_a_moment() -> 
 
 
 def test_several_loops_share_a_manager() -> None:
-    manager = AsyncProxyManager(AsyncSwappingStore(), "100000/day intervally")
+    manager = AsyncProxyManager(AsyncSwappingMemoryStore(), "100000/day intervally")
 
     async def hammer() -> int:
         return sum(await asyncio.gather(*(manager.try_consume("key") for _ in range(500))))
@@ -480,11 +478,11 @@ def test_several_loops_share_a_manager() -> None:
 
 
 def test_a_loop_that_was_left_in_the_middle_holds_up_no_other() -> None:
-    store = AsyncSwappingStore()
+    store = AsyncSwappingMemoryStore()
     manager = AsyncProxyManager(store, LIMITS, clock=ManualClock(NOW))
     loop = asyncio.new_event_loop()
 
-    class Never(AsyncMemoryStore):
+    class Never(AsyncSwappingMemoryStore):
         async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
             never: asyncio.Future[Lost | None] = asyncio.get_running_loop().create_future()
             return await never
@@ -563,6 +561,6 @@ async def test_a_wait_that_is_cancelled_in_the_queue_is_not_charged(tasks: Tasks
 
 
 def test_a_crowd_of_threads_does_not_fight() -> None:
-    manager = ProxyManager(SwappingStore(), "1000/day intervally", max_attempts=1)
+    manager = ProxyManager(SwappingMemoryStore(), "1000/day intervally", max_attempts=1)
     with ThreadPoolExecutor(16) as threads:
         assert sum(threads.map(lambda _: manager.try_consume("key"), range(2000))) == 1000

@@ -12,7 +12,6 @@ import pytest
 
 from ratelimit import (
     NEVER,
-    AsyncMemoryStore,
     AsyncProxyManager,
     ConsumptionProbe,
     EstimationProbe,
@@ -29,8 +28,8 @@ from ratelimit.core.numbers import MAX
 from ratelimit.errors import RateLimitError
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Settled, settled
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
+from tests.support.faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 from tests.support.servers import wait_until
 
@@ -83,7 +82,7 @@ def make(request: pytest.FixtureRequest, store: Unreliable, clock: ManualClock) 
         settings = {"clock": clock, "on_error": on_error, **settings}
         if request.param == "sync":
             return Settled(ProxyManager(store, limits, **settings))
-        return Settled(AsyncProxyManager(AsyncMemoryStore(store), limits, **settings))
+        return Settled(AsyncProxyManager(for_asyncio(store), limits, **settings))
 
     return make
 
@@ -339,7 +338,7 @@ async def test_a_charge_is_not_repeated_for_who_was_cancelled_while_another_carr
     store = Unreliable()
     gate = asyncio.Event()
 
-    class Gated(AsyncMemoryStore):
+    class Gated(AsyncSwappingMemoryStore):
         async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
             if store.down is None:
                 await gate.wait()

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from ratelimit import (
     NEVER,
-    AsyncMemoryStore,
     AsyncProxyManager,
     BandwidthState,
     BucketNotFoundError,
@@ -41,8 +40,8 @@ from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import run
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Settled, SwappingStore, settled
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
+from tests.support.faces import Settled, for_asyncio, settled
 from tests.support.inside import local_decisions_of, proxy_of, steps_of
 from tests.support.monitors import monitored
 
@@ -99,12 +98,12 @@ def make(request: pytest.FixtureRequest, store: CountingStore, clock: ManualCloc
         keywords = {"clock": clock, "optimization": optimization, **keywords}
         if request.param == "sync":
             return Settled(ProxyManager(store, limits, **keywords))
-        return Settled(AsyncProxyManager(AsyncMemoryStore(store), limits, **keywords))
+        return Settled(AsyncProxyManager(for_asyncio(store), limits, **keywords))
 
     return made
 
 
-def stored(store: MemoryStore, clock: ManualClock) -> tuple[int, int]:
+def stored(store: SwappingMemoryStore, clock: ManualClock) -> tuple[int, int]:
     """Tokens that are there, and tokens consumed so far, for anybody who asks the store."""
     snapshot = ProxyManager(store, LIMITS, clock=clock).snapshot("key")
     return snapshot.available_tokens, snapshot.consumed_tokens
@@ -1100,7 +1099,7 @@ async def test_the_least_recently_used_is_forgotten(make: Make, store: CountingS
 
 
 def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
-    store = SwappingStore()
+    store = SwappingMemoryStore()
     manager = ProxyManager(store, LIMITS, optimization=MANUAL, memory_limit_bytes=3_000)
     assert manager.try_consume("old")
     assert manager.try_consume("old")
@@ -1171,7 +1170,7 @@ def test_threads_lose_nothing(merging: bool) -> None:
     assert ProxyManager(store, "1/day").snapshot("key").consumed_tokens == admitted
 
 
-class SlowStore(AsyncMemoryStore):
+class SlowStore(AsyncSwappingMemoryStore):
     """Lets other tasks run, and calls be cancelled, before and after each swap."""
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:

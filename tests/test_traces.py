@@ -16,7 +16,6 @@ import redis
 import redis.asyncio
 
 from ratelimit import (
-    AsyncMemoryStore,
     AsyncProxyManager,
     AsyncRedisStore,
     Bandwidth,
@@ -37,9 +36,9 @@ from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.runtime.steps import arun, run
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock
+from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support import vectors
-from tests.support.faces import settled
+from tests.support.faces import for_asyncio, settled
 from tests.support.inside import steps_of
 from tests.support.raw_commands import Sync, run_raw
 from tests.support.ways import WAYS, By, Tap, Way, batched, deciding_by
@@ -54,7 +53,7 @@ RECOVERY = {"RECONSTRUCT": Recovery.RECONSTRUCT, "THROW_BUCKET_NOT_FOUND_EXCEPTI
 VERBS = {"get_available_tokens": "available_tokens"}
 
 
-class WatchedStore(MemoryStore):
+class WatchedStore(SwappingMemoryStore):
     """Keeps what was written by swaps that succeeded."""
 
     def __init__(self) -> None:
@@ -227,7 +226,7 @@ async def replayed(category: str, store: Any, witness: Any, *, merged: bool) -> 
 @each_category
 async def test_traces_by_swaps_in_memory(category: str, face: str, merged: bool) -> None:
     store = WatchedStore()
-    different = await replayed(category, store if face == "sync" else AsyncMemoryStore(store), store, merged=merged)
+    different = await replayed(category, store if face == "sync" else for_asyncio(store), store, merged=merged)
     assert different == DIFFERENT.get(category, 0)
 
 
@@ -235,8 +234,7 @@ async def test_traces_by_swaps_in_memory(category: str, face: str, merged: bool)
 @each_category
 async def test_traces_in_process(category: str, face: str) -> None:
     store = MemoryStore(clock=ManualClock(0))  # at which nothing expires
-    assert store.executes
-    await replayed(category, store if face == "sync" else AsyncMemoryStore(store), store, merged=False)
+    await replayed(category, store if face == "sync" else for_asyncio(store), store, merged=False)
 
 
 @pytest.fixture

@@ -33,8 +33,7 @@ from ratelimit import (
 )
 from ratelimit.stores.protocol import Lost
 from ratelimit.stores.redis.errors import translated
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import SwappingStore
+from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
 from tests.support.servers import RedisServer, ServerBinary
 from tests.support.ways import By, deciding_by
 from tests.test_bad_input import ACL_COMMANDS
@@ -46,7 +45,7 @@ SECRET = "sesame"
 # What a key costs in the process
 
 
-class ForgetfulStore(MemoryStore):
+class ForgetfulStore(SwappingMemoryStore):
     """Another machine's memory: takes everything, and costs nothing here."""
 
     def get(self, key: Any) -> bytes | None:
@@ -193,7 +192,7 @@ def failures(key: Any) -> Generator[RateLimitError]:
     with pytest.raises(StoreError) as caught:
         ProxyManager(store, "1/s").try_consume(key)
     yield caught.value
-    swapping = SwappingStore()
+    swapping = SwappingMemoryStore()
     swapping.put(key, b"\n" * MEGABYTE)
     with pytest.raises(CorruptStateError) as corrupt:
         ProxyManager(swapping, "1/s").try_consume(key)

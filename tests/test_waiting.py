@@ -24,8 +24,8 @@ from ratelimit import (
     ReservationOverflowError,
 )
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import AsyncSwappingStore, Settled, SwappingStore
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
+from tests.support.faces import Settled, for_asyncio
 from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9
@@ -47,7 +47,7 @@ def store() -> ScriptedStore:
 def face(request: pytest.FixtureRequest, store: ScriptedStore, clock: ManualClock) -> Settled:
     if request.param == "sync":
         return Settled(ProxyManager(store, LIMITS, clock=clock))
-    return Settled(AsyncProxyManager(AsyncMemoryStore(store), LIMITS, clock=clock))
+    return Settled(AsyncProxyManager(for_asyncio(store), LIMITS, clock=clock))
 
 
 async def test_tokens_that_are_there_are_not_waited_for(face: Settled, clock: ManualClock) -> None:
@@ -122,7 +122,7 @@ async def test_the_verbose_form_shows_the_bucket_after_the_reservation(face: Set
 
 
 async def test_a_cancelled_waiter_gives_its_tokens_back() -> None:
-    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingMemoryStore(), "10/hour")
     await manager.try_consume("key", 8)
     waiter = asyncio.create_task(manager.consume("key", 5))
     while await manager.available_tokens("key") != -3:
@@ -135,14 +135,14 @@ async def test_a_cancelled_waiter_gives_its_tokens_back() -> None:
 
 
 async def test_a_waiter_under_a_timeout_of_asyncio_gives_its_tokens_back() -> None:
-    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingMemoryStore(), "10/hour")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await manager.consume("key", 15)
     assert await manager.available_tokens("key") == 10
 
 
-class SlowStore(AsyncMemoryStore):
+class SlowStore(AsyncSwappingMemoryStore):
     """Whose swaps are carried out before they hang, or after."""
 
     def __init__(self, *, carried_out_first: bool) -> None:
@@ -217,7 +217,7 @@ async def test_a_waiter_that_is_cancelled_again_while_its_tokens_are_given_back_
     assert (snapshot.available_tokens, snapshot.consumed_tokens) == (2, 8)
 
 
-@pytest.mark.parametrize("make_store", [AsyncMemoryStore, AsyncSwappingStore])
+@pytest.mark.parametrize("make_store", [AsyncMemoryStore, AsyncSwappingMemoryStore])
 async def test_a_waiter_that_is_cancelled_after_its_manager_was_closed_keeps_nothing(
     make_store: Callable[[], AsyncMemoryStore],
 ) -> None:
@@ -235,7 +235,7 @@ async def test_a_waiter_that_is_cancelled_after_its_manager_was_closed_keeps_not
     assert await other.available_tokens("key") == 10
 
 
-@pytest.mark.parametrize("make_store", [MemoryStore, SwappingStore])
+@pytest.mark.parametrize("make_store", [MemoryStore, SwappingMemoryStore])
 def test_a_sync_waiter_that_is_interrupted_after_its_manager_was_closed_keeps_nothing(
     make_store: Callable[[], MemoryStore],
 ) -> None:
@@ -252,10 +252,10 @@ def test_a_sync_waiter_that_is_interrupted_after_its_manager_was_closed_keeps_no
 
 
 async def test_waiters_that_a_closing_loop_cancels_keep_nothing() -> None:
-    store = SwappingStore()
+    store = SwappingMemoryStore()
 
     async def wait_for_ever() -> None:
-        manager = AsyncProxyManager(AsyncMemoryStore(store), "10/hour")
+        manager = AsyncProxyManager(for_asyncio(store), "10/hour")
         _ = [asyncio.create_task(manager.consume("key", 15)) for _ in range(3)]
         while await manager.available_tokens("key") != -35:
             await asyncio.sleep(0)
@@ -273,13 +273,13 @@ class InterruptedClock(ManualClock):
 
 
 def test_an_interrupted_sync_waiter_gives_its_tokens_back() -> None:
-    manager = ProxyManager(SwappingStore(), LIMITS, clock=InterruptedClock(NOW, advance_on_sleep=False))
+    manager = ProxyManager(SwappingMemoryStore(), LIMITS, clock=InterruptedClock(NOW, advance_on_sleep=False))
     with pytest.raises(KeyboardInterrupt):
         manager.consume("key", 15)
     assert manager.available_tokens("key") == 10
 
 
-class InterruptedStore(MemoryStore):
+class InterruptedStore(SwappingMemoryStore):
     """During whose first swap somebody presses Ctrl-C, before or after it was carried out."""
 
     def __init__(self, *, carried_out: bool) -> None:
@@ -321,7 +321,7 @@ def test_an_interruption_passes_also_when_nothing_can_be_given_back(caplog: pyte
 
 
 async def test_a_coroutine_that_is_closed_while_it_waits_ends_quietly() -> None:
-    manager = AsyncProxyManager(AsyncSwappingStore(), "10/hour")
+    manager = AsyncProxyManager(AsyncSwappingMemoryStore(), "10/hour")
     await manager.available_tokens("key")
     coroutine: Any = manager.consume("key", 15)
     coroutine.send(None)  # until its swap is in flight

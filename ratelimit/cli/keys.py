@@ -14,11 +14,10 @@ from typing import Any
 from ratelimit.bucket import Bucket
 from ratelimit.checks import stored_key
 from ratelimit.cli.server_facts import ttl_millis
+from ratelimit.core.algorithm import Level, State, decode, levels, out_of_range
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe
-from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.question import errors_named
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import Key, shown
@@ -96,7 +95,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         data = store.get(stored)
         if data is None:
             return _missing(key, arguments.json)
-        state, levels = _levels(data, key, store.now_nanos(stored))
+        state, by_limit = _refilled(data, key, store.now_nanos(stored))
         ttl = ttl_millis(store, stored) if isinstance(store, RedisStore) else None
     if arguments.json:
         _print_json(
@@ -106,14 +105,14 @@ def inspect(arguments: argparse.Namespace) -> int:
             version=state.configuration_version,
             tokens=state.available_tokens,
             consumed=state.consumed_tokens,
-            bandwidths=[level.as_json() for level in levels],
+            bandwidths=[_as_json(level) for level in by_limit],
             bytes=len(data),
             ttl=None if ttl is None else ttl / 1_000,
         )
         return 0
     rows = [("key", shown(key))]
-    for level in levels:
-        rows += [("limit", level.limit), ("tokens", str(level))]
+    for level in by_limit:
+        rows += [("limit", str(level.limit)), ("tokens", _as_text(level))]
     rows.append(("consumed", f"{state.consumed_tokens} so far"))
     if state.configuration_version is not None:
         rows.append(("version", str(state.configuration_version)))
@@ -124,51 +123,31 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """How full a bandwidth is.
-
-    :param next_token: nanoseconds until one token more than now can be consumed; NEVER when it is full.
-    :param full: nanoseconds until it is full.
-    """
-
-    limit: str
-    capacity: int
-    tokens: int
-    next_token: int
-    full: int
-
-    def __str__(self) -> str:
-        words = [f"{self.tokens} of {self.capacity}"]
-        if self.full > 0:
-            words += [f"next in {duration(self.next_token)}", f"full in {duration(self.full)}"]
-        return ", ".join(words)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "limit": self.limit,
-            "capacity": self.capacity,
-            "tokens": self.tokens,
-            "next_token_after": to_seconds(self.next_token),
-            "full_after": to_seconds(self.full),
-        }
-
-
-def _levels(data: bytes, key: Key, now: int) -> tuple[BucketState, list[_Level]]:
-    """A stored state, refilled until now, and the levels of its bandwidths, each as if it stood alone."""
-    state = codec.decode(data, key)
+def _refilled(data: bytes, key: Key, now: int) -> tuple[State, tuple[Level, ...]]:
+    """Decode a stored state and refill it until now; return it, and how full each of its limits is."""
+    state = decode(data, key)
     try:
         state = state.refilled(now)
-        bandwidths = zip(state.configuration, state.bandwidth_states, strict=True)
-        return state, [_level(BucketState(BucketConfiguration(one), None, 0, (size,)), now) for one, size in bandwidths]
+        return state, levels(state, now)
     except ArithmeticError as error:
-        raise codec.out_of_range(data, key) from error
+        raise out_of_range(data, key) from error
 
 
-def _level(state: BucketState, now: int) -> _Level:
-    (bandwidth,), tokens = state.configuration, state.available_tokens
-    next_token = state.nanos_until(max(tokens, 0) + 1, now, check_capacity=True)
-    return _Level(str(bandwidth), bandwidth.capacity, tokens, next_token, state.nanos_until_full(now))
+def _as_text(level: Level) -> str:
+    words = [f"{level.tokens} of {level.limit.capacity}"]
+    if level.nanos_until_full > 0:
+        words += [f"next in {duration(level.nanos_until_next)}", f"full in {duration(level.nanos_until_full)}"]
+    return ", ".join(words)
+
+
+def _as_json(level: Level) -> dict[str, Any]:
+    return {
+        "limit": str(level.limit),
+        "capacity": level.limit.capacity,
+        "tokens": level.tokens,
+        "next_token_after": to_seconds(level.nanos_until_next),
+        "full_after": to_seconds(level.nanos_until_full),
+    }
 
 
 def reset(arguments: argparse.Namespace) -> int:

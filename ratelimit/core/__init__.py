@@ -1,5 +1,5 @@
-"""Token buckets as pure values: limits, states, decisions and bytes.
+"""Limiting as pure values: limits, states, decisions and bytes.
 
-No clock, lock, await or store in here: the time is an argument, and a change makes a new value. The behaviour is that
-of Bucket4j 8.19 to the byte, which is told in ``docs/bytes.md``.
+No clock, lock, await or store in here: the time is an argument, and a change makes a new value. The token bucket
+behaves as that of Bucket4j 8.19, to the byte; ``docs/bytes.md`` describes it.
 """

@@ -1,8 +1,10 @@
 """What can be done to a bucket: each command is a value, and a pure function of the state and the time.
 
-``decide`` answers with the state to store, or None where nothing is to be stored, and with the answer of the verb. The
-state that it is given has been refilled; what it computes and does not hand back is thrown away, so that a rejection
-stores not even the refill.
+``decide`` returns the state to store, or None where nothing is to be stored, and the answer of the verb. It is given a
+state that has been refilled. What it computes and does not return is thrown away, so that a rejection stores not even
+the refill.
+
+Commands speak to :class:`~ratelimit.core.algorithm.State` only, and serve every algorithm.
 """
 
 from __future__ import annotations
@@ -10,82 +12,94 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from ratelimit.core.algorithm import Configuration, State, Surplus
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, MIN, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.inheritance import TokensInheritance, replaced
-from ratelimit.core.token_bucket.state import BucketState, Surplus
 
 T = TypeVar("T")
 
-Decision = tuple[BucketState | None, T]
+Transition = tuple[State | None, T]
+"""What a command does to a bucket: the state to store (None: nothing), and the answer."""
 
 
 class Command(ABC, Generic[T]):
-    """One thing to do to a bucket."""
+    """One thing that can be done to a bucket."""
 
     __slots__ = ()
 
-    only_reads: ClassVar[bool] = False
+    only_reads: bool = False
     """True where no state is ever stored, so that the store is only read."""
 
-    is_decision: ClassVar[bool] = False
+    is_decision: bool = False
     """True where callers act upon the answer, so that there may be another one in its place where the store fails."""
 
     @abstractmethod
-    def decide(self, state: BucketState, now: int) -> Decision[T]:
-        """What to store (None: nothing), and the answer; the state has been refilled at this time."""
+    def decide(self, state: State, now: int) -> Transition[T]:
+        """Return what to store (None: nothing), and the answer.
 
-    def refill_and_decide(self, state: BucketState, now: int) -> Decision[T]:
+        :param state: the bucket, refilled at this time.
+        """
+
+    def refill_and_decide(self, state: State, now: int) -> Transition[T]:
         """Refill the state at this time, and decide."""
         return self.decide(state.refilled(now), now)
 
     @abstractmethod
     def answer_without_limit(self) -> T:
-        """The answer for a key that is not limited."""
+        """Return the answer for a key that is not limited."""
 
     def answer_refused(self, wait: int) -> T:
-        """The answer that lets nothing through, and tells to come back after this wait; only of decisions.
+        """Return the answer that lets nothing through, and says to come back after this wait; for decisions only.
 
         :raises NotImplementedError: where there is none: the command consumes in any case.
         """
         raise NotImplementedError
 
 
-class Plan(NamedTuple):
-    """What a bucket is made from when it is missing, and replaced by when its version is older or none."""
+class Terms(NamedTuple):
+    """What a bucket is made from when it is missing, and what replaces its configuration when its version is lower.
 
-    configuration: BucketConfiguration
+    A bucket that has no version counts as one of the lowest.
+    """
+
+    configuration: Configuration
     version: int | None = None
     inheritance: TokensInheritance = TokensInheritance.RESET
 
-    def replaces(self, state: BucketState) -> bool:
-        """Whether the configuration of the plan is newer than that of the state."""
+    def replaces(self, state: State) -> bool:
+        """Return whether these terms are newer than those that the bucket was made on."""
         if self.version is None:
             return False
         return state.configuration_version is None or state.configuration_version < self.version
 
+    def initial(self, now: int) -> State:
+        """Return the state of a bucket that is made at this time, before any refill."""
+        made: State = self.configuration.algorithm.initial(self.configuration, self.version, now)
+        return made
 
-def execute(command: Command[T], plan: Plan, state: BucketState | None, now: int) -> Decision[T]:
+
+def execute(command: Command[T], terms: Terms, state: State | None, now: int) -> Transition[T]:
     """Run a command against what is stored (None: nothing) at this time.
 
     A bucket that had to be made, or given another configuration, is stored even where the command stores nothing.
     """
-    if state is not None and (plan.version is None or not plan.replaces(state)):
+    if state is not None and (terms.version is None or not terms.replaces(state)):
         return command.refill_and_decide(state, now)
-    refilled = _made(plan, state, now).refilled(now)
+    refilled = _made(terms, state, now).refilled(now)
     after, answer = command.decide(refilled, now)
     return refilled if after is None else after, answer
 
 
-def _made(plan: Plan, state: BucketState | None, now: int) -> BucketState:
-    """The state that the plan puts in the place of the stored one."""
+def _made(terms: Terms, state: State | None, now: int) -> State:
+    """Return the state that the terms put in the place of the stored one."""
     if state is None:
-        return BucketState.initial(plan.configuration, plan.version, now)
-    state = replaced(state.refilled(now), plan.configuration, plan.inheritance, now)
-    return state._replace(configuration_version=plan.version)
+        return terms.initial(now)
+    configuration, version, inheritance = terms
+    made: State = configuration.algorithm.replaced(state.refilled(now), configuration, version, inheritance, now)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +108,14 @@ class TryConsume(Command[bool]):
 
     tokens: int
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[bool]:
+    def decide(self, state: State, now: int) -> Transition[bool]:
         if self.tokens > state.available_tokens:
             return None, False
         return state.consumed(self.tokens), True
 
-    def refill_and_decide(self, state: BucketState, now: int) -> Decision[bool]:
+    def refill_and_decide(self, state: State, now: int) -> Transition[bool]:
         after = state.refilled_and_consumed(self.tokens, now)
         return after, after is not None
 
@@ -114,13 +128,13 @@ class TryConsume(Command[bool]):
 
 @dataclass(frozen=True, slots=True)
 class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
-    """Consume the tokens if all of them are there, and tell what is left and how long to wait."""
+    """Consume the tokens if all of them are there; answer what is left and how long to wait."""
 
     tokens: int
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[ConsumptionProbe]:
+    def decide(self, state: State, now: int) -> Transition[ConsumptionProbe]:
         available = state.available_tokens
         if self.tokens > available:
             wait = state.nanos_until(self.tokens, now, check_capacity=True)
@@ -128,7 +142,7 @@ class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
         after = state.consumed(self.tokens)
         return after, _consumed_probe(after, now)
 
-    def refill_and_decide(self, state: BucketState, now: int) -> Decision[ConsumptionProbe]:
+    def refill_and_decide(self, state: State, now: int) -> Transition[ConsumptionProbe]:
         after = state.refilled_and_consumed(self.tokens, now)
         return self.decide(state.refilled(now), now) if after is None else (after, _consumed_probe(after, now))
 
@@ -139,7 +153,7 @@ class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
         return ConsumptionProbe(False, 0, wait, wait)
 
 
-def _consumed_probe(after: BucketState, now: int) -> ConsumptionProbe:
+def _consumed_probe(after: State, now: int) -> ConsumptionProbe:
     return ConsumptionProbe(True, max(0, after.available_tokens), 0, after.nanos_until_full(now))
 
 
@@ -149,9 +163,9 @@ class ConsumeAsMuchAsPossible(Command[int]):
 
     limit: int = MAX
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[int]:
+    def decide(self, state: State, now: int) -> Transition[int]:
         tokens = max(0, min(self.limit, state.available_tokens))
         return (state.consumed(tokens) if tokens else None), tokens
 
@@ -163,31 +177,33 @@ class ConsumeAsMuchAsPossible(Command[int]):
 
 
 class Reserved(NamedTuple):
-    """The answer to a reservation: the wait, and what undoes the reservation if the wait is cancelled.
+    """The answer to a reservation: the wait, and what it takes to undo the reservation if the wait is cancelled.
 
     :param wait: in nanoseconds; NEVER: nothing was reserved.
     :param noted: what the bucket has counted as consumed right after the reservation; None: no bucket was charged.
-    :param surplus: what was taken beside the tokens, by bandwidth; empty: nothing.
+    :param surplus: what was taken beside the tokens, by limit; empty: nothing.
+    :param refused_wait: where nothing was reserved, how long the wait would have been, in nanoseconds.
     """
 
     wait: int
     noted: int | None = None
     surplus: tuple[Surplus, ...] = ()
+    refused_wait: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reserve(Command[Reserved]):
-    """Consume the tokens on credit if they will be there soon enough, to be used when the wait for them is over."""
+    """Consume tokens on credit if they will be there soon enough; the caller uses them when the wait is over."""
 
     tokens: int
     longest_wait_nanos: int = NEVER
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[Reserved]:
+    def decide(self, state: State, now: int) -> Transition[Reserved]:
         wait = state.nanos_until(self.tokens, now, check_capacity=False)
         if wait == NEVER or wait > self.longest_wait_nanos:
-            return None, Reserved(NEVER)
+            return None, Reserved(NEVER, refused_wait=wait)
         after, surplus = state.reserved(self.tokens, wait, now)
         return after, Reserved(wait, after.consumed_tokens, surplus)
 
@@ -195,23 +211,24 @@ class Reserve(Command[Reserved]):
         return Reserved(0)
 
     def answer_refused(self, wait: int) -> Reserved:
-        return Reserved(NEVER)
+        return Reserved(NEVER, refused_wait=wait)
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel(Command[bool]):
-    """Undo a reservation whose owner has stopped waiting, and answer whether it is undone.
+    """Undo a reservation whose owner has stopped waiting; answer whether it is undone.
 
-    Its place stays empty where others have reserved after it: they count on the times that they were given.
+    Where others have reserved after it, its place stays empty: they count on the times that they were given.
 
-    :param noted: see :class:`Reserved`, likewise ``surplus``.
+    :param noted: what the bucket had counted as consumed; see :class:`Reserved`.
+    :param surplus: what was taken beside the tokens; see :class:`Reserved`.
     """
 
     tokens: int
     noted: int
     surplus: tuple[Surplus, ...] = ()
 
-    def decide(self, state: BucketState, now: int) -> Decision[bool]:
+    def decide(self, state: State, now: int) -> Transition[bool]:
         after = state.cancelled(self.tokens, self.noted, self.surplus)
         return after, after is not None
 
@@ -221,13 +238,13 @@ class Cancel(Command[bool]):
 
 @dataclass(frozen=True, slots=True)
 class ConsumeIgnoringRateLimits(Command[int]):
-    """Consume the tokens whether they are there or not, and tell until when they would have been; NEVER: overflow."""
+    """Consume the tokens whether they are there or not; answer how long the wait would have been (NEVER: too many)."""
 
     tokens: int
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[int]:
+    def decide(self, state: State, now: int) -> Transition[int]:
         wait = state.nanos_until(self.tokens, now, check_capacity=False)
         return (None if wait == NEVER else state.consumed(self.tokens)), wait
 
@@ -241,9 +258,9 @@ class GiveBack(Command[None]):
 
     tokens: int
 
-    is_decision: ClassVar[bool] = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state.given_back(self.tokens), None
 
     def answer_without_limit(self) -> None:
@@ -255,13 +272,13 @@ class GiveBack(Command[None]):
 
 @dataclass(frozen=True, slots=True)
 class EstimateAbilityToConsume(Command[EstimationProbe]):
-    """Tell whether the tokens could be consumed, and how long to wait for them."""
+    """Answer whether the tokens could be consumed, and how long to wait for them."""
 
     tokens: int
-    only_reads: ClassVar[bool] = True
-    is_decision: ClassVar[bool] = True
+    only_reads = True
+    is_decision = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[EstimationProbe]:
+    def decide(self, state: State, now: int) -> Transition[EstimationProbe]:
         available = state.available_tokens
         wait = 0 if self.tokens <= available else state.nanos_until(self.tokens, now, check_capacity=True)
         return None, EstimationProbe(self.tokens <= available, max(0, available), wait)
@@ -275,11 +292,11 @@ class EstimateAbilityToConsume(Command[EstimationProbe]):
 
 @dataclass(frozen=True, slots=True)
 class GetAvailableTokens(Command[int]):
-    """Tell the tokens that are there; negative in debt."""
+    """Answer how many tokens are there; negative in debt."""
 
-    only_reads: ClassVar[bool] = True
+    only_reads = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[int]:
+    def decide(self, state: State, now: int) -> Transition[int]:
         return None, state.available_tokens
 
     def answer_without_limit(self) -> int:
@@ -292,7 +309,7 @@ class AddTokens(Command[None]):
 
     tokens: int
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state.added(self.tokens), None
 
     def answer_without_limit(self) -> None:
@@ -305,7 +322,7 @@ class ForceAddTokens(Command[None]):
 
     tokens: int
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state.force_added(self.tokens), None
 
     def answer_without_limit(self) -> None:
@@ -316,12 +333,12 @@ class ForceAddTokens(Command[None]):
 class HoldBack(Command[None]):
     """Let there be no token before this long from now; a wait that is longer already stays as it is.
 
-    Done twice it does what it does once, so that many who are told the same by somebody may all say it.
+    Done twice it does what it does once, so that many processes may repeat what one service has told all of them.
     """
 
     nanos: int
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state.held_back(self.nanos, now), None
 
     def answer_without_limit(self) -> None:
@@ -330,9 +347,9 @@ class HoldBack(Command[None]):
 
 @dataclass(frozen=True, slots=True)
 class Reset(Command[None]):
-    """Fill every bandwidth to its capacity."""
+    """Fill every limit to its capacity."""
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state.reset(), None
 
     def answer_without_limit(self) -> None:
@@ -343,11 +360,12 @@ class Reset(Command[None]):
 class ReplaceConfiguration(Command[None]):
     """Put another configuration in the place of the stored one; the stored version stays."""
 
-    configuration: BucketConfiguration
+    configuration: Configuration
     inheritance: TokensInheritance
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
-        return replaced(state, self.configuration, self.inheritance, now), None
+    def decide(self, state: State, now: int) -> Transition[None]:
+        configuration, version = self.configuration, state.configuration_version
+        return configuration.algorithm.replaced(state, configuration, version, self.inheritance, now), None
 
     def answer_without_limit(self) -> None:
         return None
@@ -355,11 +373,11 @@ class ReplaceConfiguration(Command[None]):
 
 @dataclass(frozen=True, slots=True)
 class TakeSnapshot(Command[Snapshot | None]):
-    """Tell the whole state; None where the key is not limited."""
+    """Answer the whole state; None where the key is not limited."""
 
-    only_reads: ClassVar[bool] = True
+    only_reads = True
 
-    def decide(self, state: BucketState, now: int) -> Decision[Snapshot | None]:
+    def decide(self, state: State, now: int) -> Transition[Snapshot | None]:
         snapshot = Snapshot(
             state.configuration, state.configuration_version, state.bandwidth_states, state.consumed_tokens
         )
@@ -371,17 +389,17 @@ class TakeSnapshot(Command[Snapshot | None]):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Command[list[Any]]):
-    """Other commands, one after another at the same time; what is stored is what they leave together."""
+    """Run other commands one after another at the same time, and store what they leave together."""
 
     commands: tuple[Command[Any], ...]
 
-    def decide(self, state: BucketState, now: int) -> Decision[list[Any]]:
-        stored: BucketState | None = None
+    def decide(self, state: State, now: int) -> Transition[list[Any]]:
+        stored: State | None = None
         answers: list[Any] = []
         for command, equal in groupby(self.commands):
             times = len(list(equal))
             if times > 1 and type(command) is TryConsume and command.tokens > 0:
-                # As many as there are tokens for, in one step.
+                # Admit as many as there are tokens for, in one step.
                 admitted = max(0, min(times, state.available_tokens // command.tokens))
                 if admitted:
                     stored = state = state.consumed(admitted * command.tokens)
@@ -399,24 +417,24 @@ class Batch(Command[list[Any]]):
 
 
 class Verbose(Command[VerboseResult[T]]):
-    """Another command, and with its answer the bucket right after it."""
+    """Run another command; answer what it answers, and the bucket right after it."""
 
     __slots__ = ("command", "is_decision", "only_reads")
 
     def __init__(self, command: Command[T]) -> None:
         self.command = command
-        self.only_reads = command.only_reads  # type: ignore[misc]  # per instance here
-        self.is_decision = command.is_decision  # type: ignore[misc]
+        self.only_reads = command.only_reads
+        self.is_decision = command.is_decision
 
-    def decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
+    def decide(self, state: State, now: int) -> Transition[VerboseResult[T]]:
         after, value = self.command.decide(state, now)
         return after, self._shown(value, state if after is None else after, now)
 
-    def refill_and_decide(self, state: BucketState, now: int) -> Decision[VerboseResult[T]]:
+    def refill_and_decide(self, state: State, now: int) -> Transition[VerboseResult[T]]:
         after, value = self.command.refill_and_decide(state, now)
         return after, self._shown(value, state.refilled(now) if after is None else after, now)
 
-    def _shown(self, value: T, shown: BucketState, now: int) -> VerboseResult[T]:
+    def _shown(self, value: T, shown: State, now: int) -> VerboseResult[T]:
         return VerboseResult(
             value=value,
             operation_time_nanos=now,
@@ -436,11 +454,11 @@ class Verbose(Command[VerboseResult[T]]):
 
 @dataclass(frozen=True, slots=True)
 class Book(Command[None]):
-    """Consume tokens that were handed out, whatever the bucket holds; in debt, but not beyond what 64 bits hold."""
+    """Consume tokens that were handed out already: in debt if need be, but not beyond what 64 bits hold."""
 
     tokens: int
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         tokens = min(self.tokens, state.available_tokens - MIN)
         return (state.consumed(tokens) if tokens else None), None
 
@@ -449,16 +467,22 @@ class Book(Command[None]):
 
 
 class Synchronized(NamedTuple, Generic[T]):
-    """What a Synchronize has shown: the answer, the bucket after it, when, and what the other command consumed."""
+    """The answer of a :class:`Synchronize`.
+
+    :param answer: that of the other command.
+    :param state: the bucket after both.
+    :param now: when the bucket was so.
+    :param consumed: tokens that the other command consumed.
+    """
 
     answer: T
-    state: BucketState
+    state: State
     now: int
     consumed: int
 
 
 class Synchronize(Command[Synchronized[T]]):
-    """Book tokens that were handed out elsewhere, then do another command, and show the bucket after both.
+    """Book tokens that were handed out without the store, then run another command; answer the bucket after both.
 
     :param booking: whether the tokens are stored; otherwise the command only reads, and sees the bucket without them.
     """
@@ -469,9 +493,9 @@ class Synchronize(Command[Synchronized[T]]):
         self.tokens = tokens
         self.command = command
         self.booking = booking
-        self.only_reads = not booking and command.only_reads  # type: ignore[misc]  # per instance here
+        self.only_reads = not booking and command.only_reads
 
-    def decide(self, state: BucketState, now: int) -> Decision[Synchronized[T]]:
+    def decide(self, state: State, now: int) -> Transition[Synchronized[T]]:
         booked = Book(self.tokens).decide(state, now)[0] or state
         after, answer = self.command.decide(booked, now)
         if not self.booking:
@@ -481,4 +505,5 @@ class Synchronize(Command[Synchronized[T]]):
         return (after if booked is state else shown), Synchronized(answer, shown, now, consumed)
 
     def answer_without_limit(self) -> Synchronized[T]:
-        raise NotImplementedError  # such keys have been answered before
+        # Keys without limits are answered before anything is synchronised.
+        raise NotImplementedError

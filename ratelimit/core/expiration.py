@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from ratelimit.core.algorithm import State
 from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NEVER, Duration, quotient, to_nanos, wrap
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import brief
 
@@ -18,16 +18,16 @@ _IDLE_MILLIS: Final = 30 * 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Expiration:
-    """When a bucket may be forgotten by the store; counted anew at every write.
+    """When the store may forget a bucket; every write begins the time again.
 
-    Made by :meth:`none`, :meth:`fixed`, :meth:`after_refill` or :meth:`automatic`, which is the default.
+    It is made by :meth:`none`, :meth:`fixed`, :meth:`after_refill` or :meth:`automatic`, which is the default.
     """
 
     kind: Literal["none", "fixed", "after_refill", "automatic"]
     duration_millis: int = 0
 
     shortest_ttl_nanos: int = field(init=False, repr=False, compare=False)
-    """What no time to live is below, in nanoseconds."""
+    """The shortest time to live that any bucket gets, in nanoseconds."""
 
     def __post_init__(self) -> None:
         shortest = {"automatic": _MARGIN_MILLIS, "fixed": self.duration_millis, "after_refill": 1}.get(self.kind)
@@ -36,21 +36,21 @@ class Expiration:
 
     @classmethod
     def none(cls) -> Expiration:
-        """Never: every key that was ever used stays in the store."""
+        """Keep every key that was ever used."""
         return cls("none")
 
     @classmethod
     def fixed(cls, duration: Duration) -> Expiration:
-        """This long after the last write, whatever the bucket needs to fill up.
+        """Expire this long after the last write, whatever the bucket needs to fill up.
 
-        A bucket that is forgotten before it is full comes back with its initial tokens: its users gain by that.
+        A bucket that is forgotten before it is full comes back with its initial tokens, which its users gain.
 
         :raises InvalidConfigurationError: for less than a millisecond.
         """
-        millis = _whole_millis(duration)
+        millis = _whole_millis(duration, "duration")
         if millis < 1:
             raise InvalidConfigurationError(
-                f"duration must be at least a millisecond, not {brief(duration)}", "duration"
+                f"duration must be at least a millisecond; got {brief(duration)}", "duration"
             )
         return cls("fixed", millis)
 
@@ -62,22 +62,22 @@ class Expiration:
 
         :raises InvalidConfigurationError: for a negative duration.
         """
-        millis = _whole_millis(keep)
+        millis = _whole_millis(keep, "keep")
         if millis < 0:
-            raise InvalidConfigurationError(f"keep must not be negative, not {brief(keep)}", "keep")
+            raise InvalidConfigurationError(f"keep must be 0 or more; got {brief(keep)}", "keep")
         return cls("after_refill", millis)
 
     @classmethod
     def automatic(cls) -> Expiration:
-        """Ten seconds after the bucket has filled up, if a new bucket would be the same as the full one.
+        """Expire ten seconds after the bucket has filled up, if a new bucket would be the same as the full one.
 
         Where it would not (initial tokens other than the capacity, or a size forced above it), forgetting would give
         tokens or take them; such a bucket is kept for thirty days after its last write.
         """
         return cls("automatic")
 
-    def ttl_millis(self, state: BucketState, now: int) -> int:
-        """The time to live of this state, in milliseconds; ``NO_EXPIRY`` for ever."""
+    def ttl_millis(self, state: State, now: int) -> int:
+        """Return the time to live of this state, in milliseconds; ``NO_EXPIRY`` where it does not expire."""
         kind = self.kind
         if kind == "none":
             return NO_EXPIRY
@@ -85,22 +85,20 @@ class Expiration:
             return self.duration_millis
         try:
             full = state.nanos_until_full(now)
-        except ArithmeticError:  # a stored period or rate of zero, at which it never is
+        except ArithmeticError:
+            # A stored period or rate of zero: at such a rate the bucket never fills up.
             full = NEVER
         if kind == "automatic":
-            configuration = state.configuration
-            # One that is still to be filled is not overfull; that is left to be asked of several, and of a full one.
-            is_below = full > 0 and configuration.only_greedy is not None
-            same_when_new = configuration.starts_full and (is_below or not state.is_overfull)
-            keep = _MARGIN_MILLIS if same_when_new else _IDLE_MILLIS
-            return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND  # below 0 it has wrapped
-        # Rounded up, as a bucket that is forgotten before it is full comes back full. The sum wraps as all stored
-        # arithmetic does.
+            keep = _MARGIN_MILLIS if state.is_new_when_full else _IDLE_MILLIS
+            # A time below 0 has wrapped around.
+            return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND
+        # The time is rounded up, because a bucket that is forgotten before it is full comes back full. The sum wraps
+        # as all stored arithmetic does.
         return max(1, wrap(self.duration_millis - -full // NANOS_PER_MILLISECOND))
 
 
-def _whole_millis(duration: Duration) -> int:
+def _whole_millis(duration: Duration, name: str) -> int:
     try:
         return quotient(to_nanos(duration), NANOS_PER_MILLISECOND)
     except (TypeError, ValueError) as error:
-        raise InvalidConfigurationError(f"a duration {error}", "duration") from None
+        raise InvalidConfigurationError(f"{name} {error}", name) from None

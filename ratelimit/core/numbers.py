@@ -23,28 +23,28 @@ NEVER: Final = MAX
 
 
 def wrap(x: int) -> int:
-    """``x`` as a signed 64-bit integer, the excess cut off."""
+    """Return ``x`` as a signed 64-bit integer, the excess cut off."""
     return x if MIN <= x <= MAX else ((x - MIN) & (2**64 - 1)) + MIN
 
 
 def quotient(a: int, b: int) -> int:
-    """``a / b`` truncated toward zero; Python's ``//`` would round down."""
+    """Return ``a / b`` truncated toward zero; Python's ``//`` would round down."""
     return wrap(a // b if (a >= 0) == (b > 0) else -(-a // b))
 
 
 def remainder(a: int, b: int) -> int:
-    """What ``quotient`` leaves; it has the sign of ``a``."""
+    """Return what ``quotient`` leaves; it has the sign of ``a``."""
     return a - b * quotient(a, b) if b != -1 else 0
 
 
 def saturating_product(x: int, y: int) -> int:
-    """``x * y``, or MAX where that does not fit, also when it is too small."""
+    """Return ``x * y``, or MAX where that does not fit, also when it is too small."""
     product = x * y
     return product if MIN <= product <= MAX else MAX
 
 
 def truncated(x: float) -> int:
-    """``x`` without its fraction, held within 64 bits; not-a-number is 0."""
+    """Return ``x`` without its fraction, held within 64 bits; not-a-number is 0."""
     if math.isnan(x):
         return 0
     if math.isinf(x):
@@ -60,9 +60,10 @@ Duration = timedelta | float | Fraction | Decimal
 
 
 def to_nanos(duration: Duration) -> int:
-    """The duration in whole nanoseconds, at most MAX, which stands for "never ends".
+    """Return the duration in whole nanoseconds, at most MAX, which stands for "never ends".
 
-    Raises ``TypeError`` for what is no duration, ``ValueError`` for not-a-number.
+    :raises TypeError: for a value that is not a duration.
+    :raises ValueError: for not-a-number.
     """
     if isinstance(duration, timedelta):
         microseconds = (duration.days * 86_400 + duration.seconds) * 1_000_000 + duration.microseconds
@@ -79,10 +80,11 @@ def to_nanos(duration: Duration) -> int:
 def _is_finite(duration: float | Fraction | Decimal) -> bool:
     try:
         return math.isfinite(duration)
-    except OverflowError:  # it is, but beyond what a float can hold
+    except OverflowError:
+        # It is finite, but beyond what a float can hold.
         return True
 
 
 def to_seconds(nanos: int) -> float | None:
-    """A wait in seconds, rounded up to a whole microsecond, the resolution of a server's clock; None for never."""
+    """Return a wait in seconds, rounded up to a microsecond, the resolution of a server's clock; None for never."""
     return None if nanos == NEVER else -(-nanos // 1_000) / 1_000_000

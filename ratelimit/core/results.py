@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from ratelimit.core.numbers import to_seconds
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BandwidthState
+
+if TYPE_CHECKING:
+    from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+    from ratelimit.core.token_bucket.state import BandwidthState
 
 T = TypeVar("T")
 
@@ -71,7 +73,7 @@ class EstimationProbe:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The state of a bucket at the time of asking, refilled.
+    """A bucket as it was when it was asked for, refilled.
 
     :param configuration: what is stored with the bucket.
     :param configuration_version: the version stored with it, if any.

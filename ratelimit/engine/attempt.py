@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ratelimit.core.algorithm import State, decode, out_of_range
 from ratelimit.core.commands import execute
-from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
 from ratelimit.engine.lost_reply import repeated
@@ -89,16 +88,16 @@ class Attempt:
         """Return the state to store, or None, and the answer."""
         state = self.state
         if state is None and self.before is not None:
-            self.state = state = codec.decode(self.before, self.target.key)
+            self.state = state = decode(self.before, self.target.key)
         try:
             return execute(self.command, self.terms, state, self.now)
         except ArithmeticError as error:
-            raise codec.out_of_range(self.before or b"", self.target.key) from error
+            raise out_of_range(self.before or b"", self.target.key) from error
 
-    def swap(self, after: BucketState) -> Steps[Lost | None]:
+    def swap(self, after: State) -> Steps[Lost | None]:
         """Put a state in the place of ``before``; None where that is done, else what is stored instead."""
         requests, question, target = self.requests, self.question, self.target
-        self.new = new = codec.encode(after)
+        self.new = new = after.configuration.algorithm.encode(after)
         ttl = target.expiration.ttl_millis(after, self.now)
         question.course.round_trips += 1
         try:
@@ -115,7 +114,7 @@ class Attempt:
         self.requests.remember(self.target.stored_key, Sighting(self.before, self.state, self.losses, undisturbed))
         return answer
 
-    def won(self, after: BucketState, answer: Any) -> Any:
+    def won(self, after: State, answer: Any) -> Any:
         """Return the answer of a command whose swap was carried out."""
         losses = self.losses if self.swaps else 0
         state, target = self.state, self.target

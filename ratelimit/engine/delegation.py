@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import execute
-from ratelimit.core.token_bucket import codec
 from ratelimit.engine.attempt import Attempt
 from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.last_seen import Sighting
@@ -54,9 +54,9 @@ def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
     The store goes on to decide until no other process has written for a while.
     """
     target, seen = attempt.target, attempt.seen
-    state = None if before is None else codec.decode(before, target.key)
+    state = None if before is None else decode(before, target.key)
     after, answer = execute(attempt.command, attempt.terms, state, now)
-    stored = before if after is None else codec.encode(after)
+    stored = before if after is None else encode(after)
     undisturbed = seen.undisturbed + 1 if before == seen.state else 0
     tuning = attempt.requests.tuning
     losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else tuning.losses_before_delegation

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from ratelimit.core.commands import execute
 from ratelimit.engine.question import Question
 from ratelimit.errors import BucketNotFoundError, CorruptStateError
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import ExecutingStore
+from ratelimit.stores.protocol import UpdatingStore
 
 
 class InProcess:
@@ -17,8 +19,8 @@ class InProcess:
     :param now: gives the time for a stored key; None: the store has a time of its own.
     """
 
-    def __init__(self, store: ExecutingStore, now: Callable[[bytes], int] | None) -> None:
-        self._execute = store.execute
+    def __init__(self, store: UpdatingStore, now: Callable[[bytes], int] | None) -> None:
+        self._update = store.update
         self._now = now
 
     def decide(self, question: Question) -> Steps[Any]:
@@ -31,10 +33,9 @@ class InProcess:
         ((target, terms, command),) = question.parts
         key, now = target.stored_key, self._now
         try:
-            done = self._execute(
+            done = self._update(
                 key,
-                command,
-                terms,
+                partial(execute, command, terms),
                 target.expiration,
                 None if now is None else now(key),
                 must_exist=target.must_exist_once_made and target.made,

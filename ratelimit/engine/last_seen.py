@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.core.algorithm import State
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.bounded import BoundedMap
 
 _OVERHEAD_BYTES: Final = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
-_BUCKET_BYTES: Final = 150  # of a state as numbers, and as many for each of its bandwidths, roughly
 
 
 class Sighting(NamedTuple):
@@ -25,7 +24,7 @@ class Sighting(NamedTuple):
     """
 
     state: bytes | None
-    bucket: BucketState | None = None
+    bucket: State | None = None
     losses: int = 0
     undisturbed: int = 0
 
@@ -75,5 +74,5 @@ class LastSeen:
 
 def _weight(key: bytes, sighting: Sighting) -> int:
     bucket = sighting.bucket
-    numbers = 0 if bucket is None else _BUCKET_BYTES * (1 + len(bucket.bandwidth_states))
+    numbers = 0 if bucket is None else bucket.weight
     return len(key) + len(sighting.state or b"") + _OVERHEAD_BYTES + numbers

@@ -8,10 +8,9 @@ from fractions import Fraction
 from typing import Any, Final, NamedTuple
 from weakref import ref
 
-from ratelimit.core.commands import Cancel, Plan, execute
+from ratelimit.core.algorithm import State
+from ratelimit.core.commands import Cancel, Terms, execute
 from ratelimit.core.numbers import wrap
-from ratelimit.core.token_bucket.share import share_of
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.question import Course, Question, Target
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.bounded import BoundedMap
@@ -69,8 +68,8 @@ class _Local:
     """A bucket that stands in for a shared one, and the books about it."""
 
     target: Target
-    terms: Plan
-    state: BucketState
+    terms: Terms
+    state: State
     books: _Books = _NOTHING
 
 
@@ -109,11 +108,8 @@ class LocalBuckets:
         with self._lock:
             now = self._now(key)
             local = self._buckets.values.get(key)
-            own = terms._replace(configuration=share_of(terms.configuration, share))
-            if local is None:
-                before = BucketState.initial(own.configuration, own.version, now)
-            else:
-                before = local.state.refilled(now)
+            own = terms._replace(configuration=terms.configuration.algorithm.share_of(terms.configuration, share))
+            before = own.initial(now) if local is None else local.state.refilled(now)
             after, answer = execute(command, own, before, now)
             if local is None:
                 local = _Local(target, terms, before)
@@ -149,7 +145,7 @@ class LocalBuckets:
                 state = local.state.refilled(self._now(key))
                 self._credit(local, command.decide(state, 0)[0] or state, command.tokens)
 
-    def _credit(self, local: _Local, state: BucketState, tokens: int) -> None:
+    def _credit(self, local: _Local, state: State, tokens: int) -> None:
         books = local.books
         books = books._replace(uncharged=books.uncharged - max(0, min(tokens, books.free)))
         # Both in one step, at which no signal is let in.

@@ -23,20 +23,20 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 from weakref import ref
 
+from ratelimit.core.algorithm import State
 from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
-    Plan,
     Reserve,
     Synchronize,
     Synchronized,
     TakeSnapshot,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.numbers import MIN, wrap
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.question import Layer, Question, Target
 from ratelimit.errors import RateLimitError, StoreError
@@ -78,9 +78,9 @@ class _Entry:
     """
 
     target: Target
-    terms: Plan
+    terms: Terms
     weight: int
-    state: BucketState | None = None
+    state: State | None = None
     seen_at: int = 0
     seen_consumed: int = 0
     pending: int = 0
@@ -147,7 +147,7 @@ class _Begun:
 
     entry: _Entry
     target: Target
-    terms: Plan
+    terms: Terms
     carried: int
     not_carried: int
     ended: int
@@ -307,7 +307,7 @@ class LocalDecisions:
                 entry.state = entry.state.given_back(carried)
                 entry.empty_until = MIN
 
-    def _entry(self, target: Target, terms: Plan) -> _Entry:
+    def _entry(self, target: Target, terms: Terms) -> _Entry:
         entry = self._entries.values.get(target.stored_key)
         if entry is None:
             entry = _Entry(target, terms, _weight(target, terms))
@@ -354,7 +354,7 @@ def _without(entry: _Entry, ended: _Begun) -> tuple[ref[_Begun], ...]:
     return tuple(ref(begun) for begun in entry.under_way() if begun is not ended)
 
 
-def _decided(entry: _Entry, state: BucketState, optimization: Optimization, command: Command[Any], now: int) -> Any:
+def _decided(entry: _Entry, state: State, optimization: Optimization, command: Command[Any], now: int) -> Any:
     """The answer, where the state may give it."""
     inner: Command[Any] = command.command if isinstance(command, Verbose) else command
     if inner.only_reads:
@@ -383,5 +383,5 @@ _CONSUMING: Final[frozenset[type]] = frozenset(
 )
 
 
-def _weight(target: Target, terms: Plan) -> int:
-    return _OVERHEAD_BYTES + 2 * len(target.stored_key) + 300 * len(terms.configuration.bandwidths)
+def _weight(target: Target, terms: Terms) -> int:
+    return _OVERHEAD_BYTES + 2 * len(target.stored_key) + 300 * len(terms.configuration)

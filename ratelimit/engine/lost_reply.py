@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.core.algorithm import State
 from ratelimit.engine.last_seen import Sighting
 from ratelimit.errors import StoreError, StoreUnavailableError
 from ratelimit.runtime.steps import Steps
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ratelimit.engine.attempt import Attempt
 
 
-def repeated(attempt: Attempt, after: BucketState, ttl: int, failure: BaseException) -> Steps[Lost | None]:
+def repeated(attempt: Attempt, after: State, ttl: int, failure: BaseException) -> Steps[Lost | None]:
     """Swap once more, after a swap whose reply was lost.
 
     :param failure: what has come in place of the reply. It is raised again where the swap was not carried out for sure,
@@ -40,7 +40,7 @@ def repeated(attempt: Attempt, after: BucketState, ttl: int, failure: BaseExcept
     if loss is None:
         return None
     is_in_place = loss.state == attempt.new
-    if is_in_place and requests.unique_readings and _holds_reading(attempt.state, after, attempt.now):
+    if is_in_place and requests.unique_readings and after.shows(attempt.state, attempt.now):
         # No other writer can have written these bytes: the first swap was carried out.
         return None
     requests.remember(key, Sighting(loss.state))
@@ -50,9 +50,3 @@ def repeated(attempt: Attempt, after: BucketState, ttl: int, failure: BaseExcept
     raise StoreUnavailableError(
         attempt.target.key, f"a reply of the store was lost {meanwhile}", in_doubt=True
     ) from failure
-
-
-def _holds_reading(before: BucketState | None, after: BucketState, now: int) -> bool:
-    """Return whether the new state shows at what time it was computed, which the old one does not."""
-    known = set() if before is None else {state.last_refill_time_nanos for state in before.bandwidth_states}
-    return now not in known and any(now == state.last_refill_time_nanos for state in after.bandwidth_states)

@@ -19,11 +19,11 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.checks import timeout_seconds
-from ratelimit.core.commands import Command, Plan
+from ratelimit.core.algorithm import decode
+from ratelimit.core.commands import Command, Terms
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import Duration
-from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
 from ratelimit.engine.coalescing.threads import ThreadCoalescing
@@ -46,7 +46,7 @@ from ratelimit.errors import RateLimitError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import AsyncStore, ExecutingStore, Store
+from ratelimit.stores.protocol import AsyncStore, Store, UpdatingStore
 
 _logger = logging.getLogger("ratelimit")
 
@@ -128,7 +128,7 @@ class Pipeline:
 
     def _decider(self, store: Any, now_of_clock: Callable[[bytes], int] | None, *, coalesces: bool) -> Layer:
         """Return the innermost layers, and note how they are asked without steps."""
-        if isinstance(store, ExecutingStore) and store.executes:
+        if isinstance(store, UpdatingStore):
             in_process = InProcess(store, now_of_clock)
             if not self.face.asynchronous:
                 self._ask_at_once = in_process.ask
@@ -182,9 +182,9 @@ class Pipeline:
                 self._optimization if optimization is None else optimization,
             )
         layer, shielded, ask_at_once = layers
-        terms: Plan | None = None
+        terms: Terms | None = None
         if isinstance(limits, BucketConfiguration):
-            terms = Plan(limits, version, inheritance)
+            terms = Terms(limits, version, inheritance)
         else:
             look_up = partial(
                 looking_up, limits=limits, version=version, inheritance=inheritance, monotonic=self.monotonic
@@ -197,7 +197,7 @@ class Pipeline:
         return BucketProxy(self, target, terms, timeout, layer, shielded, ask, ask)
 
     def _asking(
-        self, target: Target, terms: Plan | None, timeout: float, start: Callable[[Question], Any], finish: Any
+        self, target: Target, terms: Terms | None, timeout: float, start: Callable[[Question], Any], finish: Any
     ) -> Any:
         """Return what answers a command about a bucket. Every decision passes through it."""
 
@@ -253,7 +253,7 @@ class Pipeline:
         deadline = self.deadline(timeout)
         with errors_named(target.key):
             state = yield self.requests.get(target.stored_key, deadline=deadline)
-        return None if state is None else codec.decode(state, target.key).configuration
+        return None if state is None else decode(state, target.key).configuration
 
 
 def looking_up(
@@ -272,7 +272,7 @@ def looking_up(
         found = yield limits(target.key)
         if found is None:
             return command.answer_without_limit()
-        terms = Plan(BucketConfiguration.of(found), version, inheritance)
+        terms = Terms(BucketConfiguration.of(found), version, inheritance)
         deadline = question.deadline
         if deadline is not None:
             # The time that the lookup takes is the caller's own.

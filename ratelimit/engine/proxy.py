@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from ratelimit.checks import max_wait_nanos, timeout_seconds, token_count
-from ratelimit.core.commands import Batch, Cancel, Command, Plan, Reserve, Reserved, TakeSnapshot, Verbose
+from ratelimit.core.commands import Batch, Cancel, Command, Reserve, Reserved, TakeSnapshot, Terms, Verbose
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration
 from ratelimit.core.results import Snapshot, VerboseResult
 from ratelimit.engine.cancellation import uninterrupted
@@ -52,7 +52,7 @@ class BucketProxy:
 
     pipeline: Any
     target: Target
-    terms: Plan | None
+    terms: Terms | None
     timeout: float
     layer: Layer
     shielded: Layer

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from ratelimit.core.commands import Command, Plan
+from ratelimit.core.commands import Command, Terms
 from ratelimit.core.expiration import Expiration
 from ratelimit.errors import CorruptStateError, StoreError
 from ratelimit.keys import Key
@@ -45,7 +45,7 @@ class Part(NamedTuple):
     """
 
     target: Target
-    terms: Plan
+    terms: Terms
     command: Command[Any]
 
 
@@ -92,7 +92,7 @@ class Question(NamedTuple):
     def of(
         cls,
         target: Target,
-        terms: Plan,
+        terms: Terms,
         command: Command[Any],
         deadline: float | None = None,
         *,

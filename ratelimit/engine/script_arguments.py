@@ -1,7 +1,7 @@
 """Turn commands into the arguments of ``lua/decide.lua``, which applies them where the bucket is stored.
 
 The script makes the same transition as ``execute``, to the byte, and replies only with what was stored before: the
-answers follow from that. It is given the time, the operations, and what depends on the plan and the expiration alone.
+answers follow from that. It is given the time, the operations, and what depends on the terms and the expiration alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, Final
 
+from ratelimit.core.algorithm import encode
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -23,19 +24,17 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GiveBack,
     HoldBack,
-    Plan,
     ReplaceConfiguration,
     Reserve,
     Reset,
     Synchronize,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.expiration import Expiration
-from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.stores.operations import Operation
 
 _EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
@@ -63,12 +62,14 @@ class _UnknownCommandError(Exception):
 
 
 def request(
-    command: Command[Any], plan: Plan, expiration: Expiration, now: int, *, must_exist: bool
+    command: Command[Any], terms: Terms, expiration: Expiration, now: int, *, must_exist: bool
 ) -> tuple[bytes, ...] | None:
     """Return the arguments of the script for this command; None where the script does not know the command.
 
     :param must_exist: whether a missing bucket is left missing, and not made.
     """
+    if terms.configuration.algorithm.script is None:
+        return None
     replacements: tuple[bytes, ...] = ()
     try:
         if (type(command) is TryConsume or type(command) is TryConsumeAndReturnRemaining) and command.tokens >= 0:
@@ -76,9 +77,9 @@ def request(
         else:
             packed, replacements = _packed(command, now)
             operations = _NOW.pack(now) + packed
-        rules, template = _fixed_part(plan, expiration)
+        rules, template = _fixed_part(terms, expiration)
         if template is None:
-            template = codec.encode(BucketState.initial(plan.configuration, plan.version, now))
+            template = encode(terms.initial(now))
     except (_UnknownCommandError, struct.error):
         # A struct.error is a number of more than 64 bits.
         return None
@@ -94,7 +95,7 @@ def _packed(command: Command[Any], now: int) -> tuple[bytes, tuple[bytes, ...]]:
     for (operation, tokens, further), equal in groupby(_steps(command)):
         number = places.setdefault(further, len(places)) if isinstance(further, BucketConfiguration) else further
         packed.append(_OPERATION.pack(operation, sum(1 for _ in equal), tokens, number))
-    return b"".join(packed), tuple(codec.encode(BucketState.initial(limits, None, now)) for limits in places)
+    return b"".join(packed), tuple(encode(Terms(limits).initial(now)) for limits in places)
 
 
 def _steps(command: Command[Any]) -> Iterator[_Step]:
@@ -158,10 +159,10 @@ def _at_least_0(tokens: int) -> int:
 # The values in the key are mostly the very objects of the last decision, and a configuration keeps its hash. So finding
 # an entry by value takes 0.25 us, of 0.6 us for a request, and would take no less by the id() of the configuration.
 @lru_cache(maxsize=1024)
-def _fixed_part(plan: Plan, expiration: Expiration) -> tuple[bytes, bytes | None]:
+def _fixed_part(terms: Terms, expiration: Expiration) -> tuple[bytes, bytes | None]:
     """Return the packed rules, and the state of a new bucket, None where that depends on the time."""
-    configuration, version, inheritance = plan
+    configuration, version, inheritance = terms
     wanted = 0 if version is None else 1 + inheritance.value
     rules = _PLAN.pack(_EXPIRATIONS[expiration.kind], expiration.duration_millis, wanted, version or 0)
     adaptive = any(bandwidth.adaptive_initial_tokens for bandwidth in configuration)
-    return rules, None if adaptive else codec.encode(BucketState.initial(configuration, version, 0))
+    return rules, None if adaptive else encode(terms.initial(0))

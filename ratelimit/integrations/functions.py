@@ -16,10 +16,10 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.checks import duration_nanos, token_count
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import Duration
 from ratelimit.core.results import VerboseResult
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
 from ratelimit.integrations.logs import OtherLimits

@@ -23,10 +23,10 @@ from inspect import isasyncgenfunction, iscoroutinefunction
 from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NANOS_PER_SECOND, NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.on_error import RETRY_NANOS
 from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import (

@@ -1,16 +1,16 @@
-"""Buckets within one process."""
+"""Stores in the memory of one process."""
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import Final, TypeVar
 
-from ratelimit.core.commands import Command, Plan, execute
+from ratelimit.core.algorithm import State, decode, encode, out_of_range
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NEVER
-from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.keys import Key
+from ratelimit.errors import InvalidArgumentError
+from ratelimit.keys import Key, brief
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings, steady_clock
 from ratelimit.runtime.copies import OfThisProcess
@@ -22,38 +22,38 @@ _ADVICE: Final = "processes share buckets through Redis"
 
 
 class _Entry:
-    """What is held under a key: bytes, or a bucket that has not been needed as bytes yet.
+    """What is held under a key: bytes, or a state that has not been needed as bytes yet.
 
-    :ivar surely_until: before this time it has not expired; whether it has afterwards, ``deadline`` tells.
-    :ivar written: what the deadline of a bucket is to be computed from, once that is asked for: never, while the bucket
-        is in use. The expiration, the time of the decision, and that of the store.
+    :ivar surely_until: before this time the entry has not expired; afterwards ``deadline`` says whether it has.
+    :ivar written: what the deadline of a state is computed from: the expiration, the time of the decision, and that of
+        the store. It is computed once it is needed, which it never is while the bucket is in use.
     """
 
-    __slots__ = ("bucket", "deadline", "state", "surely_until", "written")
+    __slots__ = ("data", "deadline", "state", "surely_until", "written")
 
-    def __init__(self, state: bytes | None = None, deadline: int | None = None) -> None:
-        self.state = state
-        self.bucket: BucketState | None = None
+    def __init__(self, data: bytes | None = None, deadline: int | None = None) -> None:
+        self.data = data
+        self.state: State | None = None
         self.deadline = deadline
         self.surely_until = NEVER if deadline is None else deadline
         self.written: tuple[Expiration, int, int] | None = None
 
     def as_bytes(self) -> bytes:
-        if self.state is None:
-            self.state = codec.encode(self.bucket)  # type: ignore[arg-type]  # it holds one of them
-        return self.state
+        if self.data is None:
+            self.data = encode(self.state)  # type: ignore[arg-type]  # it holds one of them
+        return self.data
 
-    def as_bucket(self, key: bytes) -> BucketState:
-        if self.bucket is None:
-            self.bucket = codec.decode(self.state, key)  # type: ignore[arg-type]  # the same
-        return self.bucket
+    def as_state(self, key: bytes) -> State:
+        if self.state is None:
+            self.state = decode(self.data, key)  # type: ignore[arg-type]  # the same
+        return self.state
 
     def has_expired(self, now: int) -> bool:
         if now < self.surely_until:
             return False
         if self.written is not None:
             expiration, decided_at, written_at = self.written
-            self.deadline = _deadline(written_at, expiration.ttl_millis(self.as_bucket(b""), decided_at))
+            self.deadline = _deadline(written_at, expiration.ttl_millis(self.as_state(b""), decided_at))
             self.surely_until = NEVER if self.deadline is None else self.deadline
             self.written = None
         return self.deadline is not None and self.deadline <= now
@@ -63,8 +63,10 @@ def _deadline(now: int, ttl_millis: int) -> int | None:
     return now + ttl_millis * NANOS_PER_MILLISECOND if ttl_millis > 0 else None
 
 
-class MemoryStore(OfThisProcess):
-    """Buckets in the memory of this process, for services of one process and for tests. Safe for threads.
+class SwappingMemoryStore(OfThisProcess):
+    """Buckets in the memory of this process that are swapped as bytes, as those on a server are; for tests.
+
+    It is what doubles of stores are made from: every decision goes through ``get`` and ``swap``. Safe for threads.
 
     States that have expired are dropped, a few with every write, so that memory follows the keys that are in use.
 
@@ -83,20 +85,20 @@ class MemoryStore(OfThisProcess):
         self._lock = fork_safety.lock()
 
     def get(self, key: Key) -> bytes | None:
-        """The state under the key; None where there is none."""
+        """Return the bytes under the key; None where there are none."""
         fork_safety.check()
         with self._lock:
             entry = self._live(_bytes(key), self._now())
             return None if entry is None else entry.as_bytes()
 
     def put(self, key: Key, state: bytes) -> None:
-        """Store a state, whatever is there, without expiry: for tests."""
+        """Store bytes without expiry, whatever is there: for tests."""
         fork_safety.check()
         with self._lock:
             self._entries[_bytes(key)] = _Entry(state)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
+        """Put ``after`` in the place of ``before`` (None: nothing); return None when done, else what is there."""
         fork_safety.check()
         with self._lock:
             now = self._now()
@@ -107,47 +109,6 @@ class MemoryStore(OfThisProcess):
             entry = self._entries[key] = _Entry(after, _deadline(now, ttl_millis))
             self._tidy(key, entry, now)
             return None
-
-    @property
-    def executes(self) -> bool:
-        """Whether :meth:`execute` does what ``get`` and ``swap`` would do, which a subclass may have made its own."""
-        return type(self).get is MemoryStore.get and type(self).swap is MemoryStore.swap
-
-    def execute(
-        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
-    ) -> tuple[T, bool] | None:
-        """Decide a command, at once and without bytes: nobody else can come in between.
-
-        :param now: None: the time by this store's clock.
-        :param must_exist: answer None where there is no bucket.
-        :returns: the answer, and whether the bucket was made, or its configuration replaced.
-        """
-        with self._lock:
-            written_at = self._now()
-            if now is None:
-                now = written_at
-            entry = self._entries.get(key)
-            if entry is not None and written_at >= entry.surely_until:
-                entry = self._live(key, written_at)
-            if entry is None:
-                if must_exist:
-                    return None
-                before = None
-            else:
-                before = entry.bucket or entry.as_bucket(key)
-            try:
-                after, answer = execute(command, plan, before, now)
-            except ArithmeticError as error:
-                raise codec.out_of_range(b"" if entry is None else entry.as_bytes(), key) from error
-            if after is None:
-                return answer, False
-            if entry is None:
-                entry = self._entries[key] = _Entry()
-            entry.state, entry.bucket, entry.written = None, after, (expiration, now, written_at)
-            entry.surely_until = written_at + expiration.shortest_ttl_nanos
-            if key not in self._queued or self._queue[0][0] <= written_at:
-                self._tidy(key, entry, written_at)
-            return answer, before is None or before.configuration_version != after.configuration_version
 
     def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
@@ -164,14 +125,14 @@ class MemoryStore(OfThisProcess):
         return f"{type(self).__name__}()"
 
     def now_nanos(self, key: bytes) -> int:
-        """The time by this store's clock."""
+        """Return the time by this store's clock."""
         return self._now()
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Do nothing: nothing was opened."""
 
     def __len__(self) -> int:
-        """Keys that are held, among them some that have expired."""
+        """Return how many keys are held, among them some that have expired."""
         return len(self._entries)
 
     def _live(self, key: bytes, now: int) -> _Entry | None:
@@ -184,8 +145,8 @@ class MemoryStore(OfThisProcess):
     def _tidy(self, key: bytes, entry: _Entry, now: int) -> None:
         """Queue what has been written, and drop a few of those that have expired.
 
-        Each key has one place in the queue, by a time until which it has surely not expired; a signal may add another,
-        in the order of the steps below, but not take one away.
+        Each key has one place in the queue, by a time until which it has surely not expired. The handler of a signal
+        that comes in between the steps below may add another place, but not take one away.
         """
         if key not in self._queued and entry.surely_until < NEVER:
             heapq.heappush(self._queue, (entry.surely_until, key))
@@ -205,46 +166,84 @@ class MemoryStore(OfThisProcess):
                 self._queued.add(due)
 
 
-def _bytes(key: Key) -> bytes:
-    return key.encode() if isinstance(key, str) else key
+class MemoryStore(SwappingMemoryStore):
+    """Buckets in the memory of this process, for services of one process and for tests. Safe for threads.
+
+    States that have expired are dropped, a few with every write, so that memory follows the keys that are in use.
+
+    Decisions go through :meth:`update`, and neither through ``get`` nor through ``swap``: a class that makes these its
+    own derives from :class:`SwappingMemoryStore`.
+
+    :param clock: what time it is, for decisions and for expiry; by default the machine's monotonic clock, which begins
+        at the present wall time and is not disturbed when that is set.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _refuse_bypassed(cls, MemoryStore, SwappingMemoryStore)
+
+    def update(
+        self,
+        key: bytes,
+        transition: Callable[[State | None, int], tuple[State | None, T]],
+        expiration: Expiration,
+        now: int | None,
+        *,
+        must_exist: bool,
+    ) -> tuple[T, bool] | None:
+        """Apply a function to the state under the key, at once and without bytes: see :class:`UpdatingStore`."""
+        with self._lock:
+            written_at = self._now()
+            if now is None:
+                now = written_at
+            entry = self._entries.get(key)
+            if entry is not None and written_at >= entry.surely_until:
+                entry = self._live(key, written_at)
+            if entry is None:
+                if must_exist:
+                    return None
+                before = None
+            else:
+                before = entry.state or entry.as_state(key)
+            try:
+                after, answer = transition(before, now)
+            except ArithmeticError as error:
+                raise out_of_range(b"" if entry is None else entry.as_bytes(), key) from error
+            if after is None:
+                return answer, False
+            if entry is None:
+                entry = self._entries[key] = _Entry()
+            entry.data, entry.state, entry.written = None, after, (expiration, now, written_at)
+            entry.surely_until = written_at + expiration.shortest_ttl_nanos
+            if key not in self._queued or self._queue[0][0] <= written_at:
+                self._tidy(key, entry, written_at)
+            return answer, before is None or before.configuration_version != after.configuration_version
 
 
-class AsyncMemoryStore(OfThisProcess):
-    """The same for asyncio.
+class AsyncSwappingMemoryStore(OfThisProcess):
+    """A :class:`SwappingMemoryStore` whose methods are awaited, for tests.
 
     :param store: a store to share with sync code of this process; by default one of its own.
-    :param clock: as for :class:`MemoryStore`, for a store of its own.
+    :param clock: what time it is for a store of its own; see :class:`MemoryStore`.
     """
 
     _advice = _ADVICE
 
-    def __init__(self, store: MemoryStore | None = None, *, clock: Clock | None = None) -> None:
-        self._store = store if store is not None else MemoryStore(clock=clock)
+    def __init__(self, store: SwappingMemoryStore | None = None, *, clock: Clock | None = None) -> None:
+        self._store = store if store is not None else SwappingMemoryStore(clock=clock)
         self.unique_readings = self._store.unique_readings
 
     async def get(self, key: Key) -> bytes | None:
-        """The state under the key; None where there is none."""
+        """Return the bytes under the key; None where there are none."""
         return self._store.get(key)
 
     async def put(self, key: Key, state: bytes) -> None:
-        """Store a state, whatever is there, without expiry: for tests."""
+        """Store bytes without expiry, whatever is there: for tests."""
         self._store.put(key, state)
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """Put ``after`` in the place of ``before`` (None: nothing); None when done, else what is there."""
+        """Put ``after`` in the place of ``before`` (None: nothing); return None when done, else what is there."""
         return self._store.swap(key, before, after, ttl_millis)
-
-    @property
-    def executes(self) -> bool:
-        """See :attr:`MemoryStore.executes`."""
-        own = AsyncMemoryStore
-        return self._store.executes and type(self).get is own.get and type(self).swap is own.swap
-
-    def execute(
-        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
-    ) -> tuple[T, bool] | None:
-        """See :meth:`MemoryStore.execute`; there is nothing to await."""
-        return self._store.execute(key, command, plan, expiration, now, must_exist=must_exist)
 
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
@@ -258,12 +257,52 @@ class AsyncMemoryStore(OfThisProcess):
         return f"{type(self).__name__}()"
 
     def now_nanos(self, key: bytes) -> int:
-        """The time by this store's clock."""
+        """Return the time by this store's clock."""
         return self._store.now_nanos(key)
 
     async def aclose(self) -> None:
-        """Nothing was opened."""
+        """Do nothing: nothing was opened."""
 
     def __len__(self) -> int:
-        """Keys that are held, among them some that have expired."""
+        """Return how many keys are held, among them some that have expired."""
         return len(self._store)
+
+
+class AsyncMemoryStore(AsyncSwappingMemoryStore):
+    """A :class:`MemoryStore` for asyncio.
+
+    :param store: a store to share with sync code of this process; by default one of its own.
+    :param clock: what time it is for a store of its own; see :class:`MemoryStore`.
+    :raises InvalidArgumentError: for a store that is not a ``MemoryStore``.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _refuse_bypassed(cls, AsyncMemoryStore, AsyncSwappingMemoryStore)
+
+    def __init__(self, store: MemoryStore | None = None, *, clock: Clock | None = None) -> None:
+        if store is not None and not isinstance(store, MemoryStore):
+            raise InvalidArgumentError(
+                f"store must be a MemoryStore, or be given to an AsyncSwappingMemoryStore; got {brief(store)}"
+            )
+        own = store if store is not None else MemoryStore(clock=clock)
+        super().__init__(own)
+        self.update = own.update
+        """There is nothing to await: see :meth:`MemoryStore.update`."""
+
+
+def _refuse_bypassed(cls: type, base: type, instead: type) -> None:
+    """Refuse a class whose own ``get`` or ``swap`` no decision would ask.
+
+    :raises TypeError: saying what to derive from.
+    """
+    own = [name for name in ("get", "swap") if getattr(cls, name) is not getattr(base, name)]
+    if own:
+        raise TypeError(
+            f"{cls.__name__}.{own[0]} would be bypassed, since {base.__name__} decides by update(); "
+            f"derive from ratelimit.testing.{instead.__name__}"
+        )
+
+
+def _bytes(key: Key) -> bytes:
+    return key.encode() if isinstance(key, str) else key

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from ratelimit.core.commands import Command, Plan
+from ratelimit.core.algorithm import State
 from ratelimit.core.expiration import Expiration
 from ratelimit.runtime.steps import Steps
 
@@ -116,21 +116,24 @@ class DecidingStore(Protocol):
 
 
 @runtime_checkable
-class ExecutingStore(Protocol):
-    """A store in this process, which carries out commands itself: there is nothing to swap, and nothing to await."""
+class UpdatingStore(Protocol):
+    """A store in this process, which keeps states as they are: there is nothing to swap, and nothing to await."""
 
-    @property
-    def executes(self) -> bool:
-        """Whether it does, at present."""
-        ...
-
-    def execute(
-        self, key: bytes, command: Command[T], plan: Plan, expiration: Expiration, now: int | None, *, must_exist: bool
+    def update(
+        self,
+        key: bytes,
+        transition: Callable[[State | None, int], tuple[State | None, T]],
+        expiration: Expiration,
+        now: int | None,
+        *,
+        must_exist: bool,
     ) -> tuple[T, bool] | None:
-        """Decide a command.
+        """Apply a function to what is under the key; no other writer can come in between.
 
-        :param now: None: the time by this store's clock.
-        :param must_exist: answer None where there is no bucket.
+        :param transition: takes the state (None: nothing is there) and the time, and returns the state to store (None:
+            nothing) and an answer.
+        :param now: the time to apply it at; None: the time by this store's clock.
+        :param must_exist: return None where nothing is there.
         :returns: the answer, and whether the bucket was made, or its configuration replaced.
         """
         ...

@@ -112,9 +112,9 @@ def test_a_list_of_limits_is_several_limits_in_its_order(kind: Callable[[Any], l
     several = kind(["9/day, 8/hour", Bandwidth.parse("7/minute"), BucketConfiguration.parse("6/s; 5/ms"), "4/us"])
     assert BucketConfiguration.of(several) == BucketConfiguration.parse("9/day; 8/hour; 7/minute; 6/s; 5/ms; 4/us")
     assert BucketConfiguration.of(kind(["5/second"])) == BucketConfiguration.parse("5/second")
-    with pytest.raises(InvalidConfigurationError, match="at least one"):
+    with pytest.raises(InvalidConfigurationError, match="from 1 to 64; got 0"):
         BucketConfiguration.of(kind([]))
-    with pytest.raises(InvalidConfigurationError, match="two bandwidths have the id 'a'"):
+    with pytest.raises(InvalidConfigurationError, match="id must differ between bandwidths; got 'a' twice"):
         BucketConfiguration.of(kind(["5/second id a", "9/minute id a"]))
 
 

@@ -70,7 +70,7 @@ def test_what_bucket4j_refuses_is_refused(case: dict[str, Any]) -> None:
 
 def test_two_equal_ids_are_refused() -> None:
     state = codec.encode(BucketState.initial(BucketConfiguration.parse("5/s id a; 6/s id b"), None, 0))
-    with pytest.raises(CorruptStateError, match="two bandwidths have the id 'a'"):
+    with pytest.raises(CorruptStateError, match="id must differ between bandwidths; got 'a' twice"):
         codec.decode(state.replace(b"\x00\x01b", b"\x00\x01a"))
 
 

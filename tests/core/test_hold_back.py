@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import NEVER, Bandwidth, BandwidthState, BucketConfiguration
-from ratelimit.core.commands import HoldBack, Plan, Reserve, Reserved, TryConsume, execute
+from ratelimit.core.algorithm import State, encode
+from ratelimit.core.commands import HoldBack, Reserve, Terms, TryConsume, execute
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
@@ -41,12 +42,12 @@ def ordinary_states(draw: st.DrawFn) -> BucketState:
     )
 
 
-def held_back(state: BucketState, nanos: int) -> BucketState:
+def held_back(state: State, nanos: int) -> State:
     after, _ = HoldBack(nanos).decide(state, NOW)
     return state if after is None else after
 
 
-def wait(state: BucketState, tokens: int = 1) -> int:
+def wait(state: State, tokens: int = 1) -> int:
     return state.nanos_until(tokens, NOW, check_capacity=False)
 
 
@@ -54,17 +55,21 @@ def wait(state: BucketState, tokens: int = 1) -> int:
 def test_there_is_no_token_before_the_end_and_one_when_the_wait_is_over(
     state: BucketState, nanos: int, fractions: list[float], tokens: int
 ) -> None:
-    plan = Plan(state.configuration)
+    terms = Terms(state.configuration)
     after = held_back(state, nanos)
     assert wait(after) >= nanos
     at = after
     for time in sorted({NOW + int(fraction * (nanos - 1)) for fraction in fractions} | {NOW + nanos - 1}):
         at = at.refilled(time)  # as whoever stores something does, and that changes nothing
-        assert execute(TryConsume(1), plan, at, time) == (None, False)
+        assert execute(TryConsume(1), terms, at, time) == (None, False)
         assert at.nanos_until(tokens, time, check_capacity=False) >= nanos - (time - NOW)
-        assert execute(Reserve(tokens, nanos - (time - NOW) - 1), plan, at, time) == (None, Reserved(NEVER))
+        longest = nanos - (time - NOW) - 1
+        refused, reserved = execute(Reserve(tokens, longest), terms, at, time)
+        assert refused is None
+        assert reserved.wait == NEVER
+        assert reserved.refused_wait > longest
     end = NOW + wait(after) + 1  # the wait is rounded down
-    assert execute(TryConsume(1), plan, at, end)[1]
+    assert execute(TryConsume(1), terms, at, end)[1]
 
 
 @given(ordinary_states(), durations, durations)
@@ -82,8 +87,9 @@ def test_nothing_comes_sooner_and_one_bandwidth_at_most_is_changed(state: Bucket
     assert wait(after, tokens) >= wait(state, tokens)
     pairs = zip(state.bandwidth_states, after.bandwidth_states, strict=True)
     assert sum(before != now for before, now in pairs) == (wait(state) < nanos)
+    assert isinstance(after, BucketState)
     assert after._replace(bandwidth_states=state.bandwidth_states) == state
-    assert codec.decode(codec.encode(after), b"key") == after
+    assert codec.decode(encode(after), b"key") == after
 
 
 @given(bandwidths(), durations, st.data())
@@ -102,7 +108,7 @@ def test_any_state_stays_one_that_bytes_can_hold(state: BucketState, nanos: int,
     after, answer = HoldBack(nanos).decide(state, now)
     assert answer is None
     if after is not None:
-        assert codec.decode(codec.encode(after), b"key") == after
+        assert codec.decode(encode(after), b"key") == after
         for bandwidth, one, other in zip(
             state.configuration, state.bandwidth_states, after.bandwidth_states, strict=True
         ):
@@ -142,6 +148,6 @@ def test_what_is_taken(
 
 
 def test_a_new_bucket_is_made_and_held_back() -> None:
-    after, _ = execute(HoldBack(SECOND), Plan(BucketConfiguration.parse("10/second")), None, NOW)
+    after, _ = execute(HoldBack(SECOND), Terms(BucketConfiguration.parse("10/second")), None, NOW)
     assert after is not None
     assert (wait(after), after.consumed_tokens, after.available_tokens) == (SECOND, 0, -9)

@@ -111,7 +111,7 @@ def test_every_configuration_comes_back_from_its_text(configuration: BucketConfi
         ("10/second greedily", "an option must be .*; got 'greedily'", "greedily"),
         ("10/second/minute", "one period", "/"),
         ("10/second adaptive", "adaptive goes with aligned", "adaptive"),
-        ("10/second initial 5 aligned @0 adaptive", "cannot be given together", "5"),
+        ("10/second initial 5 aligned @0 adaptive", "initial_tokens must be None", "5"),
         ("10/second aligned tomorrow", "a time must follow aligned", "tomorrow"),
         ("10/second aligned 2024-01-01T00:00", "needs an offset", "2024-01-01T00:00"),
         ("10/second aligned 1960-01-01T00:00Z", "first_refill_millis must be", "1960-01-01T00:00Z"),
@@ -138,7 +138,7 @@ def test_an_error_points_at_the_place_that_is_wrong(text: str, message: str, mar
     [
         ("5/second; ten/minute", "begins with a number", 10),
         ("5/second | minute", "begins with a number", 11),
-        ("5/s id a; 6/s; 7/s id a", "two bandwidths have the id 'a'", 22),
+        ("5/s id a; 6/s; 7/s id a", "id must differ between bandwidths; got 'a' twice", 22),
     ],
 )
 def test_an_error_in_a_later_limit_is_found(text: str, message: str, begin: int) -> None:

@@ -15,8 +15,8 @@ from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
     GetAvailableTokens,
-    Plan,
     Reset,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -158,12 +158,12 @@ def test_a_batch_is_its_commands_one_by_one(case: tuple[BucketState, int], parts
         after, answer = one.decide(stored or refilled, now)
         stored = stored if after is None else after
         answers.append(answer)
-    assert execute(Batch(tuple(commands)), Plan(state.configuration), state, now) == (stored, answers)
+    assert execute(Batch(tuple(commands)), Terms(state.configuration), state, now) == (stored, answers)
 
 
 @given(states(), moments, st.integers(0, 50))
 def test_a_verbose_answer_shows_what_is_stored(state: BucketState, now: int, tokens: int) -> None:
-    after, result = execute(Verbose(TryConsume(tokens)), Plan(state.configuration), state, now)
+    after, result = execute(Verbose(TryConsume(tokens)), Terms(state.configuration), state, now)
     shown = state.refilled(now) if after is None else after
     assert (result.value, result.bandwidth_states) == (after is not None, shown.bandwidth_states)
     assert result.available_tokens == min(result.available_tokens_per_bandwidth) == shown.available_tokens

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import NEVER, Bandwidth, BandwidthState, BucketConfiguration, TokensInheritance
+from ratelimit.core.algorithm import State
 from ratelimit.core.commands import (
     Cancel,
     ConsumeIgnoringRateLimits,
     EstimateAbilityToConsume,
-    Plan,
     Reserve,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     execute,
@@ -89,8 +90,8 @@ def test_every_decision_is_that_of_exact_arithmetic(
     limits: list[Bandwidth], moments: list[int], data: st.DataObject
 ) -> None:
     configuration = BucketConfiguration(*limits)
-    plan = Plan(configuration)
-    state: BucketState | None = None
+    terms = Terms(configuration)
+    state: State | None = None
     stored = [ExactBucket.new(bandwidth, moments[0]) for bandwidth in limits]
     for now in moments:
         models = [model.at(now) for model in stored]
@@ -99,7 +100,7 @@ def test_every_decision_is_that_of_exact_arithmetic(
         tokens = data.draw(st.integers(1, max(1, 2 * abs(available))))
         ignoring_limits = data.draw(st.sampled_from([False, False, False, True]))
         command: Any = ConsumeIgnoringRateLimits(tokens) if ignoring_limits else TryConsume(tokens)
-        after, answer = execute(command, plan, state, now)
+        after, answer = execute(command, terms, state, now)
         if not ignoring_limits:
             assert answer is (tokens <= available)
         if ignoring_limits or answer:
@@ -116,13 +117,13 @@ def test_no_more_is_admitted_than_capacity_and_rate_allow(
     bandwidth: Bandwidth, moments: list[int], data: st.DataObject
 ) -> None:
     moments = sorted(moments)
-    plan = Plan(BucketConfiguration(bandwidth))
+    terms = Terms(BucketConfiguration(bandwidth))
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     state = None
     admitted: list[tuple[int, int]] = []
     for now in moments:
         wanted = data.draw(st.integers(1, capacity))
-        state = execute(TryConsume(wanted), plan, state, now)[0] or state
+        state = execute(TryConsume(wanted), terms, state, now)[0] or state
         assert state is not None
         admitted.append((now, state.consumed_tokens))
     for begin in range(len(admitted)):
@@ -138,11 +139,11 @@ def test_no_more_is_admitted_than_capacity_and_rate_allow(
 @pytest.mark.parametrize("text", ["100/minute burst 2", "7/minute burst 3", "1000/hour burst 2", "3/second burst 3"])
 def test_no_fraction_of_a_token_is_lost_over_hours(text: str) -> None:
     bandwidth = Bandwidth.parse(text)
-    plan = Plan(BucketConfiguration(bandwidth))
+    terms = Terms(BucketConfiguration(bandwidth))
     hours, step = 6, 250_000_013  # often enough that the bucket is never full, and never at a round time
     state, now, end = None, BEGIN, BEGIN + hours * 60 * MINUTE
     while now < end:
-        state = execute(TryConsume(1), plan, state, now)[0] or state
+        state = execute(TryConsume(1), terms, state, now)[0] or state
         now += step
     assert state is not None
     exact = bandwidth.capacity + Fraction((now - step - BEGIN) * bandwidth.refill_tokens, bandwidth.refill_period_nanos)
@@ -167,11 +168,11 @@ def test_a_wait_is_as_long_as_needed_and_no_longer(bandwidth: Bandwidth, elapsed
 
 @given(bandwidths(), st.lists(st.integers(1, 10**6), min_size=1, max_size=8), st.integers(0, 10**10))
 def test_reservations_are_served_in_their_order(bandwidth: Bandwidth, wanted: list[int], elapsed: int) -> None:
-    plan = Plan(BucketConfiguration(bandwidth))
-    state: BucketState | None = None
+    terms = Terms(BucketConfiguration(bandwidth))
+    state: State | None = None
     moment, served = BEGIN, []
     for number, tokens in enumerate(wanted):
-        state, reserved = execute(Reserve(tokens), plan, state, moment)
+        state, reserved = execute(Reserve(tokens), terms, state, moment)
         assert state is not None
         served.append(moment + reserved.wait)
         moment += elapsed // (number + 1)
@@ -180,12 +181,12 @@ def test_reservations_are_served_in_their_order(bandwidth: Bandwidth, wanted: li
 
 @given(bandwidths(), st.integers(1, 10**6), st.integers(1, 10**12))
 def test_a_reservation_that_would_take_too_long_takes_nothing(bandwidth: Bandwidth, tokens: int, longest: int) -> None:
-    plan = Plan(BucketConfiguration(bandwidth))
-    state, _ = execute(TryConsume(1), plan, None, BEGIN)
+    terms = Terms(BucketConfiguration(bandwidth))
+    state, _ = execute(TryConsume(1), terms, None, BEGIN)
     assert state is not None
-    after, (wait, _, _) = execute(Reserve(tokens, longest), plan, state, BEGIN)
+    after, (wait, *_) = execute(Reserve(tokens, longest), terms, state, BEGIN)
     assert (after is None) == (wait == NEVER)
-    unbounded = execute(Reserve(tokens), plan, state, BEGIN)[1].wait
+    unbounded = execute(Reserve(tokens), terms, state, BEGIN)[1].wait
     assert wait == (unbounded if unbounded <= longest else NEVER)
 
 
@@ -212,10 +213,10 @@ def test_giving_back_leaves_a_size_above_the_capacity_alone() -> None:
 
 @given(states(), anything_64_bit, st.integers(1, MAX))
 def test_any_state_at_any_time_gives_numbers_of_64_bits(state: BucketState, now: int, tokens: int) -> None:
-    plan = Plan(state.configuration)
+    terms = Terms(state.configuration)
     commands: list[Any] = [TryConsumeAndReturnRemaining(tokens), EstimateAbilityToConsume(tokens), Reserve(tokens)]
     for command in commands:
-        after, _ = execute(command, plan, state, now)
+        after, _ = execute(command, terms, state, now)
         for numbers in (after or state).bandwidth_states:
             assert all(MIN <= number <= MAX for number in numbers)
 
@@ -225,7 +226,7 @@ def test_any_state_takes_any_other_configuration(
     state: BucketState, now: int, inheritance: TokensInheritance, data: st.DataObject
 ) -> None:
     other = data.draw(states()).configuration
-    after = replaced(state.refilled(now), other, inheritance, now)
+    after = replaced(state.refilled(now), other, None, inheritance, now)
     assert after.configuration == other
     for bandwidth, numbers in zip(other, after.bandwidth_states, strict=True):
         assert all(MIN <= number <= MAX for number in numbers)
@@ -243,12 +244,12 @@ def test_any_state_takes_any_other_configuration(
 )
 def test_tokens_are_inherited_as_documented(inheritance: TokensInheritance, tokens: int) -> None:
     state = BucketState.initial(BucketConfiguration.parse("10/hour"), None, BEGIN).consumed(6)
-    after = replaced(state, BucketConfiguration.parse("100/hour"), inheritance, BEGIN)
+    after = replaced(state, BucketConfiguration.parse("100/hour"), None, inheritance, BEGIN)
     assert after.available_tokens == tokens
     assert after.consumed_tokens == 6
 
 
-def reserved(state: BucketState, tokens: int, now: int = BEGIN) -> tuple[BucketState, Cancel]:
+def reserved(state: State, tokens: int, now: int = BEGIN) -> tuple[State, Cancel]:
     after, answer = Reserve(tokens).decide(state.refilled(now), now)
     assert after is not None
     assert answer.noted is not None
@@ -264,7 +265,7 @@ def test_the_last_reservation_is_undone_as_if_it_had_not_been_made(
     limits = [replace(limit, initial_tokens=limit.capacity, id=str(place)) for place, limit in enumerate(limits)]
     before = BucketState.initial(BucketConfiguration(*limits), None, BEGIN).refilled(BEGIN).consumed(taken)
     after, cancel = reserved(before, tokens)
-    undone, is_undone = execute(cancel, Plan(before.configuration), after, BEGIN + elapsed)
+    undone, is_undone = execute(cancel, Terms(before.configuration), after, BEGIN + elapsed)
     assert is_undone
     assert undone == before.refilled(BEGIN + elapsed)
 

@@ -23,19 +23,19 @@ from ratelimit.core.commands import (
     GetAvailableTokens,
     GiveBack,
     HoldBack,
-    Plan,
     ReplaceConfiguration,
     Reserve,
     Reset,
     Synchronize,
     TakeSnapshot,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
 )
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine import script_arguments
 from ratelimit.engine.script_arguments import request
@@ -52,7 +52,7 @@ Packed = tuple[int, int, int, int]
 
 def operations(command: Command[Any]) -> list[Packed] | None:
     """Unpack the number, times, tokens and further number of each operation; the time goes first."""
-    arguments = request(command, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
+    arguments = request(command, Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     if arguments is None:
         return None
     assert arguments[0] == TEMPLATE
@@ -163,7 +163,7 @@ def test_every_operation_is_used_by_a_command() -> None:
 def test_the_limits_that_replace_others_go_along_once_each() -> None:
     first, second = (ReplaceConfiguration(limits, TokensInheritance.ADDITIVE) for limits in OTHERS)
     batch = Batch((first, TryConsume(1), second, second, first, first))
-    arguments = request(batch, Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
+    arguments = request(batch, Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     assert arguments is not None
     template, _, must_exist, *states = arguments
     assert (template, must_exist) == (TEMPLATE, b"0")
@@ -217,15 +217,15 @@ def test_the_expiration_and_the_wanted_version(
     expiration: Expiration, version: int | None, inheritance: TokensInheritance, expected: tuple[int, ...]
 ) -> None:
     for _ in range(2):  # the second time from the cache
-        plan = Plan(CONFIGURATION, version, inheritance)
-        arguments = request(TryConsume(1), plan, expiration, NOW, must_exist=False)
+        terms = Terms(CONFIGURATION, version, inheritance)
+        arguments = request(TryConsume(1), terms, expiration, NOW, must_exist=False)
         assert arguments is not None
         assert struct.unpack(">BqBq", arguments[1][:18]) == expected
 
 
 def test_a_new_bucket_is_made_from_a_template_without_the_time() -> None:
-    plan = Plan(CONFIGURATION, 7)
-    arguments = [request(TryConsume(1), plan, AUTOMATIC, now, must_exist=False) for now in (NOW, NOW + 1)]
+    terms = Terms(CONFIGURATION, 7)
+    arguments = [request(TryConsume(1), terms, AUTOMATIC, now, must_exist=False) for now in (NOW, NOW + 1)]
     assert arguments[0] is not None
     assert arguments[1] is not None
     assert arguments[0][0] == arguments[1][0] == codec.encode(BucketState.initial(CONFIGURATION, 7, 0))
@@ -242,25 +242,25 @@ def test_initial_tokens_that_adapt_to_the_time_are_those_of_this_time() -> None:
     )
     configuration = BucketConfiguration(adaptive)
     for now in (NOW - 10**9, NOW - 10**8):
-        arguments = request(TryConsume(1), Plan(configuration), AUTOMATIC, now, must_exist=False)
+        arguments = request(TryConsume(1), Terms(configuration), AUTOMATIC, now, must_exist=False)
         assert arguments is not None
         assert arguments[0] == codec.encode(BucketState.initial(configuration, None, now))
 
 
 def test_a_bucket_that_must_exist_is_said_to() -> None:
-    arguments = request(TryConsume(1), Plan(CONFIGURATION), AUTOMATIC, NOW, must_exist=True)
+    arguments = request(TryConsume(1), Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=True)
     assert arguments is not None
     assert (arguments[0], *arguments[2:]) == (TEMPLATE, b"1")
 
 
 def test_numbers_of_more_than_64_bits_are_no_request() -> None:
-    for plan, expiration, now in (
-        (Plan(CONFIGURATION, MAX + 1), AUTOMATIC, NOW),
-        (Plan(CONFIGURATION), Expiration("fixed", MAX + 1), NOW),
-        (Plan(CONFIGURATION), AUTOMATIC, MAX + 1),
+    for terms, expiration, now in (
+        (Terms(CONFIGURATION, MAX + 1), AUTOMATIC, NOW),
+        (Terms(CONFIGURATION), Expiration("fixed", MAX + 1), NOW),
+        (Terms(CONFIGURATION), AUTOMATIC, MAX + 1),
     ):
-        assert request(TryConsume(1), plan, expiration, now, must_exist=False) is None
-        assert request(Reset(), plan, expiration, now, must_exist=False) is None
+        assert request(TryConsume(1), terms, expiration, now, must_exist=False) is None
+        assert request(Reset(), terms, expiration, now, must_exist=False) is None
 
 
 def test_plans_are_told_apart_however_many_there_are() -> None:
@@ -269,8 +269,8 @@ def test_plans_are_told_apart_however_many_there_are() -> None:
     most = cached().maxsize
     assert most is not None
     for capacity in range(1, 2 * most):
-        plan = Plan(BucketConfiguration(Bandwidth.greedy(capacity, 1)))
-        arguments = request(TryConsume(1), plan, AUTOMATIC, NOW, must_exist=False)
+        terms = Terms(BucketConfiguration(Bandwidth.greedy(capacity, 1)))
+        arguments = request(TryConsume(1), terms, AUTOMATIC, NOW, must_exist=False)
         assert arguments is not None
         seen.add(arguments[0])
         assert cached().currsize <= most

@@ -15,8 +15,9 @@ from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 
-from ratelimit import AsyncMemoryStore, AsyncProxyManager, MemoryStore, ProxyManager
+from ratelimit import AsyncProxyManager, MemoryStore, ProxyManager
 from ratelimit.testing import ManualClock, ScriptedStore
+from tests.support.faces import for_asyncio
 
 NOW: Final = 1_700_000_000_000_000_000
 
@@ -107,7 +108,7 @@ class Site:
         self.clock = ManualClock(NOW)
         self.memory = MemoryStore(clock=self.clock) if store is None else store  # an empty one is false
         self.manager = ProxyManager(self.memory, clock=self.clock)
-        self.amanager = AsyncProxyManager(AsyncMemoryStore(self.memory), clock=self.clock)
+        self.amanager = AsyncProxyManager(for_asyncio(self.memory), clock=self.clock)
         self._settings = override_settings(
             ROOT_URLCONF=Urls(views or {"": self.view}),
             MIDDLEWARE=[*(before or []), *([LIMITING] if middleware else [])],

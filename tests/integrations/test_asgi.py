@@ -22,7 +22,6 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from ratelimit import (
-    AsyncMemoryStore,
     AsyncProxyManager,
     InvalidArgumentError,
     InvalidConfigurationError,
@@ -35,6 +34,7 @@ from ratelimit.integrations.http import Answers, AsyncLimiter, HttpDecision, Rul
 from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
 from tests.integrations.uvicorns import serving
+from tests.support.faces import for_asyncio
 
 
 async def hello(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -203,7 +203,7 @@ class TestHttp:
 
     async def test_errors_of_the_store_are_as_the_policy_says(self) -> None:
         store = ScriptedStore()
-        manager = AsyncProxyManager(AsyncMemoryStore(store))
+        manager = AsyncProxyManager(for_asyncio(store))
         store.fail(times=2)
         raising = RateLimitMiddleware(never, "1/hour", manager=manager, on_error=OnError.RAISE)
         with pytest.raises(StoreUnavailableError):

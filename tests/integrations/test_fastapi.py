@@ -16,7 +16,6 @@ from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from ratelimit import (
-    AsyncMemoryStore,
     AsyncProxyManager,
     InvalidArgumentError,
     InvalidConfigurationError,
@@ -31,6 +30,7 @@ from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
 from tests.integrations.gunicorns import statuses
 from tests.integrations.uvicorns import serving, workers
+from tests.support.faces import for_asyncio
 
 
 @pytest.fixture
@@ -321,7 +321,7 @@ class TestRefusals:
 
     def test_where_the_store_fails_it_is_as_the_policy_says(self) -> None:
         app, store = FastAPI(), ScriptedStore()
-        manager = AsyncProxyManager(AsyncMemoryStore(store))
+        manager = AsyncProxyManager(for_asyncio(store))
         raising = RateLimit("9/hour", manager=manager, on_error=OnError.RAISE)
         app.get("/raise", dependencies=[Depends(raising)])(endpoint)
         app.get("/deny", dependencies=[Depends(RateLimit("9/hour", manager=manager))])(endpoint)
@@ -654,6 +654,7 @@ from fastapi.responses import PlainTextResponse
 
 from ratelimit.integrations.asgi import RateLimitMiddleware
 from ratelimit.integrations.fastapi import RateLimit
+from tests.support.faces import for_asyncio
 
 app = FastAPI(dependencies=[Depends(RateLimit("40/hour"))])
 app.add_middleware(RateLimitMiddleware, "20/hour")

@@ -24,7 +24,7 @@ from ratelimit import (
 )
 from ratelimit.integrations.functions import limited
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Manager, settled
+from tests.support.faces import Manager, for_asyncio, settled
 
 HOUR = 3600 * 10**9
 
@@ -40,7 +40,7 @@ class Face:
 
     def manager(self, **settings: Any) -> Manager:
         if self.asynchronous:
-            return AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock, **settings)
+            return AsyncProxyManager(for_asyncio(self.store), clock=self.clock, **settings)
         return ProxyManager(self.store, clock=self.clock, **settings)
 
     def function(self) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import (
-    AsyncMemoryStore,
     AsyncProxyManager,
     InvalidConfigurationError,
     OnError,
@@ -39,8 +38,8 @@ from ratelimit.integrations.grpc import (
 from ratelimit.integrations.http import Missing
 from ratelimit.integrations.logs import hashed
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Manager
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
+from tests.support.faces import Manager, for_asyncio
 
 Behaviors = dict[str, Callable[..., Any]]
 
@@ -136,7 +135,7 @@ class Face:
 
     def manager(self, **settings: Any) -> Manager:
         if self.asynchronous:
-            return AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock, **settings)
+            return AsyncProxyManager(for_asyncio(self.store), clock=self.clock, **settings)
         return ProxyManager(self.store, clock=self.clock, **settings)
 
     def interceptor(self, limits: Any, **options: Any) -> Any:
@@ -493,7 +492,7 @@ async def test_several_interceptors_each_take_their_tokens(face: Face) -> None:
         assert "'all'" in (await client.refused("unary_stream")).details()
 
 
-class SlowStore(AsyncMemoryStore):
+class SlowStore(AsyncSwappingMemoryStore):
     """One that answers when it is told to."""
 
     def __init__(self) -> None:

@@ -24,8 +24,8 @@ from ratelimit import (
     RateLimitExceeded,
     StoreUnavailableError,
 )
-from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import closing, settled
+from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
+from tests.support.faces import closing, for_asyncio, settled
 
 pytest.importorskip("http_sf")
 
@@ -44,13 +44,13 @@ def without_jitter() -> float:
 class Face:
     """A limit with its bucket, of either face."""
 
-    def __init__(self, kind: str, store: MemoryStore, clock: ManualClock) -> None:
+    def __init__(self, kind: str, store: SwappingMemoryStore, clock: ManualClock) -> None:
         self.is_async, self.store, self.clock = kind == "asyncio", store, clock
         self.manager: Any = self.make_manager()
 
     def make_manager(self, **settings: Any) -> Any:
         if self.is_async:
-            return AsyncProxyManager(AsyncMemoryStore(self.store), clock=self.clock, **settings)
+            return AsyncProxyManager(for_asyncio(self.store), clock=self.clock, **settings)
         return ProxyManager(self.store, clock=self.clock, **settings)
 
     def limit(self, limits: Any = "1/second", **settings: Any) -> OutboundLimit:

@@ -17,9 +17,9 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
 )
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.face import Face
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.pipeline import Pipeline

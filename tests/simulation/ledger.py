@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
+from ratelimit.core.algorithm import State
 from ratelimit.core.commands import (
     AddTokens,
     Command,
@@ -18,15 +19,14 @@ from ratelimit.core.commands import (
     Reset,
     Synchronize,
     Synchronized,
+    Transition,
     Verbose,
 )
-from ratelimit.core.commands import Decision as Decided
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.question import Question
 from ratelimit.errors import BucketNotFoundError, ContentionError, CorruptStateError, StoreError
 from tests.simulation.bucket import Bucket
@@ -36,7 +36,7 @@ from tests.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, W
 class Remove(Command[None]):
     """Forgets the bucket; no command of the library's, but a verb."""
 
-    def decide(self, state: BucketState, now: int) -> Decided[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         raise NotImplementedError
 
     def answer_without_limit(self) -> None:

@@ -89,7 +89,7 @@ _OLDEST_IN_FLIGHT: Final = 5 * SOCKET_TIMEOUT  # readings, when they arrive: tim
 _logger = logging.getLogger("ratelimit")
 
 
-class Plan(NamedTuple):
+class Terms(NamedTuple):
     """What a seed stands for.
 
     :param forgetting: whether buckets are also reset and removed.
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
     failovers: int
 
     @classmethod
-    def drawn(cls, random: Random) -> Plan:
+    def drawn(cls, random: Random) -> Terms:
         calm = random.random() < 0.25
         faults = {} if calm else {name: random.choice((0, 0.03, 0.15)) for name in FAULTS}
         settings = Settings(
@@ -143,7 +143,7 @@ def simulate(seed: int, *, tracing: bool = False) -> World:
     :raises ViolationError: where a rule is broken; it carries the trace.
     """
     world = World(seed, tracing=tracing)
-    plan = Plan.drawn(world.random)
+    plan = Terms.drawn(world.random)
     with deciding_by(plan.by), _silenced():
         try:
             _run(world, plan)
@@ -159,7 +159,7 @@ def simulate(seed: int, *, tracing: bool = False) -> World:
     return world
 
 
-def _run(world: World, plan: Plan) -> None:
+def _run(world: World, plan: Terms) -> None:
     settings, random = plan.settings, world.random
     ahead = 0 if settings.optimization is None else settings.optimization.max_unsynchronized_tokens
     ledger = Ledger(

@@ -6,6 +6,7 @@ import struct
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+from ratelimit.core.algorithm import encode
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -64,7 +65,7 @@ def decide(before: bytes | None, arguments: tuple[bytes, ...]) -> Decision:
         after = refilled
     if after is None:
         return Decision(done=True)
-    return Decision(True, codec.encode(after), _expiration(kind, duration).ttl_millis(after, now))
+    return Decision(True, encode(after), _expiration(kind, duration).ttl_millis(after, now))
 
 
 def _command(number: int, tokens: int, further: int) -> Command[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ratelimit.core.commands import Command, GetAvailableTokens, GiveBack, Plan, TryConsume
+from ratelimit.core.commands import Command, GetAvailableTokens, GiveBack, Terms, TryConsume
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
@@ -65,7 +65,7 @@ class Client:
 
     def begin(self, command: Command[Any]) -> tuple[Steps[Any], Swap]:
         """A decision, and its first request."""
-        steps = self._decide(Question.of(Target(KEY, KEY, Expiration.none()), Plan(MINUTES), command))
+        steps = self._decide(Question.of(Target(KEY, KEY, Expiration.none()), Terms(MINUTES), command))
         waits_for = next(steps)
         while isinstance(waits_for, int):
             waits_for = steps.send(waits_for)

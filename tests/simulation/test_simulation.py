@@ -167,7 +167,7 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
 
 
 def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lost_reply, "_holds_reading", lambda *_: True)
+    patch.setattr(BucketState, "shows", lambda *_: True)
 
 
 def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:

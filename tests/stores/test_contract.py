@@ -11,9 +11,13 @@ import pytest
 import redis
 import redis.asyncio
 
-from ratelimit import AsyncMemoryStore, AsyncRedisStore, MemoryStore, RedisStore
+from ratelimit import AsyncMemoryStore, AsyncRedisStore, BucketConfiguration, MemoryStore, RedisStore
+from ratelimit.core.algorithm import decode, encode
+from ratelimit.core.commands import Command, GiveBack, HoldBack, Reserve, Terms, TryConsume, execute
 from ratelimit.stores.protocol import Lost
+from ratelimit.testing import AsyncSwappingMemoryStore, SwappingMemoryStore
 from tests.support.faces import Settled
+from tests.support.fixed_window import FixedWindow
 
 SECOND = 10**9
 
@@ -22,6 +26,8 @@ SECOND = 10**9
     params=[
         "memory",
         "memory asyncio",
+        "swapping memory",
+        "swapping memory asyncio",
         "fakeredis",
         "fakeredis asyncio",
         pytest.param("redis", marks=pytest.mark.redis),
@@ -34,6 +40,10 @@ async def store(request: pytest.FixtureRequest) -> AsyncGenerator[Any]:
             yield Settled(MemoryStore())
         case "memory asyncio":
             yield Settled(AsyncMemoryStore())
+        case "swapping memory":
+            yield Settled(SwappingMemoryStore())
+        case "swapping memory asyncio":
+            yield Settled(AsyncSwappingMemoryStore())
         case "fakeredis":
             with fakeredis.FakeRedis() as client:
                 yield Settled(RedisStore(client))
@@ -86,6 +96,20 @@ async def test_states_are_compared_to_the_byte(store: Any) -> None:
     assert await store.swap(b"key", state, b"", -1) is None
     assert not await store.get(b"key")
     assert await store.swap(b"key", None, b"new", -1) == Lost(b"")  # empty is not missing
+
+
+@pytest.mark.parametrize("limits", [BucketConfiguration.parse("5/s; 90/minute id x"), FixedWindow(10, SECOND)], ids=str)
+async def test_states_of_any_algorithm_are_kept_to_the_byte(store: Any, limits: Any) -> None:
+    state, now = Terms(limits, 3).initial(SECOND), SECOND
+    await store.swap(b"key", None, encode(state), -1)
+    commands: list[Command[Any]] = [TryConsume(2), Reserve(8), HoldBack(60 * SECOND), GiveBack(2)]
+    for command in commands:
+        now += SECOND // 2
+        after, _ = execute(command, Terms(limits), state, now)
+        assert after is not None
+        assert await store.swap(b"key", encode(state), encode(after), 60_000) is None
+        state = decode(await store.get(b"key"))
+        assert state == after
 
 
 async def test_a_swap_that_changes_nothing_succeeds(store: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from ratelimit import Bandwidth, BandwidthState, BucketConfiguration, Expiration
+from ratelimit.core.algorithm import encode
 from ratelimit.core.commands import (
     AddTokens,
     Batch,
@@ -28,19 +29,19 @@ from ratelimit.core.commands import (
     GetAvailableTokens,
     GiveBack,
     HoldBack,
-    Plan,
     ReplaceConfiguration,
     Reserve,
     Reset,
     Synchronize,
+    Terms,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
     execute,
 )
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, MIN
 from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine.script_arguments import request
 from ratelimit.errors import CorruptStateError
@@ -88,7 +89,7 @@ def client(redis_url: str) -> Generator[redis.Redis]:
 class Case(NamedTuple):
     before: bytes | None
     command: Command[Any]
-    plan: Plan
+    plan: Terms
     expiration: Expiration
     now: int
     must_exist: bool
@@ -125,7 +126,7 @@ def by_the_core(case: Case) -> Outcome | None:
         ttl = case.expiration.ttl_millis(after, case.now)
     except ArithmeticError:
         return None
-    return Outcome(codec.encode(after), min(ttl, LONGEST_TTL) if ttl > 0 else -1)
+    return Outcome(encode(after), min(ttl, LONGEST_TTL) if ttl > 0 else -1)
 
 
 # Cases at random. `everyday` numbers are those of services; the others are whatever 64 bits can hold.
@@ -325,14 +326,14 @@ def everyday_case(rng: random.Random) -> Case:
         must_exist = rng.random() < 0.1
         if rng.random() < 0.1:
             before += rng.randbytes(rng.randint(1, 20))
-    plan = Plan(configuration, rng.choice([None, version]))
+    plan = Terms(configuration, rng.choice([None, version]))
     command = everyday_command(rng, configuration.bandwidths[0].capacity)
 
     def others() -> BucketConfiguration:
         return other_limits(rng, configuration, lambda name: everyday_bandwidth(rng, now, name), odd=False)
 
     if rng.random() < 0.2:
-        plan = Plan(others(), rng.choice([1, 7, 8, 9]), rng.choice(INHERITANCES))
+        plan = Terms(others(), rng.choice([1, 7, 8, 9]), rng.choice(INHERITANCES))
     if rng.random() < 0.1:
         command = replacing(rng, command, others)
     return Case(before, command, plan, expiration(rng), now, must_exist, everyday=True)
@@ -369,7 +370,7 @@ def edge_case(rng: random.Random) -> Case:
     if rng.random() < 0.2:
         command = replacing(rng, command, others)
     limits = configuration if rng.random() < 0.7 else others()
-    plan = Plan(limits, wanted, rng.choice(INHERITANCES))
+    plan = Terms(limits, wanted, rng.choice(INHERITANCES))
     return Case(before, command, plan, rules, now, rng.random() < 0.1, everyday=False)
 
 
@@ -494,7 +495,7 @@ def case(
     return Case(
         before,
         command or TryConsume(1),
-        Plan(configuration, wanted),
+        Terms(configuration, wanted),
         expiration or Expiration.automatic(),
         NOW,
         must_exist,
@@ -547,7 +548,7 @@ def test_several_bandwidths_give_what_the_scarcest_has(client: redis.Redis) -> N
     states = [BandwidthState(NOW, size, 0) for size in (8, 3, 500)]
     before = codec.encode(BucketState(several, None, 0, tuple(states)))
     command = ConsumeAsMuchAsPossible(5)
-    everything = Case(before, command, Plan(several), Expiration.automatic(), NOW, must_exist=False, everyday=True)
+    everything = Case(before, command, Terms(several), Expiration.automatic(), NOW, must_exist=False, everyday=True)
     assert sizes(after(client, everything)) == [5, 0, 497]
 
 
@@ -696,7 +697,7 @@ def test_a_configuration_of_a_lower_version_is_replaced(
     client: redis.Redis, version: int | None, wanted: int, inheritance: TokensInheritance
 ) -> None:
     lower = case("10/second", (NOW, 3, 0), version=version)
-    state = after(client, lower._replace(plan=Plan(BucketConfiguration.parse("100/second"), wanted, inheritance)))
+    state = after(client, lower._replace(plan=Terms(BucketConfiguration.parse("100/second"), wanted, inheritance)))
     left = {"RESET": 99, "AS_IS": 2, "ADDITIVE": 92, "PROPORTIONALLY": 29}
     assert (sizes(state), state.configuration_version) == ([left[inheritance.name]], wanted)
     assert str(state.configuration) == "100/second"

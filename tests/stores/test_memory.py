@@ -15,6 +15,7 @@ from ratelimit import (
     BucketConfiguration,
     BucketNotFoundError,
     Expiration,
+    InvalidArgumentError,
     MemoryStore,
     ProxyManager,
     RateLimitError,
@@ -24,8 +25,7 @@ from ratelimit import (
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.testing import ManualClock
-from tests.support.faces import SwappingStore
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
 from tests.support.inside import pipeline_of
 
 MILLISECOND = 10**6
@@ -110,6 +110,23 @@ def test_both_faces_may_share_one_store() -> None:
     assert store.get(b"key") == b"2"
 
 
+@pytest.mark.parametrize("method", ["get", "swap"])
+def test_a_class_whose_own_swaps_would_be_bypassed_is_refused(method: str) -> None:
+    body = {method: lambda *_: None}
+    for base in (MemoryStore, AsyncMemoryStore):
+        with pytest.raises(TypeError, match=rf"Double\.{method} would be bypassed.*derive from .*SwappingMemoryStore"):
+            type("Double", (base,), body)
+        type("Double", (base,), {"close": lambda _: None})
+    for unbypassed in (SwappingMemoryStore, AsyncSwappingMemoryStore):
+        type("Double", (unbypassed,), body)
+
+
+def test_a_store_without_updates_is_refused_as_one_that_has_them() -> None:
+    wrong: Any = SwappingMemoryStore()
+    with pytest.raises(InvalidArgumentError, match="store must be a MemoryStore, or be given to an AsyncSwapping"):
+        AsyncMemoryStore(wrong)
+
+
 VERBS: list[Callable[[Any, int], Any]] = [
     lambda bucket, tokens: bucket.try_consume(tokens),
     lambda bucket, tokens: bucket.try_consume(tokens),
@@ -140,11 +157,11 @@ class Pair:
     """The same buckets in a store that executes commands, and in one that is asked by swaps."""
 
     def __init__(self, limits: str, *, one_clock: bool, **settings: Any) -> None:
-        self.stores: list[MemoryStore] = []
+        self.stores: list[SwappingMemoryStore] = []
         self.managers: list[ProxyManager] = []
         self.times: list[ManualClock] = []
         self.expiries: list[ManualClock] = []
-        for kind in (MemoryStore, SwappingStore):
+        for kind in (MemoryStore, SwappingMemoryStore):
             expiry = ManualClock(1_700_000_000 * 10**9, advance_on_sleep=False)
             time = expiry if one_clock else ManualClock(0, advance_on_sleep=False)
             store = kind(clock=expiry)
@@ -154,7 +171,6 @@ class Pair:
             self.managers.append(manager)
             self.times.append(time)
             self.expiries.append(expiry)
-        assert [store.executes for store in self.stores] == [True, False]
         self.buckets = [
             [manager.bucket(key, configuration_version=version) for key, version in KEYS] for manager in self.managers
         ]
@@ -181,7 +197,7 @@ class Pair:
             assert self.stores[0].get(key) == self.stores[1].get(key)
 
 
-@pytest.mark.parametrize("make", [MemoryStore, SwappingStore])
+@pytest.mark.parametrize("make", [MemoryStore, SwappingMemoryStore])
 def test_a_handle_that_replaced_the_configuration_may_insist_on_its_bucket(make: type[MemoryStore]) -> None:
     store = make(clock=ManualClock(0))
     manager = ProxyManager(store, "5/hour", recovery=Recovery.RAISE, configuration_version=2)

@@ -7,11 +7,16 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from ratelimit import AsyncMemoryStore, AsyncProxyManager, MemoryStore, ProxyManager
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.memory import AsyncSwappingMemoryStore, SwappingMemoryStore
 
 T = TypeVar("T")
 
 Manager = ProxyManager | AsyncProxyManager
+
+
+def for_asyncio(store: SwappingMemoryStore) -> AsyncSwappingMemoryStore:
+    """Return the face for asyncio of a store in memory."""
+    return AsyncMemoryStore(store) if isinstance(store, MemoryStore) else AsyncSwappingMemoryStore(store)
 
 
 async def settled(answer: Awaitable[T] | T) -> T:
@@ -29,20 +34,6 @@ async def closing(opened: T) -> AsyncGenerator[T]:
         yield opened
     finally:
         await settled(thing.aclose() if hasattr(thing, "aclose") else thing.close())
-
-
-class SwappingStore(MemoryStore):
-    """A store in memory that is asked by swaps, as those on other machines are."""
-
-    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        return super().swap(key, before, after, ttl_millis)
-
-
-class AsyncSwappingStore(AsyncMemoryStore):
-    """The same, awaited."""
-
-    def __init__(self) -> None:
-        super().__init__(SwappingStore())
 
 
 class Settled:

@@ -23,8 +23,7 @@ from ratelimit import (
 )
 from ratelimit.core.token_bucket import codec
 from ratelimit.stores.urls import async_store_from_url, store_from_url
-from ratelimit.testing import ManualClock
-from tests.support.faces import SwappingStore
+from ratelimit.testing import ManualClock, SwappingMemoryStore
 
 KEY: Final = "user:42"
 LONGEST_MESSAGE: Final = 1_000
@@ -71,7 +70,7 @@ def check_state(data: bytes) -> None:
 def check_verbs(data: bytes) -> None:
     """A bucket that has these bytes answers every verb, or is refused and stays as it is."""
     for verb in VERBS:
-        store = SwappingStore(clock=ManualClock(NOW))
+        store = SwappingMemoryStore(clock=ManualClock(NOW))
         store.put(KEY, data)
         try:
             verb(ProxyManager(store, "10/minute", clock=ManualClock(NOW)))

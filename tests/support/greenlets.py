@@ -152,9 +152,10 @@ class Scenarios:
 
     def caught_up(self) -> int:
         """Count what a store is charged, when it is back, for what was decided without it."""
-        from ratelimit import MemoryStore, OnError, ProxyManager, StoreUnavailableError
+        from ratelimit import OnError, ProxyManager, StoreUnavailableError
+        from ratelimit.testing import SwappingMemoryStore
 
-        class Failing(MemoryStore):
+        class Failing(SwappingMemoryStore):
             fails = True
 
             def swap(self, key: bytes, *arguments: Any, **options: Any) -> Any:

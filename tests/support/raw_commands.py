@@ -10,15 +10,14 @@ from typing import Any
 
 from ratelimit import ConsumptionProbe, EstimationProbe, Snapshot, TokensInheritance
 from ratelimit.core import commands
-from ratelimit.core.commands import Command, Decision, Plan, execute
-from ratelimit.core.token_bucket import codec
+from ratelimit.core.algorithm import State, decode, encode
+from ratelimit.core.commands import Command, Terms, Transition, execute
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.stores.memory import MemoryStore
+from ratelimit.stores.memory import SwappingMemoryStore
 from tests.support import vectors
 
 Answer = dict[str, Any]
-Outcome = tuple[BucketState | None, Answer]  # the state to store, if any
+Outcome = tuple[State | None, Answer]  # the state to store, if any
 
 NOT_FOUND = {"error": "bucket_not_found"}
 NEEDS_REPLACEMENT = {"error": "configuration_needs_replacement"}
@@ -27,7 +26,7 @@ NEEDS_REPLACEMENT = {"error": "configuration_needs_replacement"}
 class Sync(Command[None]):
     """Bucket4j's synchronisation, which is no verb of ours: it stores the refill, and nothing else."""
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return state, None
 
     def answer_without_limit(self) -> None:
@@ -37,7 +36,7 @@ class Sync(Command[None]):
 class Nothing(Command[None]):
     """Changes nothing, and so shows what is stored of itself: a bucket that had to be made."""
 
-    def decide(self, state: BucketState, now: int) -> Decision[None]:
+    def decide(self, state: State, now: int) -> Transition[None]:
         return None, None
 
     def answer_without_limit(self) -> None:
@@ -61,19 +60,17 @@ PLAIN: dict[str, Callable[..., Command[Any]]] = {
 
 
 def run_raw(
-    store: MemoryStore, key: bytes, raw: dict[str, Any], now: int, configurations: list[BucketConfiguration]
+    store: SwappingMemoryStore, key: bytes, raw: dict[str, Any], now: int, configurations: list[BucketConfiguration]
 ) -> Answer:
     before = store.get(key)
-    state = None if before is None else codec.decode(before)
+    state = None if before is None else decode(before)
     after, answer = _run(raw, state, now, configurations)
     if after is not None:
-        assert store.swap(key, before, codec.encode(after), -1) is None
+        assert store.swap(key, before, encode(after), -1) is None
     return answer
 
 
-def _run(
-    raw: dict[str, Any], state: BucketState | None, now: int, configurations: list[BucketConfiguration]
-) -> Outcome:
+def _run(raw: dict[str, Any], state: State | None, now: int, configurations: list[BucketConfiguration]) -> Outcome:
     op, args = raw["op"], raw.get("args", {})
     if op == "multi":
         answers, stored = [], None
@@ -89,23 +86,23 @@ def _run(
             return None, NEEDS_REPLACEMENT
         return _run(args["command"], state, now, configurations)
     if op == "create_initial_state_and_execute":
-        return _planned(Plan(configurations[args["configuration"]]), args["command"], state, now, configurations)
+        return _on_terms(Terms(configurations[args["configuration"]]), args["command"], state, now, configurations)
     if op == "create_initial_state_with_version_or_replace_configuration_and_execute":
-        plan = Plan(configurations[args["configuration"]], args["version"], TokensInheritance[args["strategy"]])
-        return _planned(plan, args["command"], state, now, configurations)
+        terms = Terms(configurations[args["configuration"]], args["version"], TokensInheritance[args["strategy"]])
+        return _on_terms(terms, args["command"], state, now, configurations)
     if state is None:
         return None, NOT_FOUND
     if op == "get_configuration":
         return None, {"value": vectors.as_recorded(state.configuration)}
-    after, value = execute(PLAIN[op](*args.values()), Plan(state.configuration), state, now)
+    after, value = execute(PLAIN[op](*args.values()), Terms(state.configuration), state, now)
     return after, {"value": _recorded_form(value)}
 
 
-def _planned(
-    plan: Plan, inner: dict[str, Any], state: BucketState | None, now: int, configurations: list[BucketConfiguration]
+def _on_terms(
+    terms: Terms, inner: dict[str, Any], state: State | None, now: int, configurations: list[BucketConfiguration]
 ) -> Outcome:
-    """Let the plan make or replace the bucket, then run the inner command on it."""
-    made, _ = execute(Nothing(), plan, state, now)
+    """Let the terms make or replace the bucket, then run the inner command on it."""
+    made, _ = execute(Nothing(), terms, state, now)
     after, answer = _run(inner, state if made is None else made, now, configurations)
     return made if after is None else after, answer
 

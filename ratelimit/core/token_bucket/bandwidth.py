@@ -6,16 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
+from ratelimit.core.algorithm import LONGEST_STATE, Algorithm
 from ratelimit.core.numbers import MAX, Duration, to_nanos
 from ratelimit.core.token_bucket import limit_text, modified_utf8
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import brief
 
-# They bound the work that stored bytes can cause, in a process and on the server: lua/ has the same numbers.
-MOST_BANDWIDTHS: Final = 64  # of a configuration
-LONGEST_STATE: Final = 16_384  # bytes
+MOST_BANDWIDTHS: Final = 64
+"""The most bandwidths of a configuration: it bounds the work that stored bytes can cause.
+
+The scripts in ``lua/`` have the same number.
+"""
 
 _LONGEST_ID: Final = 1_024  # bytes
 _BYTES_OF_A_BANDWIDTH: Final = 71
@@ -40,8 +43,8 @@ class Bandwidth:
         the calendar; None: the periods begin when the bucket is made.
     :param adaptive_initial_tokens: with aligned periods, a new bucket holds only the share of the tokens that is due
         for what is left of the present period.
-    :param id: tells the bandwidths of a bucket apart, and finds a bandwidth again when a configuration is replaced; at
-        most 1,024 bytes of UTF-8.
+    :param id: distinguishes the bandwidths of a bucket, also when a configuration is replaced; at most
+        1,024 bytes of UTF-8.
     :raises InvalidConfigurationError: naming the value that is wrong, and what is allowed.
     """
 
@@ -71,7 +74,7 @@ class Bandwidth:
         _check_integer("refill_period_nanos", refill_period_nanos, 1)
         if refill_tokens > refill_period_nanos:
             raise InvalidConfigurationError(
-                f"refill_tokens must be at most one per nanosecond, not {refill_tokens} in {refill_period_nanos} ns",
+                f"refill_tokens must be at most one per nanosecond; got {refill_tokens} in {refill_period_nanos} ns",
                 "refill_tokens",
             )
         _check_bool("refill_intervally", refill_intervally)
@@ -80,19 +83,20 @@ class Bandwidth:
             _check_integer("first_refill_millis", first_refill_millis, 0)
             if not refill_intervally:
                 raise InvalidConfigurationError(
-                    "first_refill_millis needs refill_intervally: aligned tokens come at the end of each period",
+                    "refill_intervally must be True where first_refill_millis is given; got False",
                     "first_refill_millis",
                 )
         elif adaptive_initial_tokens:
             raise InvalidConfigurationError(
-                "adaptive_initial_tokens needs first_refill_millis to adapt to", "adaptive_initial_tokens"
+                "adaptive_initial_tokens must be False where first_refill_millis is None; got True",
+                "adaptive_initial_tokens",
             )
         if initial_tokens is None:
             initial_tokens = capacity
         _check_integer("initial_tokens", initial_tokens, 0)
         if adaptive_initial_tokens and initial_tokens != capacity:
             raise InvalidConfigurationError(
-                "initial_tokens cannot be given together with adaptive_initial_tokens", "initial_tokens"
+                f"initial_tokens must be None with adaptive_initial_tokens; got {initial_tokens}", "initial_tokens"
             )
         if id is not None:
             _check_id(id)
@@ -109,7 +113,10 @@ class Bandwidth:
 
     @classmethod
     def unchecked(cls, *values: int | str | bool | None) -> Bandwidth:
-        """A bandwidth as found in a stored state, whose ranges nobody checks; the values in the order of the fields."""
+        """Return a bandwidth found in a stored state, whose ranges are not checked.
+
+        :param values: those of the fields, in their order.
+        """
         bandwidth = object.__new__(cls)
         bandwidth._set(*values)
         return bandwidth
@@ -128,7 +135,7 @@ class Bandwidth:
         initial_tokens: int | None = None,
         id: str | None = None,
     ) -> Bandwidth:
-        """Tokens come back one by one, evenly over the period: the ordinary token bucket.
+        """Let tokens come back one by one, evenly over the period: the ordinary token bucket.
 
         :param period: a ``timedelta`` or a number of seconds.
         :param refill_tokens: tokens per period; the capacity when None.
@@ -146,7 +153,7 @@ class Bandwidth:
         initial_tokens: int | None = None,
         id: str | None = None,
     ) -> Bandwidth:
-        """Tokens come back all at once, at the end of each period; the first period begins with the bucket.
+        """Let tokens come back all at once, at the end of each period; the first period begins with the bucket.
 
         :param period: a ``timedelta`` or a number of seconds.
         :param refill_tokens: tokens per period; the capacity when None.
@@ -166,7 +173,7 @@ class Bandwidth:
         adaptive_initial_tokens: bool = False,
         id: str | None = None,
     ) -> Bandwidth:
-        """Tokens come back at the end of each period, the periods aligned to the calendar: a quota per day, say.
+        """Let tokens come back at the end of each period, the periods aligned to the calendar: a quota per day, say.
 
         :param period: a ``timedelta`` or a number of seconds.
         :param first_refill: an aware ``datetime`` not before 1970; the refills come at it and every period from it,
@@ -177,11 +184,12 @@ class Bandwidth:
         """
         if getattr(first_refill, "tzinfo", None) is None:
             raise InvalidConfigurationError(
-                f"first_refill must be a datetime with a time zone, not {brief(first_refill)}", "first_refill"
+                f"first_refill must be a datetime with a time zone; got {brief(first_refill)}", "first_refill"
             )
         if adaptive_initial_tokens and initial_tokens is not None:
             raise InvalidConfigurationError(
-                "initial_tokens cannot be given together with adaptive_initial_tokens", "initial_tokens"
+                f"initial_tokens must be None with adaptive_initial_tokens; got {brief(initial_tokens)}",
+                "initial_tokens",
             )
         return _bandwidth(
             capacity,
@@ -194,9 +202,14 @@ class Bandwidth:
             adaptive_initial_tokens=adaptive_initial_tokens,
         )
 
+    @property
+    def window_nanos(self) -> int:
+        """How long it takes the capacity to come back, in nanoseconds, rounded up."""
+        return -(-self.capacity * self.refill_period_nanos // self.refill_tokens)
+
     @classmethod
     def parse(cls, text: str) -> Bandwidth:
-        """One limit in its text form: ``"100/minute"``, ``"10/second burst 50"``, ``"1000/day intervally"``.
+        """Read one limit from its text form: ``"100/minute"``, ``"10/second burst 50"``, ``"1000/day intervally"``.
 
         The grammar is in ``docs/choosing-limits.md``.
 
@@ -205,7 +218,7 @@ class Bandwidth:
         return _from_spec(text, limit_text.parse_one(text))
 
     def __str__(self) -> str:
-        """The text form; :meth:`parse` of it gives an equal bandwidth."""
+        """Return the text form; :meth:`parse` of it gives an equal bandwidth."""
         return limit_text.print_one(self)
 
     def __repr__(self) -> str:
@@ -213,7 +226,8 @@ class Bandwidth:
             if Bandwidth.parse(str(self)) == self:
                 return f"Bandwidth.parse({str(self)!r})"
         except InvalidConfigurationError:
-            pass  # a stored bandwidth with values that no text form has
+            # A stored bandwidth may have values that no text form has.
+            pass
         return f"Bandwidth({', '.join(f'{named.name}={getattr(self, named.name)!r}' for named in fields(self))})"
 
 
@@ -227,8 +241,11 @@ class BucketConfiguration:
         make the state of a bucket longer than 16,384 bytes.
     """
 
+    algorithm: ClassVar[Algorithm]
+    """Bucket4j's token bucket; set in ``ratelimit/core/token_bucket/__init__.py``."""
+
     bandwidths: tuple[Bandwidth, ...]
-    # Kept, because every decision asks for them.
+    # These are computed once, because every decision asks for them.
     _hash: int = field(init=False, repr=False, compare=False)
     starts_full: bool = field(init=False, repr=False, compare=False)
     """Whether a new bucket holds what it can hold, in each bandwidth."""
@@ -236,19 +253,19 @@ class BucketConfiguration:
     """Capacity, refill tokens, and their period in nanoseconds, where there is one bandwidth and it is greedy."""
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
-        if not bandwidths:
-            raise InvalidConfigurationError("a configuration needs at least one bandwidth", "bandwidths")
-        if len(bandwidths) > MOST_BANDWIDTHS:
+        if not 1 <= len(bandwidths) <= MOST_BANDWIDTHS:
             raise InvalidConfigurationError(
-                f"bandwidths must be at most {MOST_BANDWIDTHS}; got {len(bandwidths)}", "bandwidths"
+                f"bandwidths must be from 1 to {MOST_BANDWIDTHS}; got {len(bandwidths)}", "bandwidths"
             )
         for bandwidth in bandwidths:
             if not isinstance(bandwidth, Bandwidth):
-                raise InvalidConfigurationError(f"bandwidths must be Bandwidth, not {brief(bandwidth)}", "bandwidths")
+                raise InvalidConfigurationError(f"bandwidths must be Bandwidth; got {brief(bandwidth)}", "bandwidths")
         ids: set[str] = set()
         for bandwidth in bandwidths:
             if bandwidth.id in ids:
-                raise InvalidConfigurationError(f"two bandwidths have the id {brief(bandwidth.id)}", "id")
+                raise InvalidConfigurationError(
+                    f"id must differ between bandwidths; got {brief(bandwidth.id)} twice", "id"
+                )
             if bandwidth.id is not None:
                 ids.add(bandwidth.id)
         if ids and _OTHER_BYTES + sum(map(_bytes_needed, bandwidths)) > LONGEST_STATE:
@@ -265,11 +282,14 @@ class BucketConfiguration:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BucketConfiguration, self.bandwidths  # in another process strings have other hashes
+        # In another process strings have other hashes.
+        return BucketConfiguration, self.bandwidths
 
     @classmethod
     def parse(cls, text: str) -> BucketConfiguration:
-        """Limits in their text form, separated by semicolons, commas or new lines: ``"10/second burst 50; 1000/hour"``.
+        """Read limits from their text form, separated by semicolons, commas or new lines.
+
+        An example is ``"10/second burst 50; 1000/hour"``.
 
         The grammar is in ``docs/choosing-limits.md``.
 
@@ -306,7 +326,7 @@ class BucketConfiguration:
         return len(self.bandwidths)
 
     def __str__(self) -> str:
-        """The text form; :meth:`parse` of it gives an equal configuration."""
+        """Return the text form; :meth:`parse` of it gives an equal configuration."""
         return "; ".join(map(str, self.bandwidths))
 
     def __repr__(self) -> str:
@@ -325,19 +345,20 @@ def _bytes_needed(bandwidth: Bandwidth) -> int:
 
 def _greedy(bandwidth: Bandwidth) -> tuple[int, int, int] | None:
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
-    if bandwidth.refill_intervally or tokens < 1 or period < 1:  # stored bytes may say anything
+    # Stored bytes may say anything of the rate.
+    if bandwidth.refill_intervally or tokens < 1 or period < 1:
         return None
     return bandwidth.capacity, tokens, period
 
 
 @lru_cache(maxsize=256)
 def _parsed(text: str) -> BucketConfiguration:
-    """Cached, because a callable that tells a customer's limits gives the same few texts over and over."""
+    """Parse a text once: a callable that looks up a customer's limits returns the same few texts over and over."""
     return BucketConfiguration.parse(text)
 
 
 Limits = BucketConfiguration | Bandwidth | str | Sequence[BucketConfiguration | Bandwidth | str]
-"""Whatever is taken where a configuration is wanted; a list or a tuple is several limits of one bucket."""
+"""Whatever callers may give for a configuration; a list or a tuple is several limits of one bucket."""
 
 _LIMITS = (BucketConfiguration, Bandwidth, str)
 _ALLOWED_LIMITS = 'text such as "100/minute", a Bandwidth, a BucketConfiguration, or a list or tuple of these'
@@ -366,7 +387,7 @@ def _bandwidth(
     except (TypeError, ValueError) as error:
         raise InvalidConfigurationError(f"period {error}", "period") from None
     if period_nanos < 1:
-        raise InvalidConfigurationError(f"period must be at least a nanosecond, not {brief(period)}", "period")
+        raise InvalidConfigurationError(f"period must be at least a nanosecond; got {brief(period)}", "period")
     return Bandwidth(
         capacity=capacity,
         refill_tokens=capacity if refill_tokens is None else refill_tokens,
@@ -381,17 +402,17 @@ def _bandwidth(
 
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX:
-        raise InvalidConfigurationError(f"{name} must be an int from {least} to 2**63 - 1, not {brief(value)}", name)
+        raise InvalidConfigurationError(f"{name} must be an int from {least} to 2**63 - 1; got {brief(value)}", name)
 
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise InvalidConfigurationError(f"{name} must be a bool, not {brief(value)}", name)
+        raise InvalidConfigurationError(f"{name} must be True or False; got {brief(value)}", name)
 
 
 def _check_id(id: object) -> None:
     if not isinstance(id, str):
-        raise InvalidConfigurationError(f"id must be a str, not {brief(id)}", "id")
+        raise InvalidConfigurationError(f"id must be a str; got {brief(id)}", "id")
     if len(id) > _LONGEST_ID or len(modified_utf8.encode(id)) > _LONGEST_ID:
         raise InvalidConfigurationError(
             f"id must be at most {_LONGEST_ID} bytes of modified UTF-8; got {brief(id)}", "id"

@@ -1,4 +1,4 @@
-"""States as bytes, in Bucket4j's format: big-endian, told field by field in ``docs/bytes.md``."""
+"""Bucket4j's format of states: big-endian bytes, which ``docs/bytes.md`` describes field by field."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import struct
 from functools import lru_cache
 from typing import Final, NoReturn
 
+from ratelimit.core.algorithm import LONGEST_STATE
 from ratelimit.core.numbers import MIN
 from ratelimit.core.token_bucket import modified_utf8
-from ratelimit.core.token_bucket.bandwidth import LONGEST_STATE, MOST_BANDWIDTHS, Bandwidth, BucketConfiguration
+from ratelimit.core.token_bucket.bandwidth import MOST_BANDWIDTHS, Bandwidth, BucketConfiguration
 from ratelimit.core.token_bucket.state import BandwidthState, BucketState
 from ratelimit.errors import CorruptStateError, InvalidConfigurationError, UnsupportedStateError
 from ratelimit.keys import Key
@@ -26,19 +27,24 @@ _KNOWN_PREFIXES: Final = 1024
 _FORMAT_AT: Final = 3  # the last byte of the format of a state
 _BANDWIDTHS_AT: Final = 11  # the last byte of the number of bandwidths
 _NUMBERS_OF_ONE: Final = 24  # bytes of the numbers of a bandwidth
+_TAIL: Final = _STATISTICS.size  # bytes after these numbers
+_TAIL_WITH_VERSION: Final = _STATISTICS.size + _VERSION.size
 
 _FORMAT_WITHOUT_VERSION: Final = 1
 _FORMAT_WITH_VERSION: Final = 2
+FORMATS: Final = _FORMAT_WITHOUT_VERSION, _FORMAT_WITH_VERSION
+"""The formats of a state; see ``docs/bytes.md`` for those of other algorithms."""
+
 _INTEGERS_OF_64_BITS: Final = 3
 _NOT_ALIGNED: Final = MIN
 
 
 def encode(state: BucketState) -> bytes:
-    """The bytes of a state."""
+    """Return the bytes of a state."""
     configuration, version, consumed, states = state
     prefix, numbers = _layout(configuration, version is not None)
-    if len(states) == 1 and version is None:
-        last, size, error = states[0]
+    if version is None and len(states) == 1:
+        ((last, size, error),) = states
         return prefix + numbers.pack(last, size, error, 1, consumed)
     values = [number for one in states for number in one]
     if version is None:
@@ -48,7 +54,7 @@ def encode(state: BucketState) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _layout(configuration: BucketConfiguration, has_version: bool) -> tuple[bytes, struct.Struct]:
-    """The bytes of a state up to its numbers, and the numbers: those of the bandwidths, statistics, and version."""
+    """Return the bytes of a state up to its numbers, and the layout of these: bandwidths, statistics, and version."""
     count = 3 * len(configuration)
     prefix = (
         _INT.pack(_FORMAT_WITH_VERSION if has_version else _FORMAT_WITHOUT_VERSION)
@@ -59,7 +65,7 @@ def _layout(configuration: BucketConfiguration, has_version: bool) -> tuple[byte
 
 
 _known_prefixes: dict[bytes, tuple[BucketConfiguration, struct.Struct]] = {}
-"""Nearly all states of a service begin with the same few configurations."""
+"""The beginnings of states that were decoded: nearly all states of a service share the same few configurations."""
 
 
 @lru_cache(maxsize=1024)
@@ -87,14 +93,14 @@ def _encode_configuration(configuration: BucketConfiguration) -> bytes:
 
 
 def decode(state: bytes, key: Key = "") -> BucketState:
-    """The state that these bytes hold; bytes after its end are ignored.
+    """Return the state that these bytes hold; bytes after its end are ignored.
 
     :param key: where the bytes were found, for the error.
     :raises CorruptStateError: where the bytes hold none; UnsupportedStateError for a format that is not known.
     """
     if _BANDWIDTHS_AT < len(state) <= LONGEST_STATE and state[_BANDWIDTHS_AT] > 0:
         has_version = state[_FORMAT_AT] == _FORMAT_WITH_VERSION
-        tail = _NUMBERS_OF_ONE * state[_BANDWIDTHS_AT] + _STATISTICS.size + (_VERSION.size if has_version else 0)
+        tail = _NUMBERS_OF_ONE * state[_BANDWIDTHS_AT] + (_TAIL_WITH_VERSION if has_version else _TAIL)
         known = _known_prefixes.get(state[:-tail])
         if known is not None:
             configuration, numbers = known
@@ -136,11 +142,6 @@ def _decode(state: bytes, key: Key) -> BucketState:
     return BucketState(configuration, version, consumed, states)
 
 
-def out_of_range(state: bytes, key: Key) -> CorruptStateError:
-    """The error for a stored period or rate of zero: it is decoded, and fails in the arithmetic."""
-    return CorruptStateError(key, state, "its limits are out of range")
-
-
 class _Reader:
     """A position in the bytes of a state, and what to raise when they are not what they should be."""
 
@@ -175,14 +176,15 @@ class _Reader:
             raise UnsupportedStateError(self.key, self.data, f"{of} in format {format}, known is {known}", format)
 
     def skip_configuration(self) -> int:
-        """Find the end of the configuration, checking formats and lengths on the way; the number of bandwidths."""
+        """Find the end of the configuration, checking formats and lengths; return the number of bandwidths."""
         self.format("a configuration")
         (bandwidths,) = self.read(_INT)
         if bandwidths < 1:
             self.fail(f"a configuration of {bandwidths} bandwidths")
         if bandwidths > MOST_BANDWIDTHS:
             self.fail(f"a configuration of {bandwidths} bandwidths, where {MOST_BANDWIDTHS} are the most")
-        for _ in range(bandwidths):  # ends at the end of the data at the latest, however large the number
+        # However large the number, this ends at the end of the data at the latest.
+        for _ in range(bandwidths):
             format, *_, has_id = self.read(_BANDWIDTH)
             self.check_format("a bandwidth", format)
             if has_id:
@@ -192,9 +194,10 @@ class _Reader:
 
 @lru_cache(maxsize=1024)
 def _decode_configuration(data: bytes) -> BucketConfiguration | str:
-    """The configuration in bytes whose lengths have been checked, or what is wrong with it.
+    """Return the configuration in bytes whose lengths have been checked, or what is wrong with it.
 
-    Cached: nearly all states of a service carry the same few configurations, and they are compared by identity first.
+    The result is kept, because nearly all states of a service carry the same few configurations, and because these are
+    compared by identity first.
     """
     reader = _Reader(data, "")
     reader.read(_INT)

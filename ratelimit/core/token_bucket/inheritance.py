@@ -1,44 +1,24 @@
-"""What becomes of the tokens when the configuration of a live bucket is replaced."""
+"""What the bandwidths of a new configuration inherit from those of the old one."""
 
 from __future__ import annotations
 
-from enum import Enum
-
+from ratelimit.core.algorithm import State
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MIN, truncated, wrap
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.token_bucket.state import BandwidthState, BucketState, initial_state
 
 
-class TokensInheritance(Enum):
-    """How the bandwidths of a new configuration take over the tokens of the old ones.
-
-    A new bandwidth inherits from the old one with the same id; where both configurations have one bandwidth without an
-    id, from that. Without such a predecessor, and always with RESET, it begins with its initial tokens.
-    """
-
-    PROPORTIONALLY = 0
-    """The same share of the capacity: 4 tokens of 10 become 40 of 100."""
-    AS_IS = 1
-    """The same number of tokens, at most the new capacity."""
-    RESET = 2
-    """The initial tokens of the new configuration; a debt is forgotten."""
-    ADDITIVE = 3
-    """The bucket keeps its tokens and gains the growth of its capacity; it never holds more than the new capacity.
-
-    A capacity that is raised and lowered again and again gives the difference each time.
-    """
-
-
 def replaced(
-    state: BucketState, configuration: BucketConfiguration, inheritance: TokensInheritance, now: int
+    state: State, configuration: BucketConfiguration, version: int | None, inheritance: TokensInheritance, now: int
 ) -> BucketState:
-    """The state, refilled at this time under its old configuration, under another configuration."""
-    if inheritance is TokensInheritance.RESET:
-        states = BucketState.initial(configuration, None, now).bandwidth_states
+    """Return a state, refilled at this time under its old configuration, under another configuration."""
+    if inheritance is TokensInheritance.RESET or not isinstance(state, BucketState):
+        states = BucketState.initial(configuration, version, now).bandwidth_states
     else:
         match_without_id = _without_id(state.configuration) <= 1 and _without_id(configuration) <= 1
         states = tuple(_inherited(state, bandwidth, inheritance, match_without_id, now) for bandwidth in configuration)
-    return state._replace(configuration=configuration, bandwidth_states=states)
+    return BucketState(configuration, version, state.consumed_tokens, states)
 
 
 def _without_id(configuration: BucketConfiguration) -> int:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 
 def encode(text: str) -> bytes:
-    """The bytes of any Python string, of any length."""
+    """Return the bytes of any Python string, of any length."""
     pairs = text.encode("utf-16-be", "surrogatepass")
     units = "".join(chr(pairs[i] << 8 | pairs[i + 1]) for i in range(0, len(pairs), 2))
     return units.encode("utf-8", "surrogatepass").replace(b"\0", b"\xc0\x80")
 
 
 def decode(data: bytes) -> str:
-    """The string; as lenient as Java: a plain zero byte is a NUL, and overlong forms are taken.
+    """Return the string; as lenient as Java: a plain zero byte is a NUL, and overlong forms are taken.
 
-    Raises ``ValueError`` for bytes that start no character, and for a character that is cut off.
+    :raises ValueError: for bytes that do not begin a character, and for a character that is cut off.
     """
     units = bytearray()
     position = 0

@@ -13,7 +13,7 @@ from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 
 @lru_cache(maxsize=256)
 def share_of(configuration: BucketConfiguration, share: Fraction) -> BucketConfiguration:
-    """Limits that let through no more than this share of others in the long run, and hold it, at least one token.
+    """Return limits that let through no more than this share of others in the long run, and hold it, or one token.
 
     :param share: above 0 and at most 1.
     """
@@ -23,7 +23,8 @@ def share_of(configuration: BucketConfiguration, share: Fraction) -> BucketConfi
 def _share_of(bandwidth: Bandwidth, share: Fraction) -> Bandwidth:
     refill = bandwidth.refill_tokens * share
     tokens, period = max(1, math.floor(refill)), bandwidth.refill_period_nanos
-    if refill < 1 or not bandwidth.refill_intervally:  # otherwise the refills come when those of the whole come
+    # Whole refills come when those of the undivided limit come.
+    if refill < 1 or not bandwidth.refill_intervally:
         period = math.ceil(period * tokens / refill)
     capacity = max(1, math.floor(bandwidth.capacity * share))
     full = bandwidth.initial_tokens == bandwidth.capacity

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ratelimit.core.algorithm import Level, State, Surplus
 from ratelimit.core.numbers import (
     MAX,
     MIN,
@@ -22,13 +23,13 @@ from ratelimit.core.numbers import (
 )
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 
-_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+# This makes a named tuple without the function that would only name its fields.
+_new = tuple.__new__
 
-_LARGEST_DEBT = MIN + 2  # what is missing to one token is still a number of 64 bits
-
-
-Surplus = tuple[int, int]
-"""Whole tokens, and the unfinished part of a further one, in units of token x nanosecond."""
+# What is missing to one token is still a number of 64 bits.
+_LARGEST_DEBT = MIN + 2
+# A state takes roughly so many bytes of memory, and as many again for each of its bandwidths.
+_BYTES_OF_MEMORY = 150
 
 
 class BandwidthState(NamedTuple):
@@ -49,20 +50,21 @@ class BucketState(NamedTuple):
 
     @classmethod
     def initial(cls, configuration: BucketConfiguration, version: int | None, now: int) -> BucketState:
-        """The state of a bucket that is made at this time, before any refill."""
+        """Return the state of a bucket that is made at this time, before any refill."""
         return cls(configuration, version, 0, tuple(initial_state(bandwidth, now) for bandwidth in configuration))
 
     def refilled(self, now: int) -> BucketState:
-        """The state with everything that has come in until this time; a clock that went back changes nothing."""
+        """Return the state with everything that has come in until this time; a clock that went back changes nothing."""
         configuration, version, consumed, states = self
         refilled = tuple([_refilled(*pair, now) for pair in zip(configuration.bandwidths, states, strict=True)])
         return BucketState(configuration, version, consumed, refilled)
 
     def refilled_and_consumed(self, tokens: int, now: int) -> BucketState | None:
-        """``refilled`` and then ``consumed``, in one; None where the tokens are not all there."""
+        """Refill and consume in one step; return None where the tokens are not all there."""
         configuration, version, consumed, states = self
         greedy = configuration.only_greedy
-        if greedy is not None:  # the same, without a step for each part
+        if greedy is not None:
+            # The commonest case does without a function for each part.
             capacity, gained, period = greedy
             ((last, size, error),) = states
             if now > last:
@@ -79,7 +81,8 @@ class BucketState(NamedTuple):
             if tokens > size:
                 return None
             consumed += tokens
-            one = (_new(BandwidthState, (last, size - tokens, error)),)  # as they are there, that does not overflow
+            # The tokens are there, so that the difference does not overflow.
+            one = (_new(BandwidthState, (last, size - tokens, error)),)
             return _new(BucketState, (configuration, version, consumed if consumed <= MAX else wrap(consumed), one))
         after = []
         for bandwidth, state in zip(configuration.bandwidths, states, strict=True):
@@ -97,13 +100,27 @@ class BucketState(NamedTuple):
         return min([state.current_size for state in self.bandwidth_states])
 
     @property
-    def is_overfull(self) -> bool:
-        """Whether a bandwidth holds more than its capacity."""
-        pairs = zip(self.configuration.bandwidths, self.bandwidth_states, strict=True)
-        return any(state.current_size > bandwidth.capacity for bandwidth, state in pairs)
+    def is_new_when_full(self) -> bool:
+        """Whether this bucket, once it is full, is what a new one would be.
+
+        It is not where new buckets begin with other tokens than the capacity, and where a bandwidth holds more than it.
+        """
+        configuration, _, _, states = self
+        if not configuration.starts_full:
+            return False
+        greedy = configuration.only_greedy
+        if greedy is not None:
+            return states[0].current_size <= greedy[0]
+        pairs = zip(configuration.bandwidths, states, strict=True)
+        return all(state.current_size <= bandwidth.capacity for bandwidth, state in pairs)
+
+    @property
+    def weight(self) -> int:
+        """Roughly the bytes of memory that the state takes."""
+        return _BYTES_OF_MEMORY * (1 + len(self.bandwidth_states))
 
     def consumed(self, tokens: int) -> BucketState:
-        """The state less these tokens, whether they are there or not."""
+        """Return the state less these tokens, whether they are there or not."""
         configuration, version, consumed, states = self
         after = tuple([BandwidthState(last, wrap(size - tokens), error) for last, size, error in states])
         return BucketState(configuration, version, wrap(consumed + tokens), after)
@@ -157,7 +174,7 @@ class BucketState(NamedTuple):
         return self._replace(consumed_tokens=wrap(self.consumed_tokens - tokens), bandwidth_states=tuple(raised))
 
     def added(self, tokens: int) -> BucketState:
-        """The state with these tokens put in, up to the capacity; a size above it falls to it."""
+        """Return the state with these tokens put in, up to the capacity; a size above it falls to it."""
         return self._replace(
             bandwidth_states=tuple(
                 _added(bandwidth, state, tokens)
@@ -166,11 +183,11 @@ class BucketState(NamedTuple):
         )
 
     def force_added(self, tokens: int) -> BucketState:
-        """The state with these tokens put in, above the capacity if need be."""
+        """Return the state with these tokens put in, above the capacity if need be."""
         return self._replace(bandwidth_states=tuple(_force_added(state, tokens) for state in self.bandwidth_states))
 
     def reset(self) -> BucketState:
-        """The state with every bandwidth at its capacity."""
+        """Return the state with every bandwidth at its capacity."""
         return self._replace(
             bandwidth_states=tuple(
                 BandwidthState(state.last_refill_time_nanos, bandwidth.capacity, 0)
@@ -179,7 +196,7 @@ class BucketState(NamedTuple):
         )
 
     def held_back(self, nanos: int, now: int) -> BucketState | None:
-        """The state whose next token is not there before this long from now; None where that is so already.
+        """Return the state whose next token is not there before this long from now; None where that is so already.
 
         A wait is that of the scarcest bandwidth, so that taking from one of them is enough: from the one whose wait
         gets the least too long, and of several such from the one that has regained the soonest what is taken.
@@ -193,7 +210,7 @@ class BucketState(NamedTuple):
         return self._replace(bandwidth_states=(*states[:place], ways[place][2], *states[place + 1 :]))
 
     def nanos_until(self, tokens: int, now: int, *, check_capacity: bool) -> int:
-        """How long until this many tokens are there, in nanoseconds; NEVER where that does not fit into 64 bits.
+        """Return how long until this many tokens are there, in nanoseconds; NEVER where that does not fit into 64 bits.
 
         :param check_capacity: NEVER also where more is wanted than a bandwidth can hold.
         """
@@ -204,7 +221,7 @@ class BucketState(NamedTuple):
         return max(waits)
 
     def nanos_until_full(self, now: int) -> int:
-        """How long until every bandwidth is full, in nanoseconds."""
+        """Return how long until every bandwidth is full, in nanoseconds."""
         configuration, _, _, states = self
         greedy = configuration.only_greedy
         if greedy is not None:
@@ -214,13 +231,39 @@ class BucketState(NamedTuple):
             if missing <= 0:
                 return 0
             needed = period * missing
-            if 0 <= error <= needed < MAX:  # what follows, where nothing overflows
+            # This is what _nanos_to_gain computes where nothing overflows.
+            if 0 <= error <= needed < MAX:
                 return (needed - error) // gained
         return max([nanos_until_full(*pair, now) for pair in zip(configuration.bandwidths, states, strict=True)])
 
+    def shows(self, before: State | None, now: int) -> bool:
+        """Return whether the state holds this reading of the clock, which the one that it was computed from does not.
+
+        It does not where tokens come by whole periods, and where the clock is behind the last refill.
+        """
+        known = set()
+        if isinstance(before, BucketState):
+            known = {state.last_refill_time_nanos for state in before.bandwidth_states}
+        return now not in known and any(now == state.last_refill_time_nanos for state in self.bandwidth_states)
+
+
+def levels(
+    configuration: BucketConfiguration, bandwidth_states: tuple[BandwidthState, ...], now: int
+) -> tuple[Level, ...]:
+    """Return how full each bandwidth is, as if it stood alone."""
+    pairs = zip(configuration.bandwidths, bandwidth_states, strict=True)
+    return tuple([_level(bandwidth, state, now) for bandwidth, state in pairs])
+
+
+def _level(bandwidth: Bandwidth, state: BandwidthState, now: int) -> Level:
+    tokens, next_token = state.current_size, NEVER
+    if tokens < bandwidth.capacity:
+        next_token = nanos_until(bandwidth, state, max(0, tokens) + 1, now, check_capacity=False)
+    return Level(bandwidth, tokens, next_token, nanos_until_full(bandwidth, state, now))
+
 
 def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
-    """What a bandwidth holds in a bucket that is made at this time."""
+    """Return what a bandwidth holds in a bucket that is made at this time."""
     if bandwidth.first_refill_millis is None:
         return BandwidthState(now, bandwidth.initial_tokens, 0)
     first = wrap(bandwidth.first_refill_millis * NANOS_PER_MILLISECOND)
@@ -240,7 +283,8 @@ def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> Bandwidt
         return state
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if bandwidth.refill_intervally:
-        now = wrap(now - remainder(wrap(now - last), period))  # the end of the last whole period
+        # Tokens came last at the end of the last whole period.
+        now = wrap(now - remainder(wrap(now - last), period))
         if now <= last:
             return state
     if size >= capacity:
@@ -253,7 +297,7 @@ def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> Bandwidt
 
 
 def _refilled_near_overflow(bandwidth: Bandwidth, state: BandwidthState, now: int) -> BandwidthState:
-    """The same step by step, as the format defines it for numbers that do not fit; now is after the last refill."""
+    """Refill step by step, as the format defines it for numbers that do not fit; now is after the last refill."""
     last, size, error = state
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     full = BandwidthState(now, capacity, 0)
@@ -261,7 +305,8 @@ def _refilled_near_overflow(bandwidth: Bandwidth, state: BandwidthState, now: in
     new_size = size
     if elapsed > period:
         new_size = wrap(size + wrap(quotient(elapsed, period) * tokens))
-        if new_size > capacity or new_size < size:  # smaller: it has wrapped
+        # A size that became smaller has wrapped around.
+        if new_size > capacity or new_size < size:
             return full
         elapsed = remainder(elapsed, period)
     gained = saturating_product(tokens, elapsed)
@@ -336,7 +381,7 @@ def _force_added(state: BandwidthState, tokens: int) -> BandwidthState:
 
 
 def nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: int, *, check_capacity: bool) -> int:
-    """As the method of a bucket, for one bandwidth."""
+    """Return how long until one bandwidth holds this many tokens; see :meth:`BucketState.nanos_until`."""
     if check_capacity and tokens > bandwidth.capacity:
         return NEVER
     if tokens <= state.current_size:
@@ -346,7 +391,7 @@ def nanos_until(bandwidth: Bandwidth, state: BandwidthState, tokens: int, now: i
 
 
 def nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> int:
-    """As the method of a bucket, for one bandwidth."""
+    """Return how long until one bandwidth is full."""
     missing = bandwidth.capacity - state.current_size
     if missing <= 0:
         return 0
@@ -354,11 +399,12 @@ def nanos_until_full(bandwidth: Bandwidth, state: BandwidthState, now: int) -> i
 
 
 def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, now: int) -> int:
-    """The wait for the missing tokens; rounded down, so that a greedy bandwidth may need one more nanosecond."""
+    """Return the wait for the missing tokens, rounded down: a greedy bandwidth may need one more nanosecond."""
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if not bandwidth.refill_intervally:
         needed, error = period * missing, state.rounding_error
-        if 0 <= error <= needed < MAX and tokens > 0:  # what follows, where nothing overflows
+        # This is what follows below, where nothing overflows.
+        if 0 <= error <= needed < MAX and tokens > 0:
             return (needed - error) // tokens
         needed = saturating_product(period, missing)
         if needed == MAX:
@@ -377,7 +423,7 @@ def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, no
 
 
 def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int) -> tuple[int, int, BandwidthState]:
-    """The wait that this bandwidth can make of a wanted one, in how long it regains what that takes, and its state."""
+    """Return how a bandwidth can make others wait this long: the wait, how long it then regains, and its state."""
     last, size, error = state
     tokens, period = bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if tokens < 1 or period < 1:
@@ -388,7 +434,8 @@ def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int
         periods = max(0, -((to_next_refill - nanos) // period))
         wait = to_next_refill + periods * period
         after = BandwidthState(last, max(_LARGEST_DEBT, min(size, -periods * tokens)), error)
-    else:  # the unfinished token makes it exact
+    else:
+        # The unfinished token makes the wait exact.
         wait = nanos
         level = min(size * period + error, period - nanos * tokens)
         after = BandwidthState(last, *divmod(level, period))

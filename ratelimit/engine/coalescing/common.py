@@ -24,7 +24,7 @@ def count_together(queue: Iterable[Part]) -> int:
     room = count = 0
     for part in queue:
         if first is None:
-            first, room = part, _MOST_STEPS // len(part.terms.configuration.bandwidths)
+            first, room = part, _MOST_STEPS // len(part.terms.configuration)
         if part.target is not first.target and not _go_together(part, first):
             break
         command = part.command

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any, ClassVar, Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError, RateLimitError
 from ratelimit.integrations.http.answers import Answers, Headers

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NANOS_PER_SECOND, Duration, to_nanos
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.http.callables import answer_of
 from ratelimit.integrations.http.keys import RequestKey

@@ -9,8 +9,8 @@ from functools import lru_cache
 from inspect import Parameter, signature
 from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
+from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration, Limits
-from ratelimit.core.token_bucket.inheritance import TokensInheritance
 from ratelimit.engine.pipeline import AsyncLimitsOfKey
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http.callables import answer_of

@@ -10,8 +10,8 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
+from ratelimit.core.algorithm import LONGEST_STATE
 from ratelimit.core.numbers import NANOS_PER_SECOND
-from ratelimit.core.token_bucket.bandwidth import LONGEST_STATE
 from ratelimit.errors import InvalidArgumentError, StoreError, StoreUnavailableError
 from ratelimit.runtime.clock import MONOTONIC_IS_FINE, elapsed_ns
 from ratelimit.runtime.copies import OfThisProcess
