@@ -24,9 +24,10 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.limits import configuration_of
 from ratelimit.core.numbers import MAX, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.keys import Key, shown
 from ratelimit.runtime.copies import OfThisProcess
@@ -429,4 +430,4 @@ def _hold_back(duration: Duration) -> HoldBack:
 
 
 def _replacement(configuration: Limits, inheritance: TokensInheritance) -> ReplaceConfiguration:
-    return ReplaceConfiguration(BucketConfiguration.of(configuration), checked_inheritance(inheritance))
+    return ReplaceConfiguration(configuration_of(configuration), checked_inheritance(inheritance))

@@ -11,8 +11,10 @@ from weakref import WeakMethod
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.checks import refusal, stored_key, timeout_seconds
+from ratelimit.core.algorithm import Configuration
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.limits import configuration_of
 from ratelimit.core.numbers import Duration
 from ratelimit.core.results import ConsumptionProbe, Snapshot
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
@@ -407,17 +409,17 @@ def _checked_store(store: StoreT, *, asynchronous: bool) -> StoreT:
     return store
 
 
-def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> BucketConfiguration | AsyncLimitsOfKey:
-    return limits if callable(limits) else BucketConfiguration.of(limits)
+def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> Configuration | AsyncLimitsOfKey:
+    return limits if callable(limits) else configuration_of(limits)
 
 
 def _described(kind: str, store: object, limits: object, prefix: Key) -> str:
     """Print a manager: ``ProxyManager(RedisStore(localhost:6379/0), '100/minute', prefix='users:')``."""
     shown = [brief(store)]
-    if isinstance(limits, BucketConfiguration):
-        shown.append(brief(str(limits)))
-    elif limits is not None:
+    if callable(limits):
         shown.append(brief(limits))
+    elif limits is not None:
+        shown.append(brief(str(limits)))
     if prefix:
         shown.append(f"prefix={brief(prefix)}")
     return f"{kind}({', '.join(shown)})"

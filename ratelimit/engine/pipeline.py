@@ -19,11 +19,12 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.checks import timeout_seconds
-from ratelimit.core.algorithm import decode
+from ratelimit.core.algorithm import Configuration, decode
 from ratelimit.core.commands import Command, Terms
 from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.limits import configuration_of
 from ratelimit.core.numbers import Duration
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
 from ratelimit.engine.coalescing.threads import ThreadCoalescing
@@ -162,7 +163,7 @@ class Pipeline:
     def bucket(
         self,
         target: Target,
-        limits: BucketConfiguration | AsyncLimitsOfKey,
+        limits: Configuration | AsyncLimitsOfKey,
         *,
         version: int | None,
         inheritance: TokensInheritance,
@@ -183,7 +184,7 @@ class Pipeline:
             )
         layer, shielded, ask_at_once = layers
         terms: Terms | None = None
-        if isinstance(limits, BucketConfiguration):
+        if not callable(limits):
             terms = Terms(limits, version, inheritance)
         else:
             look_up = partial(
@@ -248,7 +249,7 @@ class Pipeline:
         for known in (self.last_seen, self.cancelled_waits, self.local_decisions, self.local_buckets):
             known.forget(target.stored_key)
 
-    def stored_configuration(self, target: Target, timeout: float) -> Steps[BucketConfiguration | None]:
+    def stored_configuration(self, target: Target, timeout: float) -> Steps[Configuration | None]:
         """Return the configuration that is stored with a bucket; None where there is no bucket."""
         deadline = self.deadline(timeout)
         with errors_named(target.key):
@@ -272,7 +273,7 @@ def looking_up(
         found = yield limits(target.key)
         if found is None:
             return command.answer_without_limit()
-        terms = Terms(BucketConfiguration.of(found), version, inheritance)
+        terms = Terms(configuration_of(found), version, inheritance)
         deadline = question.deadline
         if deadline is not None:
             # The time that the lookup takes is the caller's own.

@@ -130,7 +130,7 @@ def _step(command: Command[Any]) -> _Step:
         return Operation.RESERVE, _at_least_0(command.tokens), command.longest_wait_nanos
     if type(command) is HoldBack:
         return Operation.HOLD_BACK, _at_least_0(command.nanos), 0
-    if type(command) is ReplaceConfiguration:
+    if type(command) is ReplaceConfiguration and isinstance(command.configuration, BucketConfiguration):
         return Operation.REPLACE, command.inheritance.value, command.configuration
     operation = _WITH_TOKENS_ONLY.get(type(command))
     if operation is None:
