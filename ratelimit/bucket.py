@@ -403,24 +403,29 @@ def reserving(bucket: Bucket | AsyncBucket, tokens: int, longest_wait: int) -> S
 
 
 def _try_consume(tokens: int) -> TryConsume:
-    return _kept_try_consume(tokens) if type(tokens) is int else TryConsume(token_count(tokens))
+    try:
+        return _kept_try_consume(tokens)
+    except TypeError:  # it cannot be hashed, and is not a number of tokens either
+        return TryConsume(token_count(tokens))
 
 
 def _try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaining:
-    if type(tokens) is int:
+    try:
         return _kept_try_consume_and_return_remaining(tokens)
-    return TryConsumeAndReturnRemaining(token_count(tokens))
+    except TypeError:  # as above
+        return TryConsumeAndReturnRemaining(token_count(tokens))
 
 
-# Commands that are asked for over and over are one object, which makes them one step where calls go together.
+# Commands that are asked for over and over are one object, which makes them one step where calls go together. They are
+# kept by type as well, because True and 1.0 equal 1 and are refused.
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def _kept_try_consume(tokens: int) -> TryConsume:
     return TryConsume(token_count(tokens))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def _kept_try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaining:
     return TryConsumeAndReturnRemaining(token_count(tokens))
 

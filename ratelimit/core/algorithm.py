@@ -80,11 +80,6 @@ class State(Protocol):
         """Whether this bucket, once it is full, is what a new one would be: forgetting it then changes nothing."""
         ...
 
-    @property
-    def weight(self) -> int:
-        """Roughly the bytes of memory that the state takes."""
-        ...
-
     def refilled(self, now: int) -> Self:
         """Return the state with everything that has come in until this time."""
         ...

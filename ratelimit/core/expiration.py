@@ -29,7 +29,12 @@ class Expiration:
     shortest_ttl_nanos: int = field(init=False, repr=False, compare=False)
     """The shortest time to live that any bucket gets, in nanoseconds."""
 
+    _fixed_ttl: int | None = field(init=False, repr=False, compare=False)
+    """The time to live of every bucket, in milliseconds; None where it depends on the bucket."""
+
     def __post_init__(self) -> None:
+        fixed = {"none": NO_EXPIRY, "fixed": self.duration_millis}.get(self.kind)
+        object.__setattr__(self, "_fixed_ttl", fixed)
         shortest = {"automatic": _MARGIN_MILLIS, "fixed": self.duration_millis, "after_refill": 1}.get(self.kind)
         nanos = NEVER if shortest is None else shortest * NANOS_PER_MILLISECOND
         object.__setattr__(self, "shortest_ttl_nanos", nanos)
@@ -78,17 +83,15 @@ class Expiration:
 
     def ttl_millis(self, state: State, now: int) -> int:
         """Return the time to live of this state, in milliseconds; ``NO_EXPIRY`` where it does not expire."""
-        kind = self.kind
-        if kind == "none":
-            return NO_EXPIRY
-        if kind == "fixed":
-            return self.duration_millis
+        fixed = self._fixed_ttl
+        if fixed is not None:
+            return fixed
         try:
             full = state.nanos_until_full(now)
         except ArithmeticError:
             # A stored period or rate of zero: at such a rate the bucket never fills up.
             full = NEVER
-        if kind == "automatic":
+        if self.kind == "automatic":
             keep = _MARGIN_MILLIS if state.is_new_when_full else _IDLE_MILLIS
             # A time below 0 has wrapped around.
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND

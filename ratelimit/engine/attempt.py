@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ratelimit.core.algorithm import State, decode, out_of_range
-from ratelimit.core.commands import execute
+from ratelimit.core.algorithm import State, decode
 from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
 from ratelimit.engine.lost_reply import repeated
@@ -29,7 +28,8 @@ class Attempt:
     :ivar is_fresh: whether ``before`` was shown to this very decision.
     :ivar swaps: swaps that this decision has lost.
     :ivar now: the time to decide by; None: it has to be asked for.
-    :ivar must_read: whether the store must be read before anything else.
+    :ivar is_ready: whether all is known that a decision is computed from.
+    :ivar must_read: whether the store must be read for that.
     :ivar should_delegate: whether the store is to decide by itself.
     :ivar has_delegated: whether it was asked to, which it is once.
     :ivar new: the bytes that the last swap was to store.
@@ -37,6 +37,7 @@ class Attempt:
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
     is_fresh: bool = False
+    is_ready: bool = True
     swaps: int = 0
     must_read: bool = False
     should_delegate: bool = False
@@ -51,12 +52,13 @@ class Attempt:
         self.command = command
         key = target.stored_key
         self.seen = seen = requests.last_seen(key, NOTHING_SEEN)
-        before, self.state, losses, _ = seen
-        self.before = before
+        self.before, state, losses, _ = seen
+        self.state: Any = state
         self.now: Any = requests.known_now(key)
-        if losses >= requests.tuning.losses_before_delegation:
-            self.should_delegate = self._is_delegable()
-        if self.now is None or before is None or command.only_reads:
+        if losses >= requests.tuning.losses_before_delegation and self._is_delegable():
+            self.is_ready, self.should_delegate = False, True
+        if state is None or self.now is None:
+            self.is_ready = False
             self.must_read = self._must_read_first()
 
     @property
@@ -69,30 +71,26 @@ class Attempt:
         """Swaps under the key that were lost in a row."""
         return self.seen.losses + self.swaps
 
+    def prepare(self) -> Steps[None]:
+        """Learn what is not known yet: what is stored, what time it is."""
+        if self.must_read:
+            yield from self.read()
+        if self.now is None:
+            key = self.target.stored_key
+            now = self.requests.now(key)
+            if now is None:
+                # A reply to a read would have brought the time along.
+                now = self.requests.now_nanos(key, deadline=self.question.deadline)
+            self.now = yield now
+        if self.state is None and self.before is not None and not self.should_delegate:
+            self.state = decode(self.before, self.target.key)
+        self.is_ready = not self.should_delegate
+
     def read(self) -> Steps[None]:
-        """Read what is stored; the reply brings the time along where the store has not told it yet."""
+        """Read what is stored."""
         self.must_read = False
         self.question.course.round_trips += 1
-        question = self.question
-        self.shown((yield self.requests.get(self.target.stored_key, deadline=question.deadline)))
-
-    def read_clock(self) -> Steps[None]:
-        """Learn the time, by asking for it where that cannot be avoided."""
-        key = self.target.stored_key
-        now = self.requests.now(key)
-        if now is None:
-            now = self.requests.now_nanos(key, deadline=self.question.deadline)
-        self.now = yield now
-
-    def compute(self) -> tuple[Any, Any]:
-        """Return the state to store, or None, and the answer."""
-        state = self.state
-        if state is None and self.before is not None:
-            self.state = state = decode(self.before, self.target.key)
-        try:
-            return execute(self.command, self.terms, state, self.now)
-        except ArithmeticError as error:
-            raise out_of_range(self.before or b"", self.target.key) from error
+        self.shown((yield self.requests.get(self.target.stored_key, deadline=self.question.deadline)))
 
     def swap(self, after: State) -> Steps[Lost | None]:
         """Put a state in the place of ``before``; None where that is done, else what is stored instead."""
@@ -151,6 +149,10 @@ class Attempt:
         deadline = self.question.deadline
         return deadline is not None and self.requests.monotonic() >= deadline
 
+    def must_read_again(self) -> None:
+        """Let the next round begin with a read, since what is remembered never refuses alone."""
+        self.is_ready, self.must_read, self.now = False, True, None
+
     def shown(self, before: bytes | None) -> None:
         """Go on from what the store has shown.
 
@@ -159,14 +161,12 @@ class Attempt:
         if before is None and self.must_exist:
             raise BucketNotFoundError(self.target.key)
         self.before, self.state, self.is_fresh, self.now = before, None, True, None
+        self.is_ready = False
         self.should_delegate = self._is_contended() and self._is_delegable()
 
     def _is_contended(self) -> bool:
-        tuning = self.requests.tuning
-        return (
-            self.losses >= tuning.losses_before_delegation
-            or self.question.course.round_trips >= tuning.trips_before_delegation
-        )
+        tuning, trips = self.requests.tuning, self.question.course.round_trips
+        return self.losses >= tuning.losses_before_delegation or trips >= tuning.trips_before_delegation
 
     def _must_read_first(self) -> bool:
         if self.command.only_reads or (self.before is None and self.must_exist):

@@ -58,8 +58,7 @@ def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
     after, answer = execute(attempt.command, attempt.terms, state, now)
     stored = before if after is None else encode(after)
     undisturbed = seen.undisturbed + 1 if before == seen.state else 0
-    tuning = attempt.requests.tuning
-    losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else tuning.losses_before_delegation
+    losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else attempt.requests.tuning.losses_before_delegation
     attempt.requests.remember(target.stored_key, Sighting(stored, after or state, losses, undisturbed))
     if state is None or (after is not None and state.configuration_version != after.configuration_version):
         target.made = True

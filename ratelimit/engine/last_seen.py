@@ -12,6 +12,7 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.bounded import BoundedMap
 
 _OVERHEAD_BYTES: Final = 400  # of an entry: two bytes objects, a tuple, and a place in the dictionary, roughly
+_BYTES_OF_A_BYTE: Final = 5  # what a stored byte takes here: itself, and its part of the state as numbers, roughly
 
 
 class Sighting(NamedTuple):
@@ -55,12 +56,7 @@ class LastSeen:
         values, state = self._values, sighting.state
         with self._lock:
             old = values.get(key)
-            if (
-                old is not None
-                and state is not None
-                and len(state) == len(old.state)  # type: ignore[arg-type]  # nothing is not kept
-                and (sighting.bucket is None) is (old.bucket is None)
-            ):
+            if old is not None and state is not None and len(state) == len(old.state):  # type: ignore[arg-type]  # nothing is not kept
                 # Both weigh the same, as they usually do.
                 values[key] = sighting
                 values.move_to_end(key)
@@ -73,6 +69,4 @@ class LastSeen:
 
 
 def _weight(key: bytes, sighting: Sighting) -> int:
-    bucket = sighting.bucket
-    numbers = 0 if bucket is None else bucket.weight
-    return len(key) + len(sighting.state or b"") + _OVERHEAD_BYTES + numbers
+    return len(key) + len(sighting.state or b"") * _BYTES_OF_A_BYTE + _OVERHEAD_BYTES

@@ -18,12 +18,10 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from ratelimit.checks import timeout_seconds
 from ratelimit.core.algorithm import Configuration, decode
-from ratelimit.core.commands import Command, Terms
+from ratelimit.core.commands import Terms
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.limits import configuration_of
-from ratelimit.core.numbers import Duration
 from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
@@ -39,7 +37,7 @@ from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.outage_log import OutageLog
 from ratelimit.engine.proxy import BucketProxy
-from ratelimit.engine.question import Course, Layer, Part, Question, Target, errors_named, new_tuple
+from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
 from ratelimit.engine.shield import shielding
 from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning, now_of, requests_to
 from ratelimit.engine.swapping import swapping
@@ -77,6 +75,7 @@ class Pipeline:
     :param described: the manager, as logs name it.
     :param coalesces: whether questions that want the same bucket at the same time go together.
     :param timeout: how long a question of the manager's own may take, in seconds.
+    :ivar begin: gives the time on the clock of deadlines for a question that begins; once closed, it raises.
     :ivar sleep: waits for a number of nanoseconds by the clock of the buckets.
     :ivar monotonic: the clock of deadlines, in seconds.
     :ivar coalescing: lets one question at a time through; None where questions do not go together.
@@ -125,7 +124,7 @@ class Pipeline:
         self._on_error = on_error
         self._optimization = optimization
         self._layers = self._composed(on_error, optimization)
-        self._begin = self.monotonic
+        self.begin = self.monotonic
 
     def _decider(self, store: Any, now_of_clock: Callable[[bytes], int] | None, *, coalesces: bool) -> Layer:
         """Return the innermost layers, and note how they are asked without steps."""
@@ -191,24 +190,7 @@ class Pipeline:
                 looking_up, limits=limits, version=version, inheritance=inheritance, monotonic=self.monotonic
             )
             layer, shielded, ask_at_once = look_up(layer), look_up(shielded), None
-        if ask_at_once is None:
-            ask: Any = self._asking(target, terms, timeout, layer, self.face.finish)
-        else:
-            ask = self._asking(target, terms, timeout, ask_at_once, _itself)
-        return BucketProxy(self, target, terms, timeout, layer, shielded, ask, ask)
-
-    def _asking(
-        self, target: Target, terms: Terms | None, timeout: float, start: Callable[[Question], Any], finish: Any
-    ) -> Any:
-        """Return what answers a command about a bucket. Every decision passes through it."""
-
-        def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
-            fork_safety.check()
-            deadline = self._begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
-            part = new_tuple(Part, (target, terms, command))
-            return finish(start(new_tuple(Question, ((part,), deadline, False, Course()))))
-
-        return ask
+        return BucketProxy(self, target, terms, timeout, layer, shielded, ask_at_once)
 
     def deadline(self, seconds: float) -> float:
         """Return the deadline of a question that begins now.
@@ -216,7 +198,7 @@ class Pipeline:
         :raises RateLimitError: once the manager is closed.
         """
         fork_safety.check()
-        return self._begin() + seconds
+        return self.begin() + seconds
 
     def own_deadline(self, seconds: float | None = None) -> float:
         """Return the deadline of a question of the manager's own, also once it is closed."""
@@ -228,7 +210,7 @@ class Pipeline:
 
         What a question begins with is replaced, so that none has to ask whether the manager is closed.
         """
-        self._begin = _closed
+        self.begin = _closed
 
     def settled(self) -> Steps[None]:
         """Tell the store of all that was handed out without asking it."""
@@ -281,10 +263,6 @@ def looking_up(
         return (yield from inner(question._replace(parts=(Part(target, terms, command),), deadline=deadline)))
 
     return decide
-
-
-def _itself(answer: Any) -> Any:
-    return answer
 
 
 def _closed() -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,9 +15,10 @@ from ratelimit.core.results import Snapshot, VerboseResult
 from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.cancelled_waits import Place
 from ratelimit.engine.observing import report_interruption
-from ratelimit.engine.question import Course, Layer, Question, Target
+from ratelimit.engine.question import Course, Layer, Part, Question, Target, new_tuple
 from ratelimit.engine.shield import Shield
 from ratelimit.errors import BucketNotFoundError, RateLimitError, ReservationOverflowError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps, run
 
 T = TypeVar("T")
@@ -46,8 +47,9 @@ class BucketProxy:
     :param timeout: how long a question may take, in seconds.
     :param layer: answers questions.
     :param shielded: answers the reservations of waits in sync code.
-    :param ask: answers a command, within a timeout of its own or that of the bucket.
-    :param aask: the function of ``ask``, as it is where the manager is asyncio's.
+    :param ask_at_once: answers questions without steps; None: there is more to do than that.
+    :ivar ask: answers a command, within a timeout of its own or that of the bucket.
+    :ivar aask: the function of ``ask``, as it is where the manager is asyncio's.
     """
 
     pipeline: Any
@@ -56,8 +58,12 @@ class BucketProxy:
     timeout: float
     layer: Layer
     shielded: Layer
-    ask: Ask
-    aask: AsyncAsk
+    ask_at_once: Callable[[Question], Any] | None
+    ask: Ask = field(init=False)
+    aask: AsyncAsk = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ask = self.aask = _asking(self)
 
     def question(self, command: Command[Any], timeout: Duration | None = None, *, holds: bool = False) -> Question:
         """Return a question that begins now, within its own timeout or that of the bucket."""
@@ -204,6 +210,26 @@ class BucketProxy:
         if result.value is None:
             raise BucketNotFoundError(self.target.key)
         return result  # type: ignore[return-value]  # the value is not None
+
+
+def _asking(proxy: BucketProxy) -> Any:
+    """Return what answers a command about a bucket. It is written out twice, because every decision passes through."""
+    pipeline, target, terms, timeout = proxy.pipeline, proxy.target, proxy.terms, proxy.timeout
+    at_once, layer, finish = proxy.ask_at_once, proxy.layer, pipeline.face.finish
+
+    def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+        fork_safety.check()
+        deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
+        part = new_tuple(Part, (target, terms, command))
+        return finish(layer(new_tuple(Question, ((part,), deadline, False, Course()))))
+
+    def ask_at_once(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+        fork_safety.check()
+        deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
+        part = new_tuple(Part, (target, terms, command))
+        return at_once(new_tuple(Question, ((part,), deadline, False, Course())))  # type: ignore[misc]  # it is there
+
+    return ask if at_once is None else ask_at_once
 
 
 def _reservation(tokens: int, max_wait: Duration | None) -> Reserve:

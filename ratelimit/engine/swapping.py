@@ -25,6 +25,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from ratelimit.core.algorithm import out_of_range
+from ratelimit.core.commands import execute
 from ratelimit.engine.attempt import Attempt
 from ratelimit.engine.delegation import NOT_DECIDED, delegated
 from ratelimit.engine.question import Layer, Question
@@ -42,25 +44,26 @@ def _decide(requests: Requests, question: Question) -> Steps[Any]:
     attempt = Attempt(requests, question)
     try:
         while True:
-            if attempt.must_read:
-                yield from attempt.read()
-            if attempt.now is None:
-                yield from attempt.read_clock()
-            if attempt.should_delegate:
-                answer = yield from delegated(attempt)
-                if answer is not NOT_DECIDED:
-                    return answer
-                continue
-            after, answer = attempt.compute()
+            if not attempt.is_ready:
+                yield from attempt.prepare()
+                if attempt.should_delegate:
+                    answer = yield from delegated(attempt)
+                    if answer is not NOT_DECIDED:
+                        return answer
+                    continue
+            try:
+                after, answer = execute(attempt.command, attempt.terms, attempt.state, attempt.now)
+            except ArithmeticError as error:
+                raise out_of_range(attempt.before or b"", attempt.target.key) from error
             if after is None:
                 if attempt.is_fresh:
                     return attempt.remembered(answer)
-                attempt.must_read = True
+                attempt.must_read_again()
                 continue
             loss = yield from attempt.swap(after)
             if loss is None:
                 return attempt.won(after, answer)
             yield from attempt.lost(loss)
     except (StoreError, CorruptStateError) as error:
-        error.key = question.parts[0].target.key
+        error.key = attempt.target.key
         raise

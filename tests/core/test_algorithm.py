@@ -231,9 +231,6 @@ class TestCommands:
         overfull = made(limits, ForceAddTokens(5))
         assert Expiration.automatic().ttl_millis(overfull, NOW) > 86_400_000
 
-    def test_it_has_a_weight(self, limits: Any) -> None:
-        assert 100 <= made(limits).weight <= 1_000
-
 
 class TestFixedWindow:
     """That the second algorithm keeps its own promises; those of buckets are in test_token_bucket.py."""

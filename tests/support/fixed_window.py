@@ -72,10 +72,6 @@ class WindowState(NamedTuple):
     def is_new_when_full(self) -> bool:
         return self.used >= 0
 
-    @property
-    def weight(self) -> int:
-        return 200
-
     def refilled(self, now: int) -> WindowState:
         capacity, length = self.configuration.capacity, self.configuration.window_nanos
         windows = max(0, (now - self.begin) // length)

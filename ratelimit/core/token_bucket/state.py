@@ -29,7 +29,6 @@ _new = tuple.__new__
 # What is missing to one token is still a number of 64 bits.
 _LARGEST_DEBT = MIN + 2
 # A state takes roughly so many bytes of memory, and as many again for each of its bandwidths.
-_BYTES_OF_MEMORY = 150
 
 
 class BandwidthState(NamedTuple):
@@ -105,19 +104,14 @@ class BucketState(NamedTuple):
 
         It is not where new buckets begin with other tokens than the capacity, and where a bandwidth holds more than it.
         """
-        configuration, _, _, states = self
+        configuration = self.configuration
+        states = self.bandwidth_states
         if not configuration.starts_full:
             return False
-        greedy = configuration.only_greedy
-        if greedy is not None:
-            return states[0].current_size <= greedy[0]
+        if len(states) == 1:
+            return states[0].current_size <= configuration.bandwidths[0].capacity
         pairs = zip(configuration.bandwidths, states, strict=True)
         return all(state.current_size <= bandwidth.capacity for bandwidth, state in pairs)
-
-    @property
-    def weight(self) -> int:
-        """Roughly the bytes of memory that the state takes."""
-        return _BYTES_OF_MEMORY * (1 + len(self.bandwidth_states))
 
     def consumed(self, tokens: int) -> BucketState:
         """Return the state less these tokens, whether they are there or not."""

@@ -9,12 +9,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.core.commands import Batch
 from ratelimit.engine.coalescing.common import copied, count_together, too_late
 from ratelimit.engine.question import Layer, Question, new_tuple
 from ratelimit.runtime.steps import Steps, arun
+
+_Where: TypeAlias = tuple[AbstractEventLoop, bytes]
 
 
 class _Queued(NamedTuple):
@@ -82,43 +84,43 @@ class TaskCoalescing:
     def __init__(self, inner: Layer, monotonic: Callable[[], float]) -> None:
         self._inner = inner
         self._monotonic = monotonic
-        self._places: dict[tuple[AbstractEventLoop, bytes], _Place | None] = {}  # None: nobody has come yet
+        self._places: dict[_Where, _Place | None] = {}  # None: nobody has come yet
         self._carriers: set[asyncio.Task[None]] = set()  # the loop itself does not keep them alive
 
     def decide(self, question: Question) -> Steps[Any]:
         """Answer a question, alone or together with others: the layer."""
-        answer = self.join(question)
-        return self.lead(question) if answer is None else self._wait(question, answer)
+        (part,) = question.parts
+        if part.command.only_reads:
+            return self._inner(question)
+        where = asyncio.get_running_loop(), part.target.stored_key
+        if where in self._places:
+            return self._wait(question, self._queue(where, question))
+        return self._lead(where, question)
 
     def ask(self, question: Question) -> Awaitable[Any]:
         """Answer a question for a caller that awaits it; one that queues awaits nothing but the answer."""
-        return self.join(question) or arun(self.lead(question))
-
-    def join(self, question: Question) -> asyncio.Future[Any] | None:
-        """Queue behind the question in flight, and return the answer to be.
-
-        :returns: None where there is none in flight, and for commands that only read.
-        """
-        loop = asyncio.get_running_loop()
         (part,) = question.parts
-        where = loop, part.target.stored_key
-        if where not in self._places or part.command.only_reads:
-            return None
+        if part.command.only_reads:
+            return arun(self._inner(question))
+        where = asyncio.get_running_loop(), part.target.stored_key
+        if where in self._places:
+            return self._queue(where, question)
+        return arun(self._lead(where, question))
+
+    def _queue(self, where: _Where, question: Question) -> asyncio.Future[Any]:
+        """Queue behind the question in flight, and return the answer to be."""
         place = self._places[where]
         if place is None:
-            place = self._places[where] = _Place(part.target.stored_key, loop, self._monotonic)
-        answer: asyncio.Future[Any] = loop.create_future()
+            loop, key = where
+            place = self._places[where] = _Place(key, loop, self._monotonic)
+        answer: asyncio.Future[Any] = place.loop.create_future()
         place.queue.append(new_tuple(_Queued, (question, answer)))
         if question.deadline is not None and question.deadline < place.due:
             place.watch(question.deadline)
         return answer
 
-    def lead(self, question: Question) -> Steps[Any]:
-        """Ask, so that others may queue behind, where :meth:`join` has just found nothing in flight."""
-        (part,) = question.parts
-        if part.command.only_reads:
-            return (yield from self._inner(question))
-        where = asyncio.get_running_loop(), part.target.stored_key
+    def _lead(self, where: _Where, question: Question) -> Steps[Any]:
+        """Ask, so that others may queue behind; nothing is in flight about this bucket."""
         self._places[where] = None
         try:
             return (yield from self._inner(question))
