@@ -19,7 +19,7 @@ from benchmarks.ours import configuration_of
 from ratelimit.core.algorithm import State, decode, encode
 from ratelimit.core.commands import Terms, TryConsume, execute
 from ratelimit.core.expiration import Expiration
-from ratelimit.stores.redis.async_channels import AsyncPoolChannel
+from ratelimit.stores.redis.async_pool import AsyncPoolChannel
 
 _ONE = TryConsume(1)
 _TTL = Expiration.automatic()

@@ -26,7 +26,7 @@ from ratelimit import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from ratelimit.stores.redis.shared_connection import Multiplexer
+from ratelimit.stores.redis.shared_connection import SharedConnection
 from tests.support import servers
 from tests.support.faces import Settled, closing, settled
 from tests.support.fronts import Front
@@ -341,16 +341,16 @@ async def test_a_shared_connection_is_made_also_where_that_takes_longer_than_any
             assert proxy.connections == 1
 
 
-async def test_connecting_ends_also_where_the_client_has_no_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ratelimit.stores.redis.shared_connection._LONGEST_UNBOUNDED_CONNECTING", 0.2)
+async def test_connecting_ends_also_where_the_client_has_no_timeouts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        many = Multiplexer(
-            lambda: redis.asyncio.Connection(port=port, socket_timeout=None, socket_connect_timeout=None)
+        shared = SharedConnection(
+            lambda: redis.asyncio.Connection(port=port, socket_timeout=None, socket_connect_timeout=None),
+            longest_connecting=0.2,
         )
         with pytest.raises(StoreTimeoutError):
-            await asyncio.wait_for(many.send(b"key", [(b"PING",)]), 5)
-        many.close()
+            await asyncio.wait_for(shared.send(b"key", [(b"PING",)]), 5)
+        shared.close()
 
 
 @pytest.mark.parametrize("hung", [1, 2])

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 from redis.exceptions import ResponseError
 
 from ratelimit.errors import StoreError
-from ratelimit.stores.redis.store import RedisStore, time_nanos
+from ratelimit.stores.redis.node import time_nanos
+from ratelimit.stores.redis.store import RedisStore
 
 
 def ttl_millis(store: RedisStore, key: bytes) -> int | None:

@@ -1,7 +1,4 @@
-"""What a store is.
-
-``tests/stores/test_contract.py`` states what every store must do, and runs over each of ours.
-"""
+"""What a store must do, and what it may do besides; ``tests/stores/test_contract.py`` checks every store of ours."""
 
 from __future__ import annotations
 
@@ -21,103 +18,82 @@ class Lost(NamedTuple):
     state: bytes | None
 
 
+class Store(Protocol):
+    """Bytes under keys, changed only by compare-and-swap.
+
+    ``delete`` also succeeds where nothing is stored. ``now_nanos`` returns the time of the store's clock for decisions
+    about a key, in nanoseconds since the epoch. ``close`` closes what the store itself has opened. Errors are of the
+    class ``StoreError``, with ``in_doubt`` set where the request may have been carried out. A store may have
+    ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`, and ``keys(prefix)``, a
+    list of the keys that begin with these bytes, for :func:`ratelimit.testing.reset_all`.
+    """
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the state under a key, or the beginning of a value longer than any state; None for none or empty."""
+        ...
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        """Replace ``before`` (None: nothing) by ``after``, and return None; where anything else is stored, return that.
+
+        ``after`` expires after ``ttl_millis``; if that is 0 or less it never does, even where ``before`` would have.
+        """
+        ...
+
+    def delete(self, key: bytes) -> None: ...
+    def now_nanos(self, key: bytes) -> int: ...
+    def close(self) -> None: ...
+
+
+class AsyncStore(Protocol):
+    """A :class:`Store` whose methods are awaited; ``now_nanos`` only where it has to ask for the time."""
+
+    async def get(self, key: bytes) -> bytes | None: ...
+    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None: ...
+    async def delete(self, key: bytes) -> None: ...
+    def now_nanos(self, key: bytes) -> int | Awaitable[int]: ...
+    async def aclose(self) -> None: ...
+
+
 class Decided(NamedTuple):
-    """The answer of a store that decides: whether it has, and what was stored before."""
+    """The answer of a store that decides: whether it has decided, and what was stored before."""
 
     done: bool
     before: bytes | None
 
 
-class Store(Protocol):
-    """Bytes under keys, changed only by compare-and-swap.
-
-    Errors are ``StoreError`` or one of its kinds, with ``in_doubt`` set where the request may have been carried out.
-    A store may have ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`; and
-    ``keys(prefix)``, a list of the keys that begin with these bytes, for :func:`ratelimit.testing.reset_all`.
-    """
-
-    def get(self, key: bytes) -> bytes | None:
-        """The state under the key; None where there is none, or an empty value.
-
-        The beginning will do of a value that is longer than any state, as it will in ``Lost`` and ``Decided``.
-        """
-        ...
-
-    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """Put ``after`` in the place of ``before``, and let it expire after ``ttl_millis``.
-
-        :param before: what must be stored, to the byte; None: nothing.
-        :param ttl_millis: 0 or less: it does not expire, also where the old one would have.
-        :returns: None when done; else what is stored instead.
-        """
-        ...
-
-    def delete(self, key: bytes) -> None:
-        """Forget what is stored under the key, if anything."""
-        ...
-
-    def now_nanos(self, key: bytes) -> int:
-        """The time by this store's own clock, for decisions about this key: nanoseconds since the epoch."""
-        ...
-
-    def close(self) -> None:
-        """Close what the store itself has opened."""
-        ...
-
-
 @runtime_checkable
 class DecidingStore(Protocol):
-    """A store that can also decide by itself, which spares a bucket under contention the swaps that are lost.
+    """A store elsewhere, which knows deadlines, and can decide by itself where swaps would be lost to contention.
 
-    It is elsewhere, and may be slow or gone: what it is asked for it answers until a deadline, by ``time.monotonic``,
-    or raises ``StoreTimeoutError``. None: as long as its connections wait. Methods without ``Steps`` are awaited where
-    the store is an ``AsyncStore``.
+    Its ``get``, ``swap``, ``delete`` and ``now_nanos`` take the keyword ``deadline`` as well: a time of the clock
+    ``time.monotonic`` by which they answer or raise ``StoreTimeoutError``; None: as long as the connections wait.
+    ``swapping`` and ``deciding`` return the steps of ``swap`` and ``decide``, for callers that are steps themselves.
+    ``known_now`` returns what ``now_nanos`` would; None where that would have to ask. A ``get`` brings the time along.
     """
 
-    def get(self, key: bytes, *, deadline: float | None = None) -> Any:
-        """See :meth:`Store.get`."""
-        ...
-
-    def swap(
-        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None = None
-    ) -> Any:
-        """See :meth:`Store.swap`."""
-        ...
-
-    def delete(self, key: bytes, *, deadline: float | None = None) -> Any:
-        """See :meth:`Store.delete`."""
-        ...
-
-    def now_nanos(self, key: bytes, *, deadline: float | None = None) -> Any:
-        """See :meth:`Store.now_nanos`."""
-        ...
-
-    def known_now(self, key: bytes) -> int | None:
-        """The time as ``now_nanos`` tells it; None where that would have to ask for it. A ``get`` brings it along."""
-        ...
-
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
-        """Carry out what :func:`ratelimit.engine.script_arguments.request` says, and return what was there before.
+        """Carry out what :func:`ratelimit.engine.script_arguments.request` says; return, or await, a :class:`Decided`.
 
-        A bucket that the store cannot decide exactly is left untouched. The call must not be repeated when the reply
-        was lost.
+        A bucket that the store cannot decide exactly stays untouched. Do not repeat a call whose reply was lost.
         """
         ...
 
+    def known_now(self, key: bytes) -> int | None: ...
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
-    ) -> Steps[Lost | None]:
-        """Return the steps of ``swap`` for callers that are steps themselves."""
-        ...
-
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
-        """``decide`` in steps."""
-        ...
+    ) -> Steps[Lost | None]: ...
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]: ...
 
 
 @runtime_checkable
 class UpdatingStore(Protocol):
-    """A store in this process, which keeps states as they are: there is nothing to swap, and nothing to await."""
+    """A store in this process, which keeps states as they are: nothing is swapped or awaited.
+
+    ``update`` applies a function to what is under the key. The function takes the state (None: nothing is there) and
+    the time, which is ``now`` or else this store's, and returns the state to store (None: nothing) and an answer. The
+    answer is returned, and whether the bucket was made or its configuration replaced; or None where there is no bucket
+    and it ``must_exist``.
+    """
 
     def update(
         self,
@@ -127,37 +103,4 @@ class UpdatingStore(Protocol):
         now: int | None,
         *,
         must_exist: bool,
-    ) -> tuple[T, bool] | None:
-        """Apply a function to what is under the key; no other writer can come in between.
-
-        :param transition: takes the state (None: nothing is there) and the time, and returns the state to store (None:
-            nothing) and an answer.
-        :param now: the time to apply it at; None: the time by this store's clock.
-        :param must_exist: return None where nothing is there.
-        :returns: the answer, and whether the bucket was made, or its configuration replaced.
-        """
-        ...
-
-
-class AsyncStore(Protocol):
-    """The same, awaited."""
-
-    async def get(self, key: bytes) -> bytes | None:
-        """See :meth:`Store.get`."""
-        ...
-
-    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """See :meth:`Store.swap`."""
-        ...
-
-    async def delete(self, key: bytes) -> None:
-        """See :meth:`Store.delete`."""
-        ...
-
-    def now_nanos(self, key: bytes) -> int | Awaitable[int]:
-        """See :meth:`Store.now_nanos`; to be awaited only where the time has to be asked for."""
-        ...
-
-    async def aclose(self) -> None:
-        """Close what the store itself has opened."""
-        ...
+    ) -> tuple[T, bool] | None: ...

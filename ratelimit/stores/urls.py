@@ -1,7 +1,7 @@
-"""Stores by URL.
+"""Make stores from URLs.
 
-A client made here gives up on a silent server after a second, and leaves repeating to the store. Both can be set by
-the query of the URL, which takes redis-py's names: ``redis://host?socket_timeout=0.2&max_connections=200``.
+A client made here gives up on a silent server after a second, and leaves repeating to the store. The query of the URL
+sets options of the client by redis-py's names: ``redis://host?socket_timeout=0.2&max_connections=200``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import brief
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
 from ratelimit.stores.protocol import AsyncStore, Store
-from ratelimit.stores.redis.async_channels import AsyncClusterChannel, AsyncPoolChannel
-from ratelimit.stores.redis.channels import BytesPacker, ClusterChannel, PoolChannel
+from ratelimit.stores.redis.async_cluster import AsyncClusterChannel
+from ratelimit.stores.redis.async_pool import AsyncPoolChannel
+from ratelimit.stores.redis.channel import BytesPacker
 from ratelimit.stores.redis.circuit import CircuitBreaker
 from ratelimit.stores.redis.clients import cluster_at, place
+from ratelimit.stores.redis.cluster import ClusterChannel
+from ratelimit.stores.redis.pool import PoolChannel
 from ratelimit.stores.redis.store import AsyncRedisStore, RedisStore
 
 URL_VARIABLE: Final = "RATELIMIT_URL"
@@ -45,17 +48,18 @@ FORMS: Final = (
 )
 _SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
 _OTHER_NAMES: Final = {"redis+unix": "unix", "redis+socket": "unix", "sentinel": "redis+sentinel"}
-# Characters of a name of the DNS.
-_LONGEST_HOST: Final = 253
+_LONGEST_HOST: Final = 253  # characters of a name of the DNS
 
 _TIMEOUTS: Final = {"socket_timeout": 1.0, "socket_connect_timeout": 1.0}
 _DEFAULTS: Final[dict[str, Any]] = {**_TIMEOUTS, "socket_keepalive": True}
-_POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}  # a crowd waits for its turn
-# A node that is missing does not harm the slots of others.
+# More threads than connections wait for their turn.
+_POOL_DEFAULTS: Final[dict[str, Any]] = {"max_connections": 100, "timeout": 5.0}
+# A node that is missing does not harm the slots of other nodes.
 _CLUSTER_DEFAULTS: Final[dict[str, Any]] = {"require_full_coverage": False}
 _CLUSTER_OPTION: Final = "dynamic_startup_nodes"
 _BREAKER: Final = CircuitBreaker()
-_NO_TEXT: Final = (  # options of redis-py that are objects, or that would change how states are read
+# Options of redis-py that are objects, or that would change how states are read.
+_NO_TEXT: Final = (
     *("retry", "retry_on_error", "credential_provider", "redis_connect_func", "command_packer", "event_dispatcher"),
     *("parser_class", "encoder_class", "encoding", "encoding_errors", "socket_type", "socket_keepalive_options"),
     *("maint_notifications_config", "driver_info"),
@@ -66,12 +70,12 @@ _NOT_ENCODED: Final = "special characters of a user or a password must be percen
 
 
 def default_url() -> str:
-    """Where the buckets are for who says nothing: where the variable ``RATELIMIT_URL`` says, or on this machine."""
+    """Return the default URL: the variable ``RATELIMIT_URL`` if it is set, otherwise that of a local Redis."""
     return os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
 def store_from_url(url: str) -> Store:
-    """The store that a URL names, owning its connections. Nothing is sent yet.
+    """Return the store that a URL names, which owns its connections. Nothing is sent yet.
 
     :raises InvalidConfigurationError: for a URL that is not valid.
     """
@@ -90,7 +94,10 @@ def store_from_url(url: str) -> Store:
 
 
 def async_store_from_url(url: str) -> AsyncStore:
-    """The same for asyncio."""
+    """Return the asyncio store that a URL names, which owns its connections. Nothing is sent yet.
+
+    :raises InvalidConfigurationError: for a URL that is not valid.
+    """
     location = _parsed(url)
     if location.topology == "memory":
         return AsyncMemoryStore()
@@ -108,7 +115,7 @@ def _given(options: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 class _Location(NamedTuple):
-    """A URL taken apart: options as redis-py's clients name them, and what only Sentinel needs."""
+    """The parts of a URL: options as redis-py's clients name them, and what only Sentinel needs."""
 
     topology: str
     options: dict[str, Any]
@@ -117,7 +124,10 @@ class _Location(NamedTuple):
 
 
 def _clients(api: ModuleType, location: _Location, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """A client over a pool, of ``redis`` or of ``redis.asyncio``, which name everything alike, and its sentinels."""
+    """Return a client over a pool, and its sentinels.
+
+    :param api: ``redis`` or ``redis.asyncio``, which use the same names.
+    """
     if location.sentinels:
         for_sentinels = {name: options[name] for name in (*_TIMEOUTS, "retry")}
         for_sentinels |= {name: options.pop(option) for option, name in _SENTINEL_OPTIONS.items() if option in options}
@@ -156,17 +166,20 @@ def _parsed(url: str) -> _Location:
 
 
 class _WrongError(ValueError):
-    """What is wrong with a URL, in our words."""
+    """What is wrong with a URL, in words of this library."""
 
 
 def _foreign_reason(error: ValueError) -> str:
-    """The same in ours, where urllib or redis-py has found it: they show pieces, which may be those of a password."""
+    """Say in words of this library what urllib or redis-py has found; theirs may show parts of a password."""
     option = re.fullmatch(r"Invalid value for ('\w+') in connection URL\.", str(error))
     return f"the value of {option[1]} cannot be read" if option else "it cannot be taken apart"
 
 
 def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
-    """What redis-py's clients are to be given; raises ``_WrongError`` that says what is."""
+    """Return the options for redis-py's clients.
+
+    :raises _WrongError: for parts of a URL that are not valid.
+    """
     place, path, behind = re.fullmatch(r"([^/?#]*)([^?#]*)(.*)", rest, re.DOTALL).groups()  # type: ignore[union-attr]
     if "@" in behind or ("@" in path and transport != "unix"):
         raise _WrongError(_NOT_ENCODED)
@@ -194,12 +207,12 @@ def _options(transport: str, topology: str, rest: str) -> dict[str, Any]:
 
 def _yes_or_no(option: str, text: str) -> bool:
     if text.lower() not in _BOOLEANS:
-        raise _WrongError(f"{option} must be yes or no")
+        raise _WrongError(f"{option} must be yes or no; got {brief(text)}")
     return _BOOLEANS[text.lower()]
 
 
 def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
-    """Hosts, service, and what is left of the URL for the servers that the sentinels will name."""
+    """Return hosts, service, and the rest of the URL, which is about the servers that the sentinels will name."""
     match = re.fullmatch(r"(?:([^@/?]*)@)?([^@/?]+)/([^/?]+)(?:/(\d+))?/?(\?.*)?", rest)
     if match is None:
         raise _WrongError("Sentinel needs hosts and a service, as in redis+sentinel://host:26379/service")
@@ -211,17 +224,18 @@ def _split_sentinels(rest: str) -> tuple[list[tuple[str, int]], str, str]:
         _check_place(host, hidden=credentials is None)
         parts = urlsplit(f"//{host}")
         if not parts.hostname:
-            raise _WrongError("the name of a host is missing")  # what stands in its place may be a piece of a password
+            # What stands in its place is not shown, since it may be a part of a password.
+            raise _WrongError("the name of a host is missing")
         _check_host(parts.hostname)
         sentinels.append((parts.hostname, parts.port or 26_379))
     return sentinels, service, f"{credentials + '@' if credentials else ''}/{database or 0}{query or ''}"
 
 
 def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
-    """Refuse what redis-py would stumble over only when it connects, or take for something else."""
+    """Refuse options that redis-py would refuse only when it connects, or would misunderstand."""
     for name in ("socket_timeout", "socket_connect_timeout", "timeout", "max_connections"):
         if not 0 < options.get(name, 1) < float("inf"):
-            raise _invalid(url, f"{name} must be above 0")
+            raise _invalid(url, f"{name} must be a finite number above 0; got {options[name]!r}")
     for name in _NO_TEXT:
         if name in options:
             raise _invalid(url, f"{name} cannot be given in a URL")
@@ -238,12 +252,13 @@ def _check_options(url: str, topology: str, options: Mapping[str, Any]) -> None:
     with _refusals(url):
         connection(**{name: value for name, value in options.items() if name not in own})
         if topology == "cluster":
-            _ = redis.asyncio.RedisCluster(**options)  # which knows fewer of them
+            # The client for asyncio knows fewer options.
+            _ = redis.asyncio.RedisCluster(**options)
 
 
 @contextmanager
 def _refusals(url: str) -> Generator[None]:
-    """Let whatever redis-py stumbles over, in whatever way, be an error of ours."""
+    """Raise whatever redis-py raises as an error of this library."""
     try:
         yield
     except Exception as error:  # noqa: BLE001
@@ -251,7 +266,7 @@ def _refusals(url: str) -> Generator[None]:
 
 
 def _scheme_reason(scheme: str, url: str) -> str:
-    """Say what is wrong with a scheme, "" where there is none, and which one may be meant."""
+    """Say what is wrong with a scheme, which may be empty, and which scheme may be meant."""
     if scheme == "memory":
         return "memory:// must stand alone"
     known = ("memory", *_SCHEMES)
@@ -266,9 +281,9 @@ def _scheme_reason(scheme: str, url: str) -> str:
 
 
 def _check_place(place: str, *, hidden: bool) -> None:
-    """Refuse a host or a port that cannot be, in words that say which of them.
+    """Refuse a host or a port that is not valid, and say which of them.
 
-    :param hidden: whether the port may be a password: in ``redis://user:password``, where the host is forgotten.
+    :param hidden: whether the port may be a password: in ``redis://user:password`` the host was forgotten.
     """
     match = re.fullmatch(r"(?:\[[^\[\]]*\]|[^:\[\]\s]*)(?::([^:\[\]]*))?", place)
     if match is None:
@@ -281,7 +296,7 @@ def _check_place(place: str, *, hidden: bool) -> None:
 
 
 def _check_host(name: str) -> None:
-    """Refuse what no resolver is asked for: it would be an error of the connection, and none of redis-py's."""
+    """Refuse names that cannot be asked of a resolver; connecting would fail with an error other than redis-py's."""
     if not _is_host(name):
         raise _WrongError(f"the host must be a name of at most {_LONGEST_HOST} characters, or an address")
 
@@ -298,7 +313,7 @@ def _is_host(name: str) -> bool:
 
 
 def _unknown_option(url: str, error: Exception) -> str | None:
-    """Say which option redis-py does not know, but not where it may be a piece of a password."""
+    """Say which option redis-py does not know, unless its name may be a part of a password."""
     name = re.search(r"unexpected keyword argument '(.*)'", str(error))
     if name is None:
         return None
@@ -307,8 +322,8 @@ def _unknown_option(url: str, error: Exception) -> str | None:
 
 
 def without_secrets(url: str) -> str:
-    """Return a URL for a message: with stars in the place of user, password, and whatever may be a part of them."""
-    # To the last @ and to the end, since a password may hold what a URL may not.
+    """Return a URL for a message, with stars for user, password, and whatever may be a part of them."""
+    # A password may hold what a URL may not. So everything up to the last @, and after "password=", counts as one.
     named = re.search(r"(?i)password=", url)
     shown = f"{url[: named.end()]}***" if named else url
     scheme = re.match(r"(?:[A-Za-z0-9+.-]{1,40}://)?", shown)[0]  # type: ignore[index]

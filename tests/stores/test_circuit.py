@@ -1,4 +1,4 @@
-"""When a server is left alone, and who tries it again; by a clock that moves when told to."""
+"""When a server is left alone, and which caller tries it again; by a clock that tests move."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fail(circuit: Circuit, times: int = 1) -> None:
 
 
 def end_pause(circuit: Circuit, clock: Clock) -> float:
-    """Let the pause pass; how long it was."""
+    """Let the pause pass, and return how long it was."""
     pause = circuit.status().retry_after
     clock.now += pause - 0.001
     assert not is_admitted(circuit)
@@ -56,7 +56,7 @@ def end_pause(circuit: Circuit, clock: Clock) -> float:
     return pause
 
 
-def test_it_opens_after_so_many_failures_in_a_row(circuit: Circuit) -> None:
+def test_it_opens_after_enough_failures_in_a_row(circuit: Circuit) -> None:
     for _ in range(3):
         fail(circuit, 2)
         assert not circuit.is_open
@@ -111,7 +111,8 @@ def test_after_a_pause_one_caller_at_a_time_is_let_through(circuit: Circuit, clo
     for _ in range(3):
         end_pause(circuit, clock)
         assert [is_admitted(circuit, clock.now + 0.5) for _ in range(10)] == [True] + [False] * 9
-        clock.now += 0.49  # it still waits for an answer, for longer than the pause was
+        # The caller that was let through still waits for an answer, for longer than the pause was.
+        clock.now += 0.49
         assert not is_admitted(circuit, clock.now + 0.5)
         fail(circuit)
 
@@ -185,5 +186,7 @@ def test_the_status_tells_where_it_stands(circuit: Circuit, clock: Clock) -> Non
     ids=str,
 )
 def test_a_breaker_that_cannot_be_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(InvalidConfigurationError):
+    ((name, value),) = settings.items()
+    with pytest.raises(InvalidConfigurationError, match=rf"^{name} must be .*; got {value!r}$") as caught:
         CircuitBreaker(**settings)
+    assert caught.value.field == name

@@ -1,4 +1,4 @@
-"""Work in a thread of its own, with an end to the wait for it."""
+"""Work in a thread of its own, and a wait for it that has an end."""
 
 from __future__ import annotations
 
@@ -115,12 +115,13 @@ def test_a_result_in_time_is_not_late(until_the_threads_end: Callable[[], None])
     assert late == []
 
 
-def test_an_interruption_of_who_waits_leaves_the_result_to_late() -> None:
+def test_an_interruption_of_the_wait_leaves_the_result_to_late() -> None:
     work, main = Held(), threading.get_ident()
 
     def interrupt() -> None:
         assert work.begun.wait(10)
-        time.sleep(0.05)  # nothing tells that who waits has begun to: a signal before that would not wake him
+        # Nothing shows that the main thread has begun to wait. A signal that came before would not wake it.
+        time.sleep(0.05)
         signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -16,11 +17,13 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from ratelimit import ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
-from ratelimit.stores.redis import channels as redis_channels
+from ratelimit import CircuitBreaker, ProxyManager, RedisStore, StoreTimeoutError, StoreUnavailableError
+from ratelimit.stores.redis.cluster import ClusterChannel
+from ratelimit.stores.redis.pool import PoolChannel
 from tests.support import servers
 from tests.support.lifecycle import forked
 from tests.support.servers import Cluster, RedisServer, ServerBinary, wait_until
+from tests.support.topologies import give_all_slots
 
 pytestmark = pytest.mark.redis
 
@@ -31,19 +34,23 @@ SECOND = 1.0
 
 
 class Clock:
+    """A clock that decides how long connections are kept; it stands still until a test moves it."""
+
     def __init__(self) -> None:
-        self.now = time.monotonic()  # deadlines of decisions are by the real one
+        # The deadlines of decisions are by the real clock.
+        self.now = time.monotonic()
 
     def monotonic(self) -> float:
         return self.now
 
+    def store(self, client: redis.Redis) -> RedisStore:
+        """Make a store that keeps connections by this clock."""
+        return RedisStore.over(PoolChannel(client, breaker=CircuitBreaker(), monotonic=self.monotonic))
+
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock that decides how long a connection is kept; it stands still."""
-    clock = Clock()
-    monkeypatch.setattr(redis_channels, "monotonic", clock.monotonic)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -54,8 +61,8 @@ def client(server: RedisServer) -> Generator[redis.Redis]:
 
 
 @pytest.fixture
-def store(client: redis.Redis) -> RedisStore:
-    return RedisStore(client)
+def store(client: redis.Redis, clock: Clock) -> RedisStore:
+    return clock.store(client)
 
 
 def connection_id(store: RedisStore) -> int:
@@ -63,7 +70,7 @@ def connection_id(store: RedisStore) -> int:
 
 
 def in_use(client: redis.Redis) -> int:
-    """How many connections of a pool are out."""
+    """Count the connections of a pool that are in use."""
     pool: Any = client.connection_pool
     if isinstance(pool, redis.BlockingConnectionPool):
         return len(pool._connections) - len([idle for idle in pool.pool.queue if idle is not None])
@@ -71,7 +78,7 @@ def in_use(client: redis.Redis) -> int:
 
 
 def count_visits(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """A list that grows with every connection that the pool gives out."""
+    """Return a list that grows with every connection that the pool gives out."""
     visits: list[None] = []
     given = client.connection_pool.get_connection
 
@@ -84,7 +91,7 @@ def count_visits(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> list[N
 
 
 def at_once(threads: int, work: Callable[[int], Any]) -> list[Any]:
-    """What each of the threads has given; an error of one of them is raised."""
+    """Return the result of each thread; raise an error of any of them."""
     gate = threading.Barrier(threads)
 
     def one(number: int) -> Any:
@@ -98,7 +105,6 @@ def at_once(threads: int, work: Callable[[int], Any]) -> list[Any]:
 # Keeping
 
 
-@pytest.mark.usefixtures("clock")
 def test_requests_in_a_row_use_one_connection_and_ask_the_pool_once(
     store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +155,7 @@ def test_a_manager_that_is_dropped_gives_its_connection_back(server: RedisServer
 
 
 class OldBlockingPool(redis.BlockingConnectionPool):
-    """Cannot tell connections that are in use from others when it closes them, as that of redis-py 5 and 6."""
+    """A pool as that of redis-py 5 and 6, which can only close all connections, also those that are in use."""
 
     def disconnect(self) -> None:  # type: ignore[override]
         super().disconnect()
@@ -174,7 +180,8 @@ def test_a_connection_whose_handshake_was_broken_off_is_closed_and_no_other(serv
         pool.release(busy)
 
 
-def test_threads_reuse_connections(store: RedisStore, server: RedisServer) -> None:
+def test_threads_reuse_connections(client: redis.Redis, server: RedisServer) -> None:
+    store = RedisStore(client)
     ids = at_once(8, lambda _: {connection_id(store) for _ in range(100)})
     assert len(set().union(*ids)) <= 8
     with server.client() as other:
@@ -185,10 +192,9 @@ def test_threads_reuse_connections(store: RedisStore, server: RedisServer) -> No
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
-@pytest.mark.usefixtures("clock")
-def test_of_a_shared_pool_half_is_kept_at_most(server: RedisServer, most: int) -> None:
+def test_of_a_shared_pool_half_is_kept_at_most(clock: Clock, server: RedisServer, most: int) -> None:
     with server.client(max_connections=most) as client, server.client() as other:
-        store = RedisStore(client)
+        store = clock.store(client)
         with ThreadPoolExecutor(most) as pool:
             waiting = [pool.submit(store.ask, b"list", "BLPOP", b"list", 10) for _ in range(most)]
             wait_until(lambda: other.info("clients")["blocked_clients"] == most, "all of them wait")
@@ -200,7 +206,7 @@ def test_of_a_shared_pool_half_is_kept_at_most(server: RedisServer, most: int) -
 
 def test_after_a_second_all_that_was_kept_goes_back(server: RedisServer, clock: Clock) -> None:
     with server.client(max_connections=8) as client, server.client() as other:
-        store = RedisStore(client)
+        store = clock.store(client)
         with ThreadPoolExecutor(4) as pool:
             waiting = [pool.submit(store.ask, b"list", "BLPOP", b"list", 10) for _ in range(4)]
             wait_until(lambda: other.info("clients")["blocked_clients"] == 4, "all of them wait")
@@ -215,28 +221,26 @@ def test_after_a_second_all_that_was_kept_goes_back(server: RedisServer, clock: 
 def test_what_connecting_took_is_not_waited_for_once_more(
     clock: Clock, store: RedisStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given, let = client.connection_pool.get_connection, redis_channels._let_system_time_out
-    waits: list[float] = []
+    given = client.connection_pool.get_connection
+    connections: list[Any] = []
 
     def get_connection() -> Any:
         clock.now += 0.6
-        return given()
-
-    def let_system_time_out(own: socket.socket, timeout: float) -> bool:
-        waits.append(timeout)
-        return let(own, timeout)
+        connections.append(given())
+        return connections[-1]
 
     monkeypatch.setattr(client.connection_pool, "get_connection", get_connection)
-    monkeypatch.setattr(redis_channels, "_let_system_time_out", let_system_time_out)
     store.get(b"key", deadline=clock.now + 1)
-    assert waits == [5, pytest.approx(0.4)]
+    (connection,) = connections
+    wait = connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.calcsize("@ll"))
+    seconds, microseconds = struct.unpack("@ll", wait)
+    assert seconds + microseconds / 1_000_000 == pytest.approx(0.4, abs=0.005)
 
 
-@pytest.mark.usefixtures("clock")
-def test_who_comes_for_the_first_time_leaves_what_others_keep(
-    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+def test_a_thread_that_comes_first_leaves_what_others_keep(
+    clock: Clock, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or they would have to come again, and others on their account, and so on for ever."""
+    """Otherwise those others would have to ask the pool again, make still others ask it, and so on without an end."""
     threads, taken = 16, []
     with server.client() as client, ThreadPoolExecutor(threads) as pool:
         get_connection = client.connection_pool.get_connection
@@ -246,7 +250,7 @@ def test_who_comes_for_the_first_time_leaves_what_others_keep(
             return get_connection(*arguments)
 
         monkeypatch.setattr(client.connection_pool, "get_connection", counted)
-        store = RedisStore(client)
+        store = clock.store(client)
         together = threading.Barrier(threads)
 
         def ask(_: int) -> None:
@@ -265,11 +269,12 @@ POOLS: dict[str, Callable[[str], redis.ConnectionPool]] = {
 
 
 @pytest.mark.parametrize("kind", POOLS)
-@pytest.mark.usefixtures("clock")
-def test_the_only_connection_of_a_pool_is_the_callers_between_requests(server: RedisServer, kind: str) -> None:
+def test_the_only_connection_of_a_pool_is_the_callers_between_requests(
+    clock: Clock, server: RedisServer, kind: str
+) -> None:
     with redis.Redis.from_pool(POOLS[kind](server.url)) as client:
         client.flushdb()
-        with ProxyManager(RedisStore(client), LIMITS) as manager:
+        with ProxyManager(clock.store(client), LIMITS) as manager:
             for number in range(50):
                 assert manager.try_consume("key")
                 assert client.incr("counter") == number + 1
@@ -324,11 +329,10 @@ def test_a_connection_that_the_server_closes_in_a_pause_costs_no_error(
         assert connection_id(store) != before
 
 
-@pytest.mark.usefixtures("clock")
 def test_a_connection_that_the_server_closes_between_two_requests_costs_a_decision_no_error(
-    client: redis.Redis, server: RedisServer
+    clock: Clock, client: redis.Redis, server: RedisServer
 ) -> None:
-    manager = ProxyManager(RedisStore(client), LIMITS)
+    manager = ProxyManager(clock.store(client), LIMITS)
     for number in range(1, 6):
         assert manager.try_consume("key", 7)
         assert kill_connections(server) == 1
@@ -344,10 +348,9 @@ def test_a_restart_of_the_server_costs_no_error(server_binary: ServerBinary) -> 
             assert manager.try_consume("key")
 
 
-@pytest.mark.usefixtures("clock")
-def test_a_request_without_a_reply_gives_its_connection_back_closed(server: RedisServer) -> None:
+def test_a_request_without_a_reply_gives_its_connection_back_closed(clock: Clock, server: RedisServer) -> None:
     with server.client(socket_timeout=0.1) as client:
-        store = RedisStore(client)
+        store = clock.store(client)
         store.swap(b"key", None, b"state", -1)
         store.get(b"key")
         server.pause()
@@ -362,7 +365,6 @@ def test_a_request_without_a_reply_gives_its_connection_back_closed(server: Redi
         store.delete(b"key")
 
 
-@pytest.mark.usefixtures("clock")
 def test_an_error_of_the_server_leaves_the_connection_in_use(store: RedisStore) -> None:
     before = connection_id(store)
     with pytest.raises(Exception, match="unknown command"):
@@ -384,7 +386,7 @@ ENDINGS: dict[str, Callable[[redis.Redis], Any]] = {
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("pause", [0, PAUSE], ids=["at once", "after a pause"])
 def test_what_the_caller_closes_costs_no_error(clock: Clock, client: redis.Redis, ending: str, pause: float) -> None:
-    store = RedisStore(client)
+    store = clock.store(client)
     manager = ProxyManager(store, LIMITS)
     for number in range(1, 4):
         assert manager.try_consume("key")
@@ -394,10 +396,9 @@ def test_what_the_caller_closes_costs_no_error(clock: Clock, client: redis.Redis
     assert manager.snapshot("key").consumed_tokens == 3
 
 
-@pytest.mark.usefixtures("clock")
-def test_a_store_that_is_closed_has_given_everything_back_and_goes_on(server: RedisServer) -> None:
+def test_a_store_that_is_closed_has_given_everything_back_and_goes_on(clock: Clock, server: RedisServer) -> None:
     with server.client(max_connections=20) as client:
-        store = RedisStore(client)
+        store = clock.store(client)
         at_once(8, lambda _: [store.get(b"key") for _ in range(20)])
         assert in_use(client) > 0
         store.close()
@@ -412,7 +413,6 @@ def test_a_store_that_is_closed_has_given_everything_back_and_goes_on(server: Re
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-@pytest.mark.usefixtures("clock")
 def test_a_forked_process_has_connections_of_its_own(store: RedisStore) -> None:
     mine = connection_id(store)
     for number in range(10):
@@ -466,7 +466,7 @@ def cluster(server_binary: ServerBinary) -> Generator[Cluster]:
 
 
 def keys_of(cluster: Cluster, count: int) -> list[list[str]]:
-    """Keys of each of the two nodes."""
+    """Return keys of each of the two nodes."""
     keys: list[list[str]] = [[], []]
     with cluster.nodes[0].client() as client:
         for number in range(count * 10):
@@ -543,23 +543,19 @@ def test_a_slot_that_moves_under_load_loses_no_token_and_gives_none_away(cluster
         assert sum(manager.snapshot(bucket).consumed_tokens for bucket in buckets) == sum(taken)
 
 
-def test_connections_of_a_node_that_left_the_cluster_are_closed(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connections_of_a_node_that_left_the_cluster_are_given_back(cluster: Cluster) -> None:
+    leaving, staying = cluster.nodes
+    keys, _ = keys_of(cluster, 20)
     with redis.RedisCluster.from_url(cluster.url.replace("+cluster", "")) as client:
-        channel = redis_channels.ClusterChannel(lambda: client, server="a cluster")
-        for number in range(20):
-            channel.send(b"%d" % number, [(b"GET", b"%d" % number)])
-        gone, staying = channel._connections
-        pool = channel._connections[gone].pool
+        channel = ClusterChannel(lambda: client, server="a cluster")
+        assert channel.send(keys[0].encode(), [(b"GET", keys[0].encode())]) == [None]
+        node: Any = client.get_node(leaving.host, leaving.port)
+        pool: Any = client.get_redis_connection(node).connection_pool
         assert len(pool._in_use_connections) == 1
-        table: Any = channel._table
-        table.stale = {gone, staying}
-        monkeypatch.setattr(table, "reading", lambda _: client.nodes_manager.nodes_cache.pop(gone))
-        node_of: Any = client.get_node_from_key
-        key = next(key for key in (b"%d" % number for number in range(20)) if node_of(key).name == staying)
-        assert channel.send(key, [(b"GET", key)]) == [None]
-        assert (list(channel._connections), table.stale) == ([staying], set())
+        give_all_slots(leaving, staying)
+        for key in keys:
+            assert channel.send(key.encode(), [(b"GET", key.encode())]) == [None]
+        assert [node.port for node in client.get_nodes()] == [staying.port]
         wait_until(lambda: not pool._in_use_connections, "its connection is given back")
 
 

@@ -1,4 +1,4 @@
-"""Swaps by a command of the server's own (``SET`` with ``IFEQ``), and how it is found out whether there is one."""
+"""Swaps by a command of the server's own (``SET`` with ``IFEQ``), and how a store finds out whether there is one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from redis import exceptions
 
 from ratelimit import ProxyManager, RedisStore, StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.stores.protocol import Lost
-from ratelimit.stores.redis.channels import Command, PoolChannel, Replies
+from ratelimit.stores.redis.channel import Command, Replies
 from ratelimit.stores.redis.circuit import CircuitStatus
+from ratelimit.stores.redis.pool import PoolChannel
 from tests.support import servers
 from tests.support.monitors import monitored
 from tests.support.proxies import Proxy
@@ -91,9 +92,9 @@ def test_a_read_brings_no_probe_along() -> None:
 
 def test_a_server_without_the_command_is_never_asked_again() -> None:
     server = MadeUp(native=False)
-    store = RedisStore.over(server)
+    # By this clock each swap asks for the time as well.
     clock = itertools.count(10**12, 2 * 10**9)
-    store._monotonic = lambda: next(clock)  # each swap asks for the time as well
+    store = RedisStore.over(server, monotonic=lambda: next(clock))
     assert store.swap(KEY, b"0", b"1", 1000) is None
     assert server.trips() == [["SET", "EVAL"]]
     for _ in range(50):
@@ -143,7 +144,8 @@ def test_a_probe_that_is_refused_for_another_reason_leaves_the_question_open(ref
     store = RedisStore.over(server)
     server.refusal = refusal
     for _ in range(3):
-        assert store.swap(KEY, b"0", b"1", 1000) is None  # what the probe was told is not what the swap is told
+        # The refusal of the probe is not the answer to the swap.
+        assert store.swap(KEY, b"0", b"1", 1000) is None
         assert server.trips()[0][0] == "SET"
     server.refusal = None
     store.swap(KEY, b"0", b"1", 1000)
@@ -185,7 +187,7 @@ def test_a_probe_whose_reply_is_lost_is_sent_again() -> None:
 
 
 class Recorded(PoolChannel):
-    """A channel that tells what it was given."""
+    """A channel that records what it was given."""
 
     def __init__(self, client: redis.Redis) -> None:
         super().__init__(client)
@@ -263,7 +265,8 @@ def test_the_probe_changes_nothing(fresh: RedisStore, channel: Recorded, client:
     assert stored(client) == before
     assert channel.sent() == ["SET", "EVAL"]
     fresh.swap(b"another", None, b"1", 1000)
-    assert channel.sent() == ["SET"]  # the first one told what was to be learnt
+    # The first swap has shown that the server swaps natively.
+    assert channel.sent() == ["SET"]
 
 
 @pytest.mark.redis

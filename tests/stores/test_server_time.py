@@ -45,7 +45,7 @@ def test_it_is_asked_for_until_there_are_some_replies_and_then_once_a_second() -
     last = (FIRST_REPLIES - 1) * MILLISECOND
     assert last + STALE_NANOS - 1 < times.stale_at
     assert last + STALE_NANOS >= times.stale_at
-    times.observe(2000 * SECOND, sent=last, received=last)  # another server: all begins anew
+    times.observe(2000 * SECOND, sent=last, received=last)  # by another server
     assert last >= times.stale_at
 
 
@@ -73,7 +73,7 @@ def test_a_server_whose_clock_was_set_is_believed_at_once() -> None:
         assert 0 <= server - estimate <= 2 * MILLISECOND
 
 
-@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux tells how long it was suspended")
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux says how long it was suspended")
 def test_the_estimate_keeps_its_bound_while_the_host_is_suspended() -> None:
     """The monotonic clock stands still then, and the clock since the boot goes on, as the server's does."""
     program = """

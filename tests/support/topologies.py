@@ -218,6 +218,19 @@ def end_move(source: RedisServer, target: RedisServer, slot: int, others: list[R
         ask(node, "CLUSTER SETSLOT", slot, "NODE", id_)
 
 
+def give_all_slots(source: RedisServer, target: RedisServer) -> None:
+    """Give the slots of one of two masters to the other, so that the first is no longer in the table of slots."""
+    begin, end, *_ = next(row for row in ask(source, "CLUSTER SLOTS") if row[2][1] == source.port)
+    slots = range(begin, end + 1)
+    for node in (source, target):
+        ask(node, "CLUSTER DELSLOTS", *slots)
+    ask(target, "CLUSTER ADDSLOTS", *slots)
+    settled_by(
+        lambda: all(_is_ok(node) and int(ask(node, "CLUSTER INFO")["cluster_size"]) == 1 for node in (source, target)),
+        f"{target!r} has all slots",
+    )
+
+
 @dataclass
 class SentinelTrio(Topology):
     """A master, two replicas, and three sentinels of which two have to agree."""

@@ -13,8 +13,8 @@ from ratelimit.core.commands import Batch
 from ratelimit.engine.question import Layer, Question
 from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.redis.channels import Command as RedisCommand
-from ratelimit.stores.redis.channels import Replies
+from ratelimit.stores.redis.channel import Command as RedisCommand
+from ratelimit.stores.redis.channel import Replies
 from ratelimit.stores.redis.scripts import load
 from tests.support.inside import pipeline_of
 

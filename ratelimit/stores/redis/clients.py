@@ -1,4 +1,4 @@
-"""What is asked of clients of redis-py besides decisions: the keys under a prefix, and where their servers are."""
+"""What clients of redis-py are asked besides decisions: the keys under a prefix, and where their servers are."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def place(host: str, port: object) -> str:
 
 
 def cluster_of(client: Any) -> str:
-    """Return by which nodes a client of a cluster finds it; the first of them, where there are many."""
+    """Return the nodes by which a client finds its cluster, or the first of them where there are many."""
     nodes = sorted(client.nodes_manager.startup_nodes)
     return cluster_at(",".join(nodes[:_MOST_NODES]) + ",..." * (len(nodes) > _MOST_NODES))
 
 
 def cluster_at(nodes: str) -> str:
-    """Return how a cluster is called that is found by these nodes."""
+    """Return the description of a cluster that is found by these nodes."""
     return f"cluster at {nodes}"

@@ -1,8 +1,8 @@
-"""Which node of a cluster serves a key: redis-py's table of slots, and what redirections say of it.
+"""Find the node of a cluster that serves a key: by redis-py's table of slots, and by following redirections.
 
-redis-py connects to the cluster and reads the table. Redirections are followed here, in sync and in asyncio code alike:
-redis-py knows no deadline, may send ``ASKING`` and the command over two connections, and cannot follow to a node that
-is not in its table, as one that has just been added to the cluster.
+redis-py connects to the cluster and reads the table. Redirections are followed here, for sync and asyncio code alike,
+because redis-py knows no deadline, may send ``ASKING`` and the command over two connections, and cannot follow to a
+node that is not in its table, such as one that has just been added to the cluster.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from ratelimit.runtime.clock import monotonic
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.redis.errors import translated
 
-REDIRECTIONS: Final = (AskError, TryAgainError)  # a MovedError is an AskError
-"""Replies of a node that has not carried out a command and names the node that may."""
+# A MovedError is an AskError.
+REDIRECTIONS: Final = (AskError, TryAgainError)
+"""Replies of a node that has not carried out a command, and that names the node that may."""
 
 _ASKING: Final = (b"ASKING",)
 _MOST_REDIRECTIONS: Final = 16
 _IMMEDIATE_REDIRECTIONS: Final = 3
 _SHORTEST_PAUSE: Final = 0.002  # seconds; doubled each time
-_LONGEST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 0.1  # seconds
 _MOVES_BEFORE_RENEWAL: Final = 5
 
 
 class ClusterTable:
-    """The table of a client of redis-py, which shares it.
+    """The table of slots, which belongs to a client of redis-py.
 
-    A name under which the cluster was first found stays among the ways to find it: redis-py replaces it by the
-    addresses of the nodes, and all of those may change at once where the name leads to the new ones.
+    The host by which the cluster was first found stays among the ways to find it. redis-py replaces it by the addresses
+    of the nodes, all of which may change at once, while the name of that host then leads to the new ones.
 
     :param client: a ``RedisCluster`` of ``redis`` or ``redis.asyncio``.
     :param make_node: makes a node as that client does, from host and port.
-    :param given: hosts and ports by which the cluster was first found; empty: those that the client still knows of.
-    :ivar stale: names of nodes that failed, or that answered that their slots are served by others. Before the next
-        command for one of them the table has to be read again.
+    :param given: hosts and ports by which the cluster was first found; empty: those that the client still knows.
+    :ivar stale: names of nodes that have failed, or that have answered that other nodes serve their slots. Before the
+        next command for one of them the table has to be read again.
     """
 
     def __init__(self, client: Any, make_node: Callable[[str, int], Any], given: Iterable[tuple[str, int]]) -> None:
@@ -53,7 +54,7 @@ class ClusterTable:
         self._moves = 0
 
     def node_of(self, key: bytes) -> Any:
-        """Return the node that serves the slot of a key, as far as is known; None where no node is known to."""
+        """Return the node that serves the slot of a key by the present table; None where the table has none."""
         try:
             return self.client.get_node_from_key(key)
         except SlotNotCoveredError:
@@ -62,11 +63,11 @@ class ClusterTable:
             raise translated(error, key, in_doubt=False) from error
 
     def serving(self, key: bytes) -> Any:
-        """Return the node that serves the slot of a key; raise redis-py's ``SlotNotCoveredError`` where none does."""
+        """Return the node that serves the slot of a key; raise redis-py's ``SlotNotCoveredError`` if none does."""
         return self.client.get_node_from_key(key)
 
     def reading(self, failed: str) -> Any:
-        """Read the table from any node that can be reached; to be awaited where the client is one of asyncio.
+        """Read the table from any node that can be reached; to be awaited where the client is an asyncio one.
 
         :param failed: the name of a node that is asked last; it may be empty.
         """
@@ -82,9 +83,9 @@ class ClusterTable:
         return read(**({"last_failed_node_name": failed} if knows_failures else {}))
 
     def redirected(self, error: AskError, asked: str) -> Any:
-        """Return the node that a redirection names, and make it known to redis-py where it is new.
+        """Return the node that a redirection names, and add it to redis-py's nodes where it is new.
 
-        :param asked: the name of the node that has sent it; it may name itself without a host.
+        :param asked: the name of the node that has sent the redirection; such a node may name itself without a host.
         """
         host, port = self._manager.remap_host_port(error.host or asked.rpartition(":")[0], error.port)
         node = self.client.get_node(host=host, port=port)
@@ -95,12 +96,13 @@ class ClusterTable:
             return self._manager.nodes_cache.setdefault(node.name, node)
 
     def moved(self, error: MovedError, asked: str) -> Any:
-        """Note and return the node that serves a slot now; after some such changes the whole table is due."""
+        """Note and return the node that serves a slot now; after several such changes the whole table is due."""
         node = self.redirected(error, asked)
         table = self._manager.slots_cache
         known = table.get(error.slot_id, [])
         if known[:1] != [node]:
-            # Replicas stay where one of them has taken over. The list is that of other slots as well.
+            # Where a replica has taken over, the other replicas stay. The list must not be changed in place, because
+            # other slots share it.
             table[error.slot_id] = [node, *(one for one in known if one != node)] if node in known else [node]
             self._moves += 1
             if self._moves % _MOVES_BEFORE_RENEWAL == 0:
@@ -108,7 +110,7 @@ class ClusterTable:
         return node
 
 
-def follow(  # noqa: PLR0917  # all that sending is about
+def follow(  # noqa: PLR0917  # what was sent, and how to send it again
     table: ClusterTable,
     send: Callable[[Any, bytes, Sequence[Any], float | None], Any],
     sleep: Callable[[float], Any],
@@ -118,12 +120,12 @@ def follow(  # noqa: PLR0917  # all that sending is about
     reply: Any,
     deadline: float | None,
 ) -> Steps[Any]:
-    """Send a command to the node that a redirection names, and so on, until one has carried it out.
+    """Send a command to the node that a redirection names, and on to the next one, until a node has carried it out.
 
     :param send: sends commands in one write to a node.
     :param asked: the node that has answered with the redirection ``reply``.
     :raises StoreTimeoutError: where the nodes redirect until the deadline; nothing was carried out.
-    :raises StoreUnavailableError: where they do so very often.
+    :raises StoreUnavailableError: where they redirect very often.
     """
     node = asked
     commands: tuple[tuple[bytes, ...], ...] = (command,)
@@ -143,7 +145,7 @@ def follow(  # noqa: PLR0917  # all that sending is about
         replies = yield send(node, key, commands, deadline)
         reply = replies[-1]
         if isinstance(replies[0], NoPermissionError):
-            # Where it is ASKING that is refused, the next reply is a MovedError, and names no permission.
+            # Where the node refuses ASKING, the next reply is a MovedError, which does not name the permission.
             return replies[0]
         if not isinstance(reply, REDIRECTIONS):
             return reply

@@ -1,9 +1,9 @@
-"""Connecting by redis-py, without its repetitions.
+"""Let redis-py connect for a decision without repeating.
 
-A client of redis-py connects up to eleven times by default, with pauses that add up to more than a decision may take: a
-wrong password, a port that nobody listens at and a host that does not exist would all look like a server that does not
-answer. What such a client does for its owner stays as it is, for it is only here that its repetitions do not count. The
-clients by which Sentinel is asked have repetitions of their own, which do not count here either.
+A client of redis-py connects up to eleven times by default, with pauses that add up to more than a decision may take. A
+wrong password, a port without a listener and a host that does not exist would all look like a server that does not
+answer. What such a client does for its owner stays as it is: only connecting for a decision does without repetitions.
+The clients by which Sentinel is asked repeat as well, and are limited alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONNECTS_ONCE: Final[ContextVar[bool]] = ContextVar("ratelimit_connects_once", d
 
 
 class _HeedsContext:
-    """Keeps a class of redis-py's, sync or asyncio, from repeating while ``CONNECTS_ONCE`` is set."""
+    """Keeps redis-py's ``Retry``, sync or asyncio, from repeating while ``CONNECTS_ONCE`` is set."""
 
     _retries: int
 
@@ -37,9 +37,9 @@ def _heeding(kind: Any) -> Any:
 
 
 def _as(kind: Any, retry: Any) -> Any:
-    """Return a copy in another class; ``copy.copy`` imports modules, which fails while the interpreter ends."""
+    """Return a copy of another class; ``copy.copy`` imports modules, which fails while the interpreter ends."""
     made = kind.__new__(kind)
-    # In the slots of redis-py 5.3 for asyncio, else in the dictionary of the object.
+    # redis-py 5.3 for asyncio has them in slots, all others in the object's dictionary.
     for name in {"_backoff", "_retries", "_supported_errors", *getattr(retry, "__dict__", ())}:
         setattr(made, name, getattr(retry, name))
     return made
@@ -62,7 +62,7 @@ def limit_retries(pool: Any) -> None:
 
 
 def shorten_timeouts(pool: Any, longest: float) -> None:
-    """Let no step of connecting take longer than that, whatever the pool is used for."""
+    """Let no step of connecting take longer than this number of seconds, whatever the pool is used for."""
     for each in _pools(pool):
         for name in ("socket_connect_timeout", "socket_timeout"):
             each.connection_kwargs[name] = min(each.connection_kwargs.get(name) or longest, longest)

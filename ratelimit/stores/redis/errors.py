@@ -1,4 +1,4 @@
-"""redis-py's errors as ours; the one place where they are translated."""
+"""Translate the errors of redis-py into those of this library; this happens nowhere else."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ EXPECTED: Final = (exceptions.RedisError, exceptions.RedisClusterException, OSEr
 
 
 class UnexpectedError(exceptions.RedisError):
-    """The client has failed with something else, which is the cause."""
+    """The client has failed with an error of another type, which is the cause."""
 
 
 @contextmanager
 def client_errors() -> Generator[None]:
     """Raise whatever a client of redis-py fails with as one of ``EXPECTED``.
 
-    To be used around the client's code, and no more than that: elsewhere an exception of another type interrupts the
-    caller, from the handler of a signal for instance, and is to be raised as it is.
+    Use this around the client's code only. Elsewhere an exception of another type interrupts the caller, from the
+    handler of a signal for instance, and must be raised as it is.
     """
     try:
         yield
@@ -38,8 +38,9 @@ def client_errors() -> Generator[None]:
 
 _NO_MASTER: Final = (redis.sentinel.MasterNotFoundError, redis.asyncio.sentinel.MasterNotFoundError)
 
-# By class, where redis-py has one and keeps the code of the error to itself; by the code where it has none, or where
-# an older server puts the code of an error inside a script behind words of its own.
+# An error is recognised by its class where redis-py has one, since redis-py then removes the code from the text. It is
+# recognised by its code where redis-py has no class, and where an older server puts words of its own before the code of
+# an error inside a script.
 _TEMPORARY: Final = {
     "READONLY": "Redis is a read-only replica",
     "OOM": "Redis is out of memory",
@@ -74,22 +75,24 @@ _CODES_OF_CLASSES: Final[dict[type[Exception], str]] = {
 
 
 def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
-    """The error of ours that says the same; to be raised ``from`` the other, of whatever type that is.
+    """Return the error of this library for an error of any type; raise it ``from`` that one.
 
-    :param in_doubt: whether the request may have been carried out, where the error does not tell by itself.
+    :param in_doubt: whether the request may have been carried out, for errors that do not show it themselves.
     """
     if isinstance(error, UnexpectedError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, _NO_MASTER):
         return _no_master(error, key)
     if isinstance(error, exceptions.RedisClusterException) and isinstance(error.__cause__, exceptions.RedisError):
-        error = error.__cause__  # what a node has answered, which that wraps
+        # redis-py has wrapped the answer of a node.
+        error = error.__cause__
     code = _code(error)
     if code in _LASTING:
         return StoreError(key, _LASTING[code] + _in_its_words(error))
     if code in _TEMPORARY:
         return StoreUnavailableError(key, _TEMPORARY[code] + _in_its_words(error))
-    if isinstance(error, exceptions.ResponseError):  # the server has answered: it has not done it
+    if isinstance(error, exceptions.ResponseError):
+        # The server has answered that it did not carry out the command.
         return StoreError(key, "Redis refused" + _in_its_words(error))
     if isinstance(error, exceptions.TimeoutError | TimeoutError):
         return StoreTimeoutError(key, "Redis did not answer in time" + _in_its_words(error), in_doubt)
@@ -99,10 +102,10 @@ def translated(error: Exception, key: bytes, *, in_doubt: bool) -> StoreError:
 
 
 def _no_master(error: Exception, key: bytes) -> StoreError:
-    """Return the error for a Sentinel that has named no master, with the reasons of each.
+    """Return the error for sentinels that have named no master, with the reason of each.
 
-    redis-py names the errors of all sentinels in one text, each after a description of its client that is longer than
-    what is quoted here.
+    redis-py puts the errors of all sentinels into one text, each after a description of its client that is longer than
+    the longest quote allowed here.
     """
     text = str(error)
     addresses = re.findall(r"\bhost=([^,)]+),port=(\d+)", text)
@@ -115,13 +118,13 @@ def _no_master(error: Exception, key: bytes) -> StoreError:
     return StoreUnavailableError(key, f"Sentinel names no master ({words})")
 
 
-def tells_of_server(error: StoreError) -> bool:
-    """Whether a failure says something of the server, and not of a pool whose connections are all in use."""
+def concerns_server(error: StoreError) -> bool:
+    """Return whether a failure says something of the server, and not of a pool whose connections are all in use."""
     return not re.search(r"Too many connections|No connection available", str(error.__cause__))
 
 
 def _in_its_words(error: Exception) -> str:
-    """What it says, on one line and in short: a server may quote what it was sent, which holds a key of any length."""
+    """Return the text of an error on one line, cut short: a server may quote a command, with a key of any length."""
     text = " ".join(str(error).split())
     if len(text) > _LONGEST_QUOTE:
         text = f"{text[:_LONGEST_QUOTE]}..."

@@ -23,7 +23,7 @@ _BETWEEN_LINES: Final = re.compile(r"\s*\n\s*")
 
 
 class Script(NamedTuple):
-    """A script of one key, the SHA-1 by which a server knows it, and how a command begins that calls it by that."""
+    """A script of one key, its SHA-1, and the beginning of a command that calls it by that."""
 
     text: bytes
     sha: str

@@ -1,11 +1,15 @@
-"""One connection to a server for all tasks of an event loop.
+"""One connection to a server, which all tasks of an event loop share.
 
-Commands of one turn of the loop leave in one write, and replies come back in the order of the commands. Connecting,
-with all that belongs to it (TLS, authentication, RESP3, database, Sentinel), is redis-py's. Once it is done, the
-connection of redis-py is taken over: its transport, and its parser, which may hold the beginning of what comes next.
+The commands of one turn of the loop leave in one write, and replies come back in the order of the commands. redis-py
+connects, with all that belongs to it (TLS, authentication, RESP3, database, Sentinel). Once it has connected, its
+transport is taken over, and so is its parser, which may already hold the beginning of the next reply.
 
-Nothing is ever sent twice. A connection on which anything goes wrong is given up, and its place is taken by a new one
-when the next command comes.
+Nothing is ever sent twice. A connection on which anything goes wrong is given up, and a new one takes its place when
+the next command comes.
+
+From the outside to the inside: :class:`SharedConnection` is what a channel uses. It has a :class:`_Link` for each event
+loop, which is one connection from its beginning to its end. A link has a :class:`_Waiter` for each caller whose replies
+have not come yet. :class:`_Receiver` and :class:`_Turns` are the two ways in which bytes reach a link.
 """
 
 from __future__ import annotations
@@ -25,34 +29,39 @@ from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
-from ratelimit.stores.redis.channels import Command, PushNotification, Replies, check_time_left, is_outdated, pack
+from ratelimit.stores.redis.channel import Command, PushNotification, Replies, check_time_left, is_outdated, pack
 from ratelimit.stores.redis.circuit import Circuit
 from ratelimit.stores.redis.connecting import CONNECTS_ONCE
 from ratelimit.stores.redis.errors import translated
 
-_new = tuple.__new__  # of a named tuple: without the function that would only name its fields
+# Makes a named tuple without the function that would only name its fields.
+_new = tuple.__new__
 
 _CLOSED: Final = "the server closed the connection"
 _CLOSED_HERE: Final = "the store was closed"
 
 _LONGEST_FAILURE: Final = 1.0  # seconds
 _SHORTEST_SILENCE: Final = 0.1  # seconds
-# Seconds, where the client has no timeouts for the steps of connecting.
-_LONGEST_UNBOUNDED_CONNECTING: Final = 10.0
 
 MakeConnection = Callable[[], Any]
-"""Gives a connection of ``redis.asyncio``, not connected yet, that belongs to nobody else."""
+"""Returns a connection of ``redis.asyncio`` that is not connected yet, and that nobody else uses."""
 
 
-class Multiplexer:
+class SharedConnection:
     """Sends commands to one server, over one connection for each event loop in which it is used.
 
-    How long a command may take, from when it is handed in, is the ``socket_timeout`` of the connection. Where it has to
-    wait for the connection first, it may do so for the ``socket_connect_timeout`` as well, and then begins to count.
+    A command may take as long as the ``socket_timeout`` of the connection, from the moment it is handed in. Where it
+    has to wait for the connection first, it may wait for the ``socket_connect_timeout`` as well, and its time begins
+    once there is a connection.
+
+    :param longest_connecting: seconds that connecting may take where the client has no timeouts for its steps.
     """
 
-    def __init__(self, make_connection: MakeConnection, circuit: Circuit | None = None) -> None:
+    def __init__(
+        self, make_connection: MakeConnection, circuit: Circuit | None = None, *, longest_connecting: float = 10.0
+    ) -> None:
         self._make_connection = make_connection
+        self._longest_connecting = longest_connecting
         self.circuit = Circuit(None) if circuit is None else circuit
         self._links: dict[AbstractEventLoop, _Link] = {}
         fork_safety.call_in_child(self._forget)
@@ -60,7 +69,7 @@ class Multiplexer:
     def _forget(self) -> None:
         """Make other connections in a forked process, also in a loop that the parent has made.
 
-        A connection of the parent stays as it is: its end would remove it from what the parent's loop waits for.
+        A connection of the parent is left as it is, because closing it would remove it from the parent's loop.
         """
         fork_safety.leave(self._links)
         self._links = {}
@@ -68,9 +77,9 @@ class Multiplexer:
     def send(
         self, key: bytes, commands: Sequence[Command], deadline: float | None = None, *, admitted: bool = False
     ) -> Future[Replies]:
-        """Send commands next to each other; to be awaited for their replies.
+        """Send commands one right after the other; to be awaited for their replies.
 
-        :param key: what errors are about.
+        :param key: the bucket that errors name.
         :param deadline: on the clock of ``time.monotonic``; it counts where it comes before the connection's timeouts.
         :param admitted: whether the circuit has let the commands through already.
         """
@@ -80,7 +89,7 @@ class Multiplexer:
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None or not link.usable:
-            link = self._links[loop] = _Link(loop, self._made(key), link, self.circuit)
+            link = self._links[loop] = _Link(loop, self._made(key), link, self.circuit, self._longest_connecting)
             for known in list(self._links):
                 if known.is_closed() and (left := self._links.pop(known, None)) is not None:
                     left.leave_closed_loop()
@@ -93,14 +102,14 @@ class Multiplexer:
             raise translated(error, key, in_doubt=False) from error
 
     def retire(self) -> None:
-        """Close each connection when all who wait for a reply have been answered."""
+        """Close each connection once all callers that wait for a reply have got it."""
         links, self._links = self._links, {}
         for last in links.values():
             for link in (*last.retired, last):
                 link.retire()
 
     def close(self) -> None:
-        """Close the connections. Who waits for a reply is told so; a command that comes later connects again."""
+        """Close the connections, with an error for callers that wait for a reply; a later command connects again."""
         fork_safety.check()
         links, self._links = self._links, {}
         for last in links.values():
@@ -109,10 +118,10 @@ class Multiplexer:
 
 
 class _Waiter(NamedTuple):
-    """Who waits for replies.
+    """A caller that waits for replies.
 
-    :ivar since: when it began to count; later where it had to wait for the connection.
-    :ivar deadline: of its own; infinite where it has none.
+    :ivar since: when its time began: once there was a connection, where it had to wait for that.
+    :ivar deadline: the caller's own; infinite where it has none.
     """
 
     future: Future[Replies]
@@ -123,7 +132,7 @@ class _Waiter(NamedTuple):
 
 
 class _Transport(Protocol):
-    """What there is of ``asyncio.WriteTransport`` also where there are no streams."""
+    """The part of ``asyncio.WriteTransport`` that also connections without streams can offer."""
 
     def write(self, data: bytes) -> None: ...
 
@@ -135,17 +144,24 @@ class _Link:
 
     A waiter stays in its place until its replies have come, also when nobody waits for them any more.
 
-    A deadline that passes is the matter of that waiter alone, and connecting goes on without any. If nothing at all was
-    heard for as long as the timeout of the connection, or if nobody was answered in time for a second, it is retired:
-    it gets no more commands, and ends with the last of those who still wait.
+    A deadline that passes fails that waiter alone, and connecting goes on even without waiters. The link is retired
+    where nothing at all was heard for as long as the timeout of the connection, or where nobody was answered in time
+    for a second: it gets no more commands, and ends when the last waiter is done.
 
-    All times are on the clock of ``time.monotonic``, which is that of the event loop or moves along with it, but for
-    tests that freeze the one of the loop.
+    All times are on the clock of ``time.monotonic``. The clock of the event loop is the same one or moves along with
+    it, except in tests that freeze the loop's.
 
-    :param before: the connection whose place it takes.
+    :param before: the link whose place this one takes.
     """
 
-    def __init__(self, loop: AbstractEventLoop, connection: Any, before: _Link | None, circuit: Circuit) -> None:
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        connection: Any,
+        before: _Link | None,
+        circuit: Circuit,
+        longest_connecting: float,
+    ) -> None:
         self.usable = True
         self.ended = False
         self._closed_here = False
@@ -155,30 +171,36 @@ class _Link:
         self._loop = loop
         self._circuit = circuit
         self._timeout: float = connection.socket_timeout or math.inf
-        # Of those who come now.
+        # How long a waiter that comes now may wait.
         self._patience = self._timeout + (connection.socket_connect_timeout or self._timeout)
         self._waiters: deque[_Waiter] = deque()
-        self._unsent: list[bytes] = []  # one for each of the last waiters
-        self._replies: Replies = []  # of the first waiter, as far as they have come
-        self._refusal: Exception | None = None  # among them, one that redis-py has as an error of the connection
+        # The commands of the last waiters, one entry for each of these.
+        self._unsent: list[bytes] = []
+        # The replies to the first waiter that have come so far, and among them an error that redis-py treats as an
+        # error of the connection.
+        self._replies: Replies = []
+        self._refusal: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._due = math.inf  # when the timer goes off
+        # When the timer goes off, when the server was last heard, and since when nobody was answered in time.
+        self._due = math.inf
         self._heard = monotonic()
-        self._fails_since = math.inf  # since when nobody was answered in time
+        self._fails_since = math.inf
         self._transport: _Transport | None = None
         self._parser: Any = None
         self._end_of_loop: AsyncGenerator[None, None] | None = None
         self._connecting: asyncio.Task[None] | None = None
-        self._connecting = loop.create_task(self._connect(connection))  # with eager tasks it may end at once
+        # An eager task may end before it is assigned, and looks at the attribute.
+        self._connecting = loop.create_task(self._connect(connection, longest_connecting))
 
     def leave_closed_loop(self) -> None:
-        """Break off connecting whose loop was closed, from the outermost coroutine on.
+        """Break off connecting in a loop that was closed, beginning with the outermost coroutine.
 
         The garbage collector would begin anywhere, and print what redis-py raises outside of a loop.
         """
         task = self._connecting
         if task is not None and not task.done():
-            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001  # as asyncio.gather does
+            # asyncio.gather does this as well.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
             with contextlib.suppress(RuntimeError):
                 cast("Coroutine[Any, Any, None]", task.get_coro()).close()
 
@@ -193,7 +215,7 @@ class _Link:
         due = min(now + self._patience, deadline)
         if now >= self._due and self._timer is not None and self._timer.when() > loop.time():
             # A test has frozen the loop's clock, by which the timer is not due. A timer that is merely late goes off by
-            # itself, after the replies that have come meanwhile.
+            # itself, after the loop has read the replies that have come meanwhile.
             self._watch(math.inf, now)
             self._on_deadline()
         elif due < self._due:
@@ -201,7 +223,7 @@ class _Link:
         return future
 
     def _watch(self, due: float, now: float) -> None:
-        """Look after the waiters again at that time."""
+        """Set the timer to look after the waiters at that time."""
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
@@ -212,14 +234,15 @@ class _Link:
             packed, self._unsent = b"".join(self._unsent), []
             self._transport.write(packed)
 
-    async def _connect(self, connection: Any) -> None:
-        CONNECTS_ONCE.set(True)  # it counts in this task only
+    async def _connect(self, connection: Any, longest_connecting: float) -> None:
+        # The setting is visible in this task only.
+        CONNECTS_ONCE.set(True)
         is_bounded = connection.socket_timeout and connection.socket_connect_timeout
         try:
-            async with asyncio.timeout(None if is_bounded else _LONGEST_UNBOUNDED_CONNECTING):
+            async with asyncio.timeout(None if is_bounded else longest_connecting):
                 await connection.connect()
             await self._take_over(connection)
-        except Exception as error:  # noqa: BLE001  # whatever it is, also of a credential provider, all wait for it
+        except Exception as error:  # noqa: BLE001  # a credential provider may raise anything
             # A loop that was closed has forgotten its tasks, and nobody waits any more.
             if not self._loop.is_closed():
                 self.end(error)
@@ -236,7 +259,8 @@ class _Link:
     async def _take_over(self, connection: Any) -> None:
         stream, writer, parser = connection._reader, connection._writer, connection._parser  # noqa: SLF001
         if isinstance(writer, StreamWriter) and isinstance(parser, _AsyncHiredisParser):
-            connection._reader = connection._writer = None  # noqa: SLF001  # or it would report them as left open
+            # redis-py would otherwise report them as left open.
+            connection._reader = connection._writer = None  # noqa: SLF001
             writer.transport.set_protocol(_Receiver(self))
             self._parser = parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
             self._transport = writer.transport
@@ -245,13 +269,14 @@ class _Link:
         self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
         await anext(self._end_of_loop)
         if self._parser is not None:
-            self.received(bytes(stream._buffer))  # noqa: SLF001  # of a stream that nobody reads any more
+            # Nobody reads the stream any more.
+            self.received(bytes(stream._buffer))  # noqa: SLF001
             if stream.at_eof() or writer.is_closing():
                 raise exceptions.ConnectionError(_CLOSED)
         self._begin()
 
     def _begin(self) -> None:
-        """Send what has waited for the connection, and let its time begin."""
+        """Send the commands that have waited for the connection; the time for their replies begins now."""
         waiting = [both for both in zip(self._waiters, self._unsent, strict=True) if not both[0].future.done()]
         if not (self.usable or waiting):
             self.end(exceptions.ConnectionError(_CLOSED_HERE))
@@ -276,11 +301,11 @@ class _Link:
             while (reply := self._parser.gets(False)) is not NOT_ENOUGH_DATA:
                 if type(reply) is not PushNotification:
                     self.take(reply)
-        except Exception as error:  # noqa: BLE001  # nothing that follows can be told apart
+        except Exception as error:  # noqa: BLE001  # what follows cannot be parsed
             self.end(error)
 
     def take(self, reply: Any) -> None:
-        """Give a reply to whom it belongs; raises where it belongs to nobody."""
+        """Give a reply to the waiter that it belongs to; raise where it belongs to none."""
         waiters = self._waiters
         if len(waiters) <= len(self._unsent):
             raise exceptions.ConnectionError("the server sent a reply that nobody had asked for")
@@ -297,7 +322,8 @@ class _Link:
             self._replies = []
         waiters.popleft()
         if future.done():
-            if not waiters:  # else the replies may be one behind, for ever
+            # As long as others wait, the server has not caught up: each reply may come just too late.
+            if not waiters:
                 self._fails_since = math.inf
         else:
             self._fails_since = math.inf
@@ -310,7 +336,7 @@ class _Link:
             self.end(exceptions.ConnectionError(_CLOSED))
 
     def _look_at(self, error: Exception) -> None:
-        """Take note of what an error among the replies tells of the connection."""
+        """Note what an error among the replies says of the connection."""
         if is_outdated(error):
             self.usable = False
         if not isinstance(error, exceptions.ResponseError):
@@ -321,7 +347,7 @@ class _Link:
         return len(self._waiters) > len(self._unsent)
 
     def _on_deadline(self) -> None:
-        """Fail whose time is over, and look when the next one's will be."""
+        """Fail the waiters whose time is over, and set the timer for the next ones."""
         now = monotonic()
         self._timer, self._due = None, math.inf
         sent = len(self._waiters) - len(self._unsent)
@@ -334,15 +360,17 @@ class _Link:
                 continue
             if in_doubt and max(self._heard, waiter.since) + self._timeout <= now:
                 self.usable = False
-            elif in_doubt:  # nobody waits for it any more, but it tells whether the server is silent
+            elif in_doubt:
+                # Nobody waits for this reply any more, but its absence shows whether the server is silent.
                 next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
             if not waiter.future.done():
                 missing = "connection" if self._transport is None else "reply"
-                # Connecting has timeouts of its own, and goes on for those who come later.
+                # Connecting has timeouts of its own, and goes on for callers that come later.
                 self._fails_since = min(self._fails_since, waiter.since if in_doubt else math.inf)
                 failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
                 _fail(waiter.future, failure, waiter.key, in_doubt=in_doubt)
-        if failure is not None and now - self._heard >= _SHORTEST_SILENCE:  # else it answers those who can wait
+        # A server that was heard a moment ago answers callers that can wait longer.
+        if failure is not None and now - self._heard >= _SHORTEST_SILENCE:
             self._circuit.failed(failure)
         if self._fails_since + _LONGEST_FAILURE <= now:
             self.usable = False
@@ -354,27 +382,28 @@ class _Link:
             self.end(exceptions.ConnectionError(_CLOSED))
 
     def lost(self, error: Exception | None) -> None:
-        """The connection is gone."""
+        """End this link after the connection was closed from outside."""
         self.end(exceptions.ConnectionError(_CLOSED if error is None else f"{_CLOSED}: {error}"))
 
     def retire(self) -> None:
-        """Take no more commands, and close the connection with the last reply that somebody waits for."""
+        """Take no more commands, and close the connection after the last reply that somebody waits for."""
         self.usable = False
         if self._loop is not asyncio.get_running_loop() or all(waiter.future.done() for waiter in self._waiters):
             self.close()
 
     def close(self) -> None:
-        """Close the connection, which may belong to another loop than the one that runs here."""
+        """Close the connection, which may belong to a loop other than the running one."""
         error = exceptions.ConnectionError(_CLOSED_HERE)
         self._closed_here = True
         if self._loop is asyncio.get_running_loop():
             self.end(error)
         else:
-            with contextlib.suppress(RuntimeError):  # that loop is closed, and has closed the connection
+            # Where that loop is closed, so is the connection.
+            with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self.end, error)
 
     def end(self, error: Exception) -> None:
-        """Give the connection up, and fail all who wait."""
+        """Give the connection up, and fail all waiters."""
         if self.ended:
             return
         self.usable, self.ended = False, True
@@ -398,18 +427,19 @@ class _Link:
 
 def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bool) -> None:
     ours = translated(error, key, in_doubt=in_doubt)
-    ours.in_doubt = in_doubt  # also where the error was the answer to somebody else
+    # The error may have been the answer to another waiter, for which nothing is in doubt.
+    ours.in_doubt = in_doubt
     ours.__cause__ = error
     future.set_exception(ours)
 
 
 async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> AsyncGenerator[None, None]:
-    """Close a connection when its loop is shut down, or when this generator is forgotten, and its link with it.
+    """Close a connection when its loop is shut down, or when its link is garbage, and this generator with it.
 
-    An event loop ends the asynchronous generators that were begun in it. Those that are collected it ends itself, in
-    its own thread.
+    An event loop ends the asynchronous generators that were begun in it, in its own thread, when it is shut down or
+    when they are collected.
 
-    :param _writer: is to live as long; it complains of an open transport otherwise.
+    :param _writer: is kept alive here, because it would otherwise complain of an open transport.
     """
     try:
         yield
@@ -419,11 +449,12 @@ async def _aborted_with_its_loop(transport: _Transport, _writer: object) -> Asyn
 
 def _run_to_the_end(generator: AsyncGenerator[None, None]) -> None:
     with contextlib.suppress(StopIteration):
-        generator.aclose().send(None)  # it awaits nothing
+        # A single step is enough, since the generator awaits nothing.
+        generator.aclose().send(None)
 
 
 class _Receiver(asyncio.Protocol):
-    """Carries what the server sends to a link, which it does not keep alive."""
+    """Passes what the server sends on to a link, which it does not keep alive."""
 
     def __init__(self, link: _Link) -> None:
         self._link = weakref.ref(link)
@@ -438,9 +469,9 @@ class _Receiver(asyncio.Protocol):
 
 
 class _Turns:
-    """In the place of a transport where a connection is not made of streams and hiredis, as that of fakeredis is not.
+    """Replaces the transport where a connection is not made of streams and hiredis, as fakeredis's are not.
 
-    Commands are written, and replies are read, by the methods of the connection, one after the other.
+    The methods of the connection itself write commands and read replies, one after the other.
     """
 
     def __init__(self, link: _Link, connection: Any) -> None:
@@ -458,7 +489,8 @@ class _Turns:
     def abort(self) -> None:
         if self._turns is not None and self._turns is not asyncio.current_task():
             self._turns.cancel()
-        self._connection._close()  # noqa: SLF001  # the other ways to close it are awaited
+        # All other methods that close it must be awaited.
+        self._connection._close()  # noqa: SLF001
 
     async def _take_turns(self, link: _Link) -> None:
         connection = self._connection
@@ -472,5 +504,5 @@ class _Turns:
                 except exceptions.ResponseError as error:
                     reply = error
                 link.take(reply)
-        except Exception as error:  # noqa: BLE001  # whatever it is, all wait for it
+        except Exception as error:  # noqa: BLE001  # all waiters get it, whatever it is
             link.end(error)
