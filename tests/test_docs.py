@@ -18,7 +18,7 @@ import textwrap
 import tomllib
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -27,7 +27,7 @@ import pytest
 
 from ratelimit import Bucket, BucketConfiguration, InvalidConfigurationError, ProxyManager, cli, errors
 from ratelimit.core.token_bucket import limit_text
-from ratelimit.settings import SettingsByName
+from ratelimit.settings import Settings, SettingsByName
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
 from tests.support.servers import RedisServer, ServerBinary
 from tests.test_bad_input import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
@@ -277,8 +277,7 @@ def test_the_verbs_are_those_of_a_bucket() -> None:
 def signature(verb: Any) -> str:
     whole = inspect.signature(verb)
     parameters = [each.replace(annotation=inspect.Parameter.empty) for each in whole.parameters.values()]
-    if verb.__name__ != "consume":  # whose timeout is another one
-        parameters = [each for each in parameters if each.name != "timeout"]
+    parameters = [each for each in parameters if each.name != "timeout"]
     return str(inspect.Signature(parameters[1:]))
 
 
@@ -291,7 +290,7 @@ def test_the_options_and_settings_are_those_of_the_library() -> None:
     rows = dict(re.findall(r"(?m)^\| `([a-z_]+)` \| `?([\w.]+)", OPERATIONS.read_text()))
     options = {name: "on" if value is True else f"{value:g}" for name, value in {**_DEFAULTS, **_POOL_DEFAULTS}.items()}
     assert rows == options | {name: rows[name] for name in SettingsByName.__annotations__}
-    defaults = {name: str(each.default) for name, each in inspect.signature(ProxyManager).parameters.items()}
+    defaults = {each.name: str(each.default) for each in fields(Settings)}
     plain = ["configuration_version", "inheritance", "recovery", "merging", "max_attempts"]
     assert {name: rows[name] for name in plain} == {name: defaults[name] for name in plain}
     assert rows["memory_limit_bytes"] == str(int(defaults["memory_limit_bytes"]) // 2**20)

@@ -263,7 +263,7 @@ def test_the_time_at_which_a_bucket_is_full_follows_frozen_time() -> None:
 
 READERS = {
     "runtime/clock.py": None,  # all
-    "manager.py": {"sleep"},
+    "engine/face.py": {"sleep"},
     "stores/redis/shared_connection.py": {"loop.time"},
     "integrations/http/answers.py": {"time"},
 }
