@@ -34,12 +34,12 @@ servers: $(VENV)/installed-test ## run the tests that need a server on each Redi
 	.ci/servers $(SERVERS)
 
 interop: $(VENV)/installed-test ## run the tests that share buckets with Bucket4j; needs JDK 17 and Maven
-	mvn --quiet --batch-mode --file tests/interop/pom.xml compile
-	$(VENV)/bin/pytest tests/interop $(ARGS)
+	mvn --quiet --batch-mode --file tests/promises/interop/pom.xml compile
+	$(VENV)/bin/pytest tests/promises/interop $(ARGS)
 
 soak: $(VENV)/installed-soak ## run storms of interruptions, a mixed load over a bad network for ten minutes, and a fuzzer
-	$(if $(ARGS),,RATELIMIT_STORM_SECONDS=60 $(VENV)/bin/pytest -q tests/test_interruptions.py)
-	$(PY) -m tests.soak $(ARGS)
+	$(if $(ARGS),,RATELIMIT_STORM_SECONDS=60 $(VENV)/bin/pytest -q tests/promises/test_interruptions.py)
+	$(PY) -m tests.promises.soak $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check
@@ -64,7 +64,7 @@ bench-failover: $(VENV)/installed-test ## measure what is lost when another serv
 	$(PY) -m benchmarks.failover $(ARGS)
 
 clean: ## remove the environments and all that was generated
-	rm -rf $(VENV) $(VENV)-core $(BENCH) benchmarks/out tests/interop/target tests/soak/out build dist
+	rm -rf $(VENV) $(VENV)-core $(BENCH) benchmarks/out tests/promises/interop/target tests/promises/soak/out build dist
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -33,8 +33,9 @@ from typing import IO, Any, NamedTuple, Self, cast
 
 from ratelimit import ProxyManager, RateLimitError
 from ratelimit.demo.local_redis import find_binary, local_redis
+from ratelimit.errors import CommandError
 from ratelimit.integrations.http import api_key
-from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
+from ratelimit.runtime.signals import Interrupted, interruptible
 
 HERE = Path(__file__).resolve().parent
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -11,34 +12,36 @@ from hypothesis import settings
 
 from ratelimit import AsyncProxyManager, ProxyManager
 from tests.support import servers
+from tests.support.faces import Face
 from tests.support.ways import Way
 from tests.support.workers import Workers, patient
 
-# Without a deadline for an example: a busy machine is slow, which proves nothing.
+# An example has no deadline: a busy machine is slow, which proves nothing.
 settings.register_profile("test", deadline=None)
 settings.register_profile("soak", max_examples=int(os.environ.get("RATELIMIT_TEST_EXAMPLES", "20000")), deadline=None)
 settings.load_profile("test")
 
 
-# Tests of processes, frameworks, commands and documents: the version of the server makes no difference to them.
+# Tests of processes, frameworks, commands and documents. They are the same on any version of the server.
 ANY_SERVER = {
-    *("test_benchmarks", "test_cli", "test_connecting", "test_copies", "test_demo", "test_docs", "test_examples"),
-    *("test_exit", "test_forks", "test_frozen_time", "test_greenlets", "test_interruptions", "test_lifecycle"),
-    *("test_packaging", "test_servers", "test_soak"),
+    *("test_benchmarks", "test_connecting", "test_copies", "test_docs", "test_examples", "test_exit", "test_forks"),
+    *("test_frozen_time", "test_greenlets", "test_interruptions", "test_lifecycle", "test_packaging", "test_servers"),
+    "test_soak",
 }
+ANY_SERVER_ROOMS = {"cli", "integrations"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         place = item.path.relative_to(here)
-        if place.parts[0] == "integrations" or place.stem in ANY_SERVER:
+        if place.parts[0] in ANY_SERVER_ROOMS or place.stem in ANY_SERVER:
             item.add_marker(pytest.mark.any_server)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what needs Java, unless it is asked for: ``make interop``."""
-    interop = Path(__file__).parent / "interop"
+    """Leave out the tests that need Java, unless they are asked for, as by ``make interop``."""
+    interop = Path(__file__).parent / "promises" / "interop"
     asked_for = any(interop in (path := Path(arg.split("::")[0]).absolute(), *path.parents) for arg in config.args)
     return True if collection_path == interop and not asked_for else None
 
@@ -60,10 +63,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patience() -> None:
-    """Let decisions take their time where nothing else is said: machines that run tests are busy."""
-    for make in (ProxyManager.__init__, AsyncProxyManager.__init__):
-        make.__kwdefaults__ = {**(make.__kwdefaults__ or {}), "timeout": 30}
+def _patience() -> Generator[None]:
+    """Make managers with a timeout of 30 seconds where a test gives none: machines that run tests are busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for manager in (ProxyManager, AsyncProxyManager):
+            patch.setattr(manager, "__init__", partialmethod(manager.__init__, timeout=30))
+        yield
+
+
+@pytest.fixture(params=[ProxyManager, AsyncProxyManager], ids=["sync", "asyncio"])
+def face(request: pytest.FixtureRequest) -> Face:
+    """The class of managers of either face."""
+    chosen: Face = request.param
+    return chosen
 
 
 @pytest.fixture(scope="session")
@@ -86,14 +98,14 @@ def server_binary() -> servers.ServerBinary:
 
 @pytest.fixture(scope="session")
 def native_swaps(redis_server: servers.SharedServer) -> bool:
-    """Whether the server that the tests share swaps by a command of its own."""
+    """Whether the server that the tests share has a command that swaps."""
     with redis.Redis.from_url(redis_server.url) as client:
         return servers.swaps_natively(client)
 
 
 @pytest.fixture(scope="session")
 def native_binary() -> servers.ServerBinary:
-    """A program of a server that swaps by a command of its own."""
+    """The program of a server that has a command that swaps."""
     binary = servers.find_native_server()
     if binary is None:
         pytest.skip(
@@ -110,11 +122,28 @@ def server(server_binary: servers.ServerBinary) -> Generator[servers.RedisServer
         yield server
 
 
+@pytest.fixture
+def admin(server: servers.RedisServer) -> Generator[redis.Redis]:
+    """A client of the module's own server, which is empty."""
+    with server.client() as client:
+        client.flushall()
+        client.script_flush()
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stopped_server(server_binary: servers.ServerBinary) -> Generator[servers.RedisServer]:
+    """A server of the module's own that was stopped, so that nothing listens on its port."""
+    with servers.RedisServer.start(server_binary) as server:
+        server.stop()
+        yield server
+
+
 @pytest.fixture(scope="module")
 def tls_server(
     server_binary: servers.ServerBinary, tmp_path_factory: pytest.TempPathFactory
 ) -> Generator[servers.TlsServer]:
-    """A server with a certificate of a private authority, which asks its clients for one, too."""
+    """A server with a certificate of a private authority, which asks its clients for a certificate, too."""
     directory = tmp_path_factory.mktemp("tls")
     authority, certificate, for_client = directory / "ca.pem", directory / "server.pem", directory / "client.pem"
     ca = trustme.CA()
@@ -123,7 +152,7 @@ def tls_server(
     ca.issue_cert("limiter@localhost").private_key_and_cert_chain_pem.write_to_path(for_client)
     args = ["--tls-cert-file", certificate, "--tls-key-file", certificate, "--tls-ca-cert-file", authority]
     with servers.RedisServer.start(server_binary) as probe:
-        # a port that was free a moment ago, for a server that must know it when it starts
+        # The server must know its port when it starts: this one was free a moment ago.
         plain, secure = probe.port, probe.port + 10_000
     try:
         server = servers.RedisServer.start(server_binary, *map(str, args), "--tls-port", str(secure), port=plain)
@@ -145,7 +174,7 @@ def redis_url(redis_server: servers.SharedServer) -> str:
 
 @pytest.fixture(scope="module")
 def processes() -> Generator[Workers]:
-    """Other processes, which a module's tests share."""
+    """Other processes, which the tests of a module share."""
     workers = Workers()
     yield workers
     workers.close()
@@ -153,19 +182,19 @@ def processes() -> Generator[Workers]:
 
 @pytest.fixture
 def workers(processes: Workers, request: pytest.FixtureRequest) -> Workers:
-    """The same, told by which way decisions are to go."""
+    """Other processes, whose decisions go the way that the parameter of the fixture says."""
     processes.way = getattr(request, "param", Way())
     return processes
 
 
 @pytest.fixture
 def url(redis_url: str) -> str:
-    """That of an empty database, with the patience that many processes at once want."""
+    """The URL of an empty database, with timeouts for many processes at once."""
     return patient(redis_url)
 
 
 @pytest.fixture
 def client(url: str) -> Generator[redis.Redis]:
-    """A client of that database."""
+    """A client of the database that ``url`` names."""
     with redis.Redis.from_url(url) as client:
         yield client

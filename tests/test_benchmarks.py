@@ -109,7 +109,7 @@ def test_goals_are_judged_by_medians(results: Results) -> None:
     assert judged["32 processes, one key: most round trips of a decision"] == "not measured"
 
 
-def test_goals_are_judged_against_libraries_and_tell_of_the_textbook_besides(results: Results) -> None:
+def test_goals_compare_with_libraries_and_mention_the_textbook(results: Results) -> None:
     results.tables["sync-1-1000"].rows[SCRIPT] = [{"rate": 200.0}]
     found = {goal.text: goal.find(results) for goal in GOALS}
     assert found["sync, 1 thread, 1,000 keys: throughput to the best peer"] == Measured(2.0, f"{PEER}; 0.50x {SCRIPT}")
@@ -176,7 +176,7 @@ def test_goals_name_tables_that_scenarios_fill() -> None:
     assert set(SCENARIOS) == set(report.FAMILIES)
 
 
-def test_the_page_shows_goals_ratios_and_who_is_missing(results: Results, tmp_path: Path) -> None:
+def test_the_page_shows_goals_ratios_and_missing_peers(results: Results, tmp_path: Path) -> None:
     page = tmp_path / "RESULTS.md"
     report.write(results, page, command="make bench", rounds=3, seconds=0.4)
     text = page.read_text()

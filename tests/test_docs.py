@@ -29,8 +29,8 @@ from ratelimit import Bucket, BucketConfiguration, InvalidConfigurationError, Pr
 from ratelimit.core.token_bucket import limit_text
 from ratelimit.settings import Settings, SettingsByName
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
+from tests.support.permissions import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
 from tests.support.servers import RedisServer, ServerBinary
-from tests.test_bad_input import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
 
 ROOT = Path(__file__).parents[1]
 README, OPERATIONS, LIMITS = ROOT / "README.md", ROOT / "docs/operations.md", ROOT / "docs/choosing-limits.md"

@@ -24,7 +24,7 @@ import pytest
 from ratelimit import ProxyManager
 from ratelimit.integrations.http import api_key
 from tests.support import servers
-from tests.test_demo import MARK, Surroundings
+from tests.support.surroundings import MARK, Surroundings
 
 for package in ("aiohttp", "django", "fastapi", "flask", "gunicorn", "http_sf", "httpx", "uvicorn"):
     pytest.importorskip(package)

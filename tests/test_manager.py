@@ -325,9 +325,7 @@ async def test_a_call_that_is_under_way_goes_on_when_its_manager_is_closed() -> 
 
 @pytest.mark.redis
 @pytest.mark.parametrize("make", [ProxyManager, AsyncProxyManager])
-async def test_a_store_that_a_url_has_opened_serves_other_managers_also_when_it_was_closed(
-    redis_url: str, make: Any
-) -> None:
+async def test_a_store_of_a_url_serves_other_managers_after_closing(redis_url: str, make: Any) -> None:
     first = make.from_url(redis_url, "5/minute")
     other = make(first.store, "5/minute")
     close = "aclose" if make is AsyncProxyManager else "close"

@@ -124,7 +124,7 @@ def test_others_after_it():
 """
 
 
-def test_a_test_about_limits_may_have_them_where_they_are_off_for_all_others(tmp_path: Path) -> None:
+def test_a_test_about_limits_may_switch_them_on(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_service.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 
-from ratelimit.cli import keys
-from ratelimit.errors import RateLimitError
+from ratelimit.cli import buckets
+from ratelimit.errors import CommandError, RateLimitError
 from ratelimit.keys import Key
-from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
+from ratelimit.runtime.signals import Interrupted, interruptible
 from ratelimit.stores.urls import DEFAULT_URL, URL_VARIABLE, default_url
 
 DISTRIBUTION = "ratelimit-redis"
@@ -23,21 +23,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     :param argv: the arguments, without the name of the program; those of the process when None.
-    :returns: the exit status: 0 for admitted or done, 1 for refused, missing or broken, 2 for an error, which is told
-        on stderr, in one line but where it shows a place in the limits; 128 and the number of a signal that has ended
-        the command.
-    :raises SystemExit: for arguments that cannot be (status 2), and after ``--help`` and ``--version``.
+    :returns: the exit status: 0 for admitted or done; 1 for refused, missing or broken; 2 for an error, which is
+        printed on stderr, in one line, or in several where it shows a place in the limits; 128 plus the number of the
+        signal that has ended the command.
+    :raises SystemExit: for arguments that are not valid (status 2), and after ``--help`` and ``--version``.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not have every character of a key
+            # A terminal may lack some of the characters of a key.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interruptible():
             return _run(argv)
     except Interrupted as interruption:
         return interruption.exit_status
     except BrokenPipeError:
-        # Whoever read stdout has gone; what is still buffered for it must not fail at exit.
+        # The process that read stdout has gone. What is still buffered for it must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13  # SIGPIPE
 
@@ -58,7 +59,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         raise CommandError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
     from ratelimit.demo.command import demo
 
-    return demo(arguments.url, arguments.limit, arguments.processes, arguments.seconds)
+    return demo(arguments.url, buckets.parsed_limits(arguments.limit), arguments.processes, arguments.seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,16 +97,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="wait for the tokens, without SECONDS for as long as it takes; after KEY, or as --wait=SECONDS",
     )
-    command.set_defaults(run=keys.try_)
+    command.set_defaults(run=buckets.try_)
 
     command = commands.add_parser("inspect", parents=[bucket, as_json], help="show a bucket; status 1 if there is none")
-    command.set_defaults(run=keys.inspect)
+    command.set_defaults(run=buckets.inspect)
 
     command = commands.add_parser("reset", parents=[bucket], help="fill a bucket; status 1 if there is none")
-    command.set_defaults(run=keys.reset)
+    command.set_defaults(run=buckets.reset)
 
     command = commands.add_parser("remove", parents=[bucket], help="forget a bucket; status 1 if there is none")
-    command.set_defaults(run=keys.remove)
+    command.set_defaults(run=buckets.remove)
 
     command = commands.add_parser(
         "demo", help="let processes share buckets in a Redis of their own; status 1 if a limit was broken"
@@ -126,7 +127,7 @@ def _version() -> str:
 
 
 def _key(argument: str) -> Key:
-    """A key as it was typed: text, or else the bytes that stand for no text."""
+    """Return a key as it was typed: text, or its bytes where they are not text."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -137,7 +138,7 @@ def _key(argument: str) -> Key:
 def _processes(argument: str) -> int:
     if argument.isdecimal() and 2 <= int(argument) <= 64:
         return int(argument)
-    raise argparse.ArgumentTypeError(f"{argument!r} is no number from 2 to 64")
+    raise argparse.ArgumentTypeError(f"must be a number from 2 to 64; got {argument!r}")
 
 
 def _seconds(argument: str) -> float:
@@ -147,4 +148,4 @@ def _seconds(argument: str) -> float:
         seconds = 0
     if 0 < seconds <= 3600:
         return seconds
-    raise argparse.ArgumentTypeError(f"{argument!r} is no number above 0 and up to 3600")
+    raise argparse.ArgumentTypeError(f"must be a number above 0, and at most 3600; got {argument!r}")

@@ -11,16 +11,17 @@ from typing import IO, Any, cast
 
 
 class Child:
-    """A module of this package, run in a process of its own; the two speak JSON, a line at a time.
+    """A process that runs a module of this package, and exchanges lines of JSON with this process.
 
-    Its life hangs on its stdin: it has to end when it reads the end of the file there, which it does when this process
-    closes the pipe, or ends in whatever way. A session of its own keeps the signals of a terminal from it.
+    It has to end when it reads the end of the file on its stdin, which happens when this process closes the pipe, and
+    when this process ends, in whatever way. A session of its own keeps the signals of a terminal from it.
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # so that it imports what was imported here
+            # It imports the same packages as this process.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -33,17 +34,17 @@ class Child:
         return self._process.pid
 
     def tell(self, **values: Any) -> None:
-        """Send it a line; nothing happens where it has died, since what it should have answered will be missing."""
+        """Send it a line. Where it has died nothing happens here: its answer will be missing."""
         with suppress(BrokenPipeError):
             print(json.dumps(values), file=self._stdin, flush=True)
 
     def hear(self) -> dict[str, Any] | None:
-        """The next line that it tells; None when it has ended."""
+        """Return the next line that it sends, or None when it has ended."""
         line = self._stdout.readline()
         return json.loads(line) if line else None
 
     def end(self, patience: float | None = None) -> None:
-        """Make it end, and wait until it has; where it does not within this many seconds it is killed."""
+        """Make it end, and wait until it has; kill it where that takes more than so many seconds."""
         with suppress(BrokenPipeError):
             self._stdin.close()
         try:
@@ -53,14 +54,15 @@ class Child:
             self._process.wait()
 
     def close(self) -> None:
-        """End it, and hear no more of it."""
+        """End it, and read no more from it."""
         self.end()
         self._stdout.close()
 
 
 def tell(**values: Any) -> None:
-    """Send a line to the process that has started this one; the end of this one where that has gone."""
+    """Send a line to the process that has started this one; end this one where the other has gone."""
     try:
-        os.write(1, json.dumps(values).encode() + b"\n")  # unbuffered, so that nothing is left to fail at exit
+        # Unbuffered, so that nothing is left that could fail at exit.
+        os.write(1, json.dumps(values).encode() + b"\n")
     except BrokenPipeError:
         raise SystemExit from None

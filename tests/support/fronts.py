@@ -1,4 +1,4 @@
-"""A server in front of a real one, which answers some commands itself, with errors that a real one gives rarely."""
+"""A proxy in front of a real server, which answers some commands itself, with errors that are rare on a real one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _INCOMPLETE = object()
 
 
 class Front:
-    """Hands commands on to a server, and its replies back, one by one.
+    """A proxy that hands commands on to a server, and its replies back, one by one.
 
-    It says that it is a cluster of one node, to whoever asks.
+    A client that asks for the nodes of the cluster learns that the proxy is the only one.
 
-    :param alone: False: the server behind it answers what the nodes of its cluster are.
-    :ivar answer: given a command, the reply in its place; None to hand it on. At first everything is handed on.
+    :param alone: False to let the server say which nodes its cluster has.
+    :ivar answer: a function of a command that returns the reply to it, or None to hand the command on. At first every
+        command is handed on.
     """
 
     def __init__(self, server: RedisServer, *, alone: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""A load on a store that fails over, and a ledger of what became of every call, to be compared with what is stored."""
+"""A load on a store that fails over, and ledgers of its calls, which are compared with what is stored."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PATIENCE = 45.0
 _PAUSE = 0.002  # of a worker, between calls: others use the machine as well
 
 CLUSTER_DOWN = "cluster down"
-"""What errors are counted as that hand on a node's own ``CLUSTERDOWN``."""
+"""The name by which errors are counted that hand on a node's ``CLUSTERDOWN``."""
 
 
 class Ledger:
-    """What one worker was told, by key. Only its worker writes to it."""
+    """The answers that one worker has had, by key. No other thread writes to it."""
 
     def __init__(self) -> None:
         self.acknowledged: defaultdict[str, list[float]] = defaultdict(list)
@@ -99,7 +99,7 @@ class Load:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # noqa: BLE001  # raised again by who waits
+        except BaseException as error:  # noqa: BLE001  # raised again where the test ends
             self._failures.append(error)
 
     def _ledger(self, face: str) -> Ledger:
@@ -147,7 +147,7 @@ class Load:
 
     @property
     def faces(self) -> Sequence[str]:
-        """Those who load: ``sync`` and ``asyncio``."""
+        """Return the faces under load: ``sync`` and ``asyncio``."""
         return list(self._ledgers)
 
     def of(self, *faces: str) -> list[Ledger]:
@@ -212,7 +212,7 @@ class Load:
             raise error
 
     def stored(self) -> dict[str, int]:
-        """What the store knows of: the tokens consumed of each key."""
+        """Return the tokens that were consumed of each key, as the store has them."""
         with ProxyManager.from_url(self._url, self._limits, expiration=Expiration.none()) as witness:
             return {key: witness.snapshot(key).consumed_tokens for key in self.keys}
 

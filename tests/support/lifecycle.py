@@ -30,7 +30,7 @@ KEYS = [f"user:{number}" for number in range(20)]
 PATIENCE = 60
 """Seconds for a decision on a busy machine."""
 KEPT: list[Any] = []
-"""What is still there when the interpreter ends."""
+"""Objects that are still there when the interpreter ends."""
 
 
 def _fork_in_c() -> int:
@@ -56,7 +56,7 @@ def limits_of(key: Any) -> str:
 
 
 def use(manager: ProxyManager, times: int = 5) -> int:
-    """Take a token of every key, over and over, and check that each answer is that of its key; how many were taken."""
+    """Take tokens of all keys, check that each answer is that of its key, and return how many were taken."""
     for _ in range(times):
         for key in KEYS:
             assert manager.try_consume(key)
@@ -65,7 +65,7 @@ def use(manager: ProxyManager, times: int = 5) -> int:
 
 
 async def ause(manager: AsyncProxyManager, times: int = 5) -> int:
-    """The same, all keys at once."""
+    """Take tokens of all keys at the same time, and return how many were taken."""
 
     async def use_key(key: str) -> None:
         for _ in range(times):
@@ -77,13 +77,13 @@ async def ause(manager: AsyncProxyManager, times: int = 5) -> int:
 
 
 def taken(url: str) -> int:
-    """Tokens that were ever taken of all keys."""
+    """Return how many tokens were ever taken of all keys."""
     with ProxyManager.from_url(url, limits_of, timeout=PATIENCE) as manager:
         return sum(manager.snapshot(key).consumed_tokens for key in KEYS)
 
 
 def fork(work: Callable[[], object], how: Callable[[], int] | None = None) -> int:
-    """Fork a process that does the work; what to wait for."""
+    """Fork a process that does the work, and return its number."""
     child = (how or fork_process)()
     if child:
         return child
@@ -98,7 +98,7 @@ def fork(work: Callable[[], object], how: Callable[[], int] | None = None) -> in
 
 
 def in_children(work: Callable[[], object], count: int = 3) -> list[int]:
-    """The same several times."""
+    """Fork several children that each do the work, and return their numbers."""
     return [fork(work) for _ in range(count)]
 
 
@@ -109,7 +109,7 @@ def all_ended_well(children: list[int]) -> None:
 
 
 def forked(work: Callable[[], Any], how: Callable[[], int] | None = None) -> Any:
-    """What a forked process has given; it is killed when it hangs."""
+    """Return what the work gives in a forked process, which is killed when it hangs."""
     reader, writer = os.pipe()
 
     def tell() -> None:
@@ -144,7 +144,7 @@ def prefork_of_threads(url: str) -> None:
 
 
 def prefork_of_tasks(url: str) -> None:
-    """The same by tasks: the parent's loop is closed, and the children have loops of their own."""
+    """Fork by tasks: the loop of the parent is closed, and each child has a loop of its own."""
     manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
     asyncio.run(ause(manager))
     children = in_children(lambda: asyncio.run(ause(manager)))
@@ -154,7 +154,7 @@ def prefork_of_tasks(url: str) -> None:
 
 
 def fork_beside_a_loop(url: str) -> None:
-    """The parent's loop is open, and goes on; its connection is that of the children no less, who leave it alone."""
+    """Fork beside an open loop of the parent, which goes on; the children inherit its connection and leave it alone."""
     manager = AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE)
 
     async def use_and_close() -> None:
@@ -316,13 +316,13 @@ def parallel_loops(url: str) -> None:
 
 
 def left_open(url: str) -> None:
-    """A manager that nobody closes."""
+    """Leave a manager open."""
     KEPT.append(manager := ProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     use(manager)
 
 
 def left_open_by_threads(url: str) -> None:
-    """The same, beside threads that are in the middle of it."""
+    """Leave a manager open beside threads that are using it."""
     KEPT.append(manager := ProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     begun = threading.Event()
 
@@ -337,7 +337,7 @@ def left_open_by_threads(url: str) -> None:
 
 
 def left_open_by_tasks(url: str) -> None:
-    """The same by tasks."""
+    """Leave a manager of tasks open, whose loop has ended."""
     KEPT.append(manager := AsyncProxyManager.from_url(url, limits_of, timeout=PATIENCE))
     asyncio.run(ause(manager))
 

@@ -1,4 +1,4 @@
-"""Commands that reach a real Redis, by its own MONITOR."""
+"""The commands that reach a real Redis, as its own MONITOR shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Monitor:
         self._monitor = monitor
 
     def sent(self) -> list[str]:
-        """What clients have sent since the last call; not what scripts called, and not the handshakes."""
+        """Return what clients have sent since the last call, without the commands of scripts and of handshakes."""
         self._client.echo("up to here")
         commands: list[str] = []
         while True:

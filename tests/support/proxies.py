@@ -105,7 +105,7 @@ class Proxy:
 
     @contextmanager
     def full(self) -> Generator[None]:
-        """End all connections, and leave those who connect without an answer, as a full backlog does."""
+        """End all connections, and leave new ones without an answer, as a full backlog does."""
         _close(self._listener)
         self.cut()
         with contextlib.ExitStack() as stack:
@@ -205,5 +205,6 @@ def _close(one: socket.socket, *, reset: bool = False) -> None:
     with contextlib.suppress(OSError):
         if reset:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        one.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # who receives from it has to let go of it
+        # A thread that receives from the socket has to let go of it.
+        one.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
     one.close()

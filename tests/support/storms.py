@@ -25,7 +25,7 @@ from tests.support.inside import coalescing_of
 LIMITS = "1000000000/365d intervally"
 CAPACITY = 1_000_000_000
 PATIENCE = 10.0
-"""Seconds that a decision may take: who waits for something that was lost comes too late."""
+"""Seconds that a decision may take: a caller that waits for something that was lost comes too late."""
 LONGEST_WAIT = 5.0
 """Seconds that no decision takes, on a machine however busy, unless it waits for something that was lost."""
 CONNECTIONS = 5
@@ -62,7 +62,8 @@ class Storm:
             return None
         except StoreError as error:
             self._armed = False
-            assert error.in_doubt, error  # of those who were led by a thread that was interrupted
+            # The leader of this call was a thread that was interrupted.
+            assert error.in_doubt, error
             return None
         return answer
 

@@ -47,7 +47,7 @@ def role(server: RedisServer) -> str:
 
 
 def follows(server: RedisServer, master: RedisServer) -> bool:
-    """Whether a server is a replica in step with this master."""
+    """Return whether a server is a replica in step with this master."""
     kind, *of = ask(server, "ROLE")
     return kind == "slave" and int(of[1]) == master.port and of[2] == "connected"
 
@@ -99,7 +99,7 @@ class Topology(ABC):
 
 @dataclass
 class ReplicatedCluster(Topology):
-    """Masters that share the slots, each with one replica; who is what changes with every failover."""
+    """Masters that share the slots, each with one replica; every failover swaps the roles of two nodes."""
 
     nodes: list[RedisServer]
     url: str
@@ -138,7 +138,7 @@ class ReplicatedCluster(Topology):
         node.kill()
 
     def is_whole(self) -> bool:
-        """Whether all nodes agree that all slots are served, and each master has a replica in step."""
+        """Return whether all nodes agree that all slots are served, and each master has a replica in step."""
         masters = self.masters()
         return (
             len(self.alive()) == len(self.nodes)

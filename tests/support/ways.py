@@ -124,7 +124,7 @@ class Tap:
         return answered
 
     def taken(self) -> list[str]:
-        """What was sent since the last call."""
+        """Return what was sent since the last call."""
         sent, self.sent = self.sent, []
         return sent
 

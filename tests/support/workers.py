@@ -44,7 +44,7 @@ PATIENCE = 60
 
 
 class Shared:
-    """What the processes have in common."""
+    """Values that the processes have in common."""
 
     start: ClassVar[Barrier]
     sign: ClassVar[Event]
@@ -65,7 +65,7 @@ def _begin(way: Way, share: Callable[..., T], *args: Any) -> T:
 
 @dataclass(frozen=True)
 class Doing(Generic[T]):
-    """What the processes are doing."""
+    """A piece of work that the processes are doing."""
 
     shares: list[Future[list[T]]]
     sign: Event
@@ -76,11 +76,11 @@ class Doing(Generic[T]):
 
     @property
     def answers(self) -> list[T]:
-        """What all the callers of all the processes have answered."""
+        """Return the answers of all the callers of all the processes."""
         return [answer for share in self.shares for answer in share.result(PATIENCE)]
 
     def give_sign(self) -> None:
-        """Tell the processes to stop, or to begin: whatever they wait for."""
+        """Let the processes stop, or begin, whichever they wait for."""
         self.sign.set()
 
 
@@ -141,13 +141,13 @@ class Access(NamedTuple):
     settings: SettingsByName = {}  # noqa: RUF012  # nobody changes it
 
     def manager(self, store: RedisStore | None = None) -> ProxyManager:
-        """A manager for a process, which is to close it: of a store of its own, if it is given none."""
+        """Make a manager for a process, which has to close it; over a store of its own, where it is given none."""
         if store is not None:
             return ProxyManager(store, self.limits, **self._settings())
         return ProxyManager.from_url(self.url, self.limits, **self._settings())
 
     def amanager(self, store: AsyncRedisStore | None = None) -> AsyncProxyManager:
-        """The same for tasks."""
+        """Make a manager for the tasks of a process, which has to close it."""
         if store is not None:
             return AsyncProxyManager(store, self.limits, **self._settings())
         return AsyncProxyManager.from_url(self.url, self.limits, **self._settings())
@@ -207,7 +207,7 @@ async def consume_until_the_sign(manager: Manager, key: str) -> int:
 
 @dataclass
 class Tally:
-    """What a caller took, and what it may have taken without being told, in a time without and one with errors."""
+    """The tokens that a caller took, and those in doubt, in a time without errors and in one with errors."""
 
     taken: int = 0
     in_doubt: int = 0
@@ -236,7 +236,7 @@ async def consume_through_trouble(manager: Manager, key: str) -> Tally:
 
 
 def first_use_by_threads(_number: int, access: Access, keys: list[str]) -> list[list[int]]:
-    """Try each key once per thread, all processes at the same moment; the tokens taken for each."""
+    """Try each key once per thread, in all processes at the same moment; return the tokens taken for each."""
     taken: list[int] = []
     with (
         access.manager() as manager,
@@ -249,7 +249,7 @@ def first_use_by_threads(_number: int, access: Access, keys: list[str]) -> list[
 
 
 def first_use_by_tasks(_number: int, access: Access, keys: list[str]) -> list[list[int]]:
-    """The same by tasks."""
+    """Try each key once per task, in all processes at the same moment; return the tokens taken for each."""
 
     async def main() -> list[int]:
         taken: list[int] = []
@@ -280,7 +280,7 @@ def contend_by_threads(_number: int, access: Access, times: int) -> list[list[De
 
 
 def contend_by_tasks(_number: int, access: Access, times: int) -> list[list[Decision]]:
-    """The same by tasks."""
+    """Try to consume, so many times in each task, one after another and as fast as it goes."""
 
     async def main() -> list[list[Decision]]:
         async with access.amanager() as manager:
@@ -315,11 +315,11 @@ MANY_VERBS: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("snapshot", (), {}),
     *(("replace_configuration", (f"{10**6}/second; 10000000/hour", one), {}) for one in TokensInheritance),
 ]
-"""Of a bucket, none of which waits for anybody but the store."""
+"""Verbs of a bucket that wait for the store alone."""
 
 
 async def _do_many_verbs(manager: Manager, key: str, times: int) -> list[tuple[str, int]]:
-    """Let others write the bucket at any moment; what was done, and the round trips that it took."""
+    """Do all verbs while other processes write the bucket; return each verb and the round trips that it took."""
     done = []
     for number in range(times):
         for name, arguments, keywords in MANY_VERBS:
@@ -345,7 +345,7 @@ def do_many_verbs_by_threads(_number: int, access: Access, times: int) -> list[l
 
 
 def do_many_verbs_by_tasks(_number: int, access: Access, times: int) -> list[list[tuple[str, int]]]:
-    """The same by tasks."""
+    """Do all verbs one after another in each task, and with raised versions every other time."""
 
     async def main() -> list[list[tuple[str, int]]]:
         async with access.amanager() as manager:

@@ -1,0 +1,57 @@
+"""Run schedules, or one of them, and show what happens in it.
+
+``python -m tests.promises.simulation --schedules 1000000 --seed 0``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.promises.simulation.schedules import simulate
+from tests.promises.simulation.world import ViolationError
+
+_PROGRESS_EVERY = 10_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.promises.simulation", description=__doc__)
+    parser.add_argument("--schedules", type=int, default=100_000, help="how many, with consecutive seeds")
+    parser.add_argument("--seed", type=int, default=0, help="the first of them, or the one to replay")
+    parser.add_argument("--replay", action="store_true", help="run one schedule, and print all that happens in it")
+    parser.add_argument("--keep-going", action="store_true", help="do not end at the first violation")
+    arguments = parser.parse_args()
+    return _replay(arguments.seed) if arguments.replay else _run(arguments)
+
+
+def _replay(seed: int) -> int:
+    try:
+        world = simulate(seed, tracing=True)
+    except ViolationError as error:
+        print(*error.lines, sep="\n")
+        print(f"violation: {error}")
+        return 1
+    print(*world.lines, sep="\n")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    begin, violations = time.monotonic(), 0
+    for count in range(1, arguments.schedules + 1):
+        seed = arguments.seed + count - 1
+        try:
+            simulate(seed)
+        except ViolationError as error:
+            violations += 1
+            print(f"seed {seed}: {error}\n  python -m tests.promises.simulation --seed {seed} --replay")
+            if not arguments.keep_going:
+                return 1
+        if count % _PROGRESS_EVERY == 0 or count == arguments.schedules:
+            seconds = time.monotonic() - begin
+            print(f"{count} schedules in {seconds:.0f} s, {count / seconds:.0f}/s", flush=True)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

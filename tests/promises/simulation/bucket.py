@@ -1,0 +1,195 @@
+"""A token bucket, as its definition has it: the simulation's own, to hold the library's against."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ratelimit.core.commands import (
+    AddTokens,
+    Batch,
+    Cancel,
+    Command,
+    ConsumeAsMuchAsPossible,
+    GetAvailableTokens,
+    GiveBack,
+    Reserve,
+    Reset,
+    Synchronize,
+    TakeSnapshot,
+    TryConsume,
+    TryConsumeAndReturnRemaining,
+    Verbose,
+)
+from ratelimit.core.numbers import NEVER
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from tests.promises.simulation.world import MILLISECOND
+
+
+class Level(NamedTuple):
+    """What one bandwidth holds, in tokens times its period, so that every number is whole."""
+
+    limit: Bandwidth
+    at: int
+    amount: int
+
+    @classmethod
+    def initial(cls, limit: Bandwidth, now: int) -> Level:
+        first = limit.first_refill_millis
+        begin = now if first is None else first * MILLISECOND - limit.refill_period_nanos
+        return cls(limit, begin, limit.initial_tokens * limit.refill_period_nanos)
+
+    @property
+    def tokens(self) -> int:
+        return self.amount // self.limit.refill_period_nanos
+
+    def refilled(self, now: int) -> Level:
+        limit, at, amount = self
+        period = limit.refill_period_nanos
+        if limit.refill_intervally:
+            now -= (now - at) % period
+        if now <= at:
+            return self
+        if amount < limit.capacity * period:
+            amount = min(amount + (now - at) * limit.refill_tokens, limit.capacity * period)
+        return Level(limit, now, amount)
+
+    def less(self, tokens: int) -> Level:
+        return Level(self.limit, self.at, self.amount - tokens * self.limit.refill_period_nanos)
+
+    def due_after(self, tokens: int, wait: int, now: int) -> Level:
+        """The level from which no more is there at the end of the wait than a bucket holds that has lost the tokens."""
+        limit, at, amount = self
+        elapsed = max(0, now + wait - (at if limit.refill_intervally else max(at, now)))
+        if limit.refill_intervally:
+            elapsed -= elapsed % limit.refill_period_nanos
+        room = max(0, limit.capacity - tokens) * limit.refill_period_nanos
+        return Level(limit, at, min(amount, room - elapsed * limit.refill_tokens))
+
+    def raised(self, amount: int, most: int) -> Level:
+        """The level with this amount put in, up to so many tokens."""
+        most *= self.limit.refill_period_nanos
+        return Level(self.limit, self.at, max(self.amount, min(self.amount + amount, most)))
+
+    def given_back(self, tokens: int, later: int = 0) -> Level:
+        """The level with tokens put in, up to what can be there beside those that were consumed later."""
+        return self.raised(tokens * self.limit.refill_period_nanos, self.limit.capacity - later)
+
+    def added(self, tokens: int) -> Level:
+        period = self.limit.refill_period_nanos
+        return Level(self.limit, self.at, min(self.amount + tokens * period, self.limit.capacity * period))
+
+    def wait(self, tokens: int, now: int) -> int:
+        """How long until so many tokens are there, in nanoseconds, rounded down."""
+        period, rate = self.limit.refill_period_nanos, self.limit.refill_tokens
+        missing = tokens * period - self.amount
+        if self.tokens >= tokens:
+            return 0
+        if not self.limit.refill_intervally:
+            return missing // rate
+        return self.at + -(-missing // (rate * period)) * period - now
+
+
+class Outcome(NamedTuple):
+    """What a command does to a bucket: the bucket after it, what it charges, the answer, and whether it is stored."""
+
+    bucket: Bucket
+    charge: int
+    answer: Any
+    stored: bool
+
+
+class Bucket(NamedTuple):
+    """All the bandwidths of a bucket, and what it has counted as consumed."""
+
+    levels: tuple[Level, ...]
+    counted: int = 0
+
+    @classmethod
+    def initial(cls, limits: BucketConfiguration, now: int) -> Bucket:
+        return cls(tuple([Level.initial(limit, now) for limit in limits.bandwidths]))
+
+    @property
+    def tokens(self) -> int:
+        return min([level.tokens for level in self.levels])
+
+    def refilled(self, now: int) -> Bucket:
+        return self._replace(levels=tuple([level.refilled(now) for level in self.levels]))
+
+    def missing(self) -> int:
+        """Tokens to the capacity, of the bandwidth that misses most."""
+        return max([level.limit.capacity - level.tokens for level in self.levels])
+
+    def after(self, command: Command[Any], now: int) -> Outcome:
+        """Refill, and do a command."""
+        return self.refilled(now)._after(command, now)
+
+    def _after(self, command: Command[Any], now: int) -> Outcome:  # noqa: C901, PLR0912  # a table of the commands
+        available = self.tokens
+        match command:
+            case TryConsume(tokens):
+                return self._consumed(tokens, True) if tokens <= available else Outcome(self, 0, False, False)
+            case TryConsumeAndReturnRemaining(tokens):
+                consumed = tokens <= available
+                left = available - tokens if consumed else available
+                return self._consumed(tokens * consumed, (consumed, max(0, left)))
+            case ConsumeAsMuchAsPossible(limit):
+                tokens = max(0, min(limit, available))
+                return self._consumed(tokens, tokens)
+            case Reserve(tokens, longest_wait):
+                wait = max([level.wait(tokens, now) for level in self.levels])
+                return self._reserved(tokens, wait, now) if wait <= longest_wait else Outcome(self, 0, NEVER, False)
+            case Cancel(tokens, noted, surplus):
+                return self._cancelled(tokens, noted, surplus)
+            case GiveBack(tokens):
+                levels = tuple([level.given_back(tokens) for level in self.levels])
+                return Outcome(Bucket(levels, self.counted - tokens), -tokens, None, True)
+            case AddTokens(tokens):
+                levels = tuple([level.added(tokens) for level in self.levels])
+                return Outcome(self._replace(levels=levels), 0, None, True)
+            case Reset():
+                full = [level._replace(amount=0).added(level.limit.capacity) for level in self.levels]
+                return Outcome(self._replace(levels=tuple(full)), 0, None, True)
+            case GetAvailableTokens():
+                return Outcome(self, 0, available, False)
+            case TakeSnapshot():
+                return Outcome(self, 0, None, False)
+            case Verbose():
+                return self._after(command.command, now)
+            case Synchronize():
+                booked = self._consumed(command.tokens, None)
+                bucket, charge, answer, stored = booked.bucket._after(command.command, now)
+                if not command.booking:
+                    return Outcome(self, 0, answer, False)
+                return Outcome(bucket, booked.charge + charge, answer, booked.stored or stored)
+            case Batch(commands):
+                whole = Outcome(self, 0, [], False)
+                for part in commands:
+                    bucket, charge, answer, stored = whole.bucket._after(part, now)
+                    whole = Outcome(bucket, whole.charge + charge, [*whole.answer, answer], whole.stored or stored)
+                return whole
+        raise NotImplementedError(command)
+
+    def _consumed(self, tokens: int, answer: Any) -> Outcome:
+        if not tokens:
+            return Outcome(self, 0, answer, False)
+        levels = tuple([level.less(tokens) for level in self.levels])
+        return Outcome(Bucket(levels, self.counted + tokens), tokens, answer, True)
+
+    def _reserved(self, tokens: int, wait: int, now: int) -> Outcome:
+        outcome = self._consumed(tokens, wait)
+        if not wait or len(self.levels) == 1:
+            return outcome
+        levels = tuple([level.due_after(tokens, wait, now) for level in outcome.bucket.levels])
+        return outcome._replace(bucket=outcome.bucket._replace(levels=levels))
+
+    def _cancelled(self, tokens: int, noted: int, surplus: tuple[tuple[int, int], ...]) -> Outcome:
+        later = max(0, self.counted - noted)
+        if later and self.tokens < 0:
+            return Outcome(self, 0, False, False)
+        levels = [level.given_back(tokens, later) for level in self.levels]
+        if surplus and not later:
+            levels = [
+                level.raised(whole * level.limit.refill_period_nanos + unfinished, level.limit.capacity)
+                for level, (whole, unfinished) in zip(levels, surplus, strict=True)
+            ]
+        return Outcome(Bucket(tuple(levels), self.counted - tokens), -tokens, True, True)

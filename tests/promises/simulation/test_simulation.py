@@ -1,0 +1,264 @@
+"""Schedules in which everything goes wrong, and proofs that the simulation would notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ratelimit.core.commands import TryConsume, execute
+from ratelimit.core.expiration import Expiration
+from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.engine import attempt, delegation, lost_reply, swapping
+from ratelimit.engine.attempt import Attempt
+from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
+from ratelimit.engine.local_decisions import LocalDecisions
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Layer, Question
+from ratelimit.engine.store_requests import Requests
+from ratelimit.errors import StoreError
+from ratelimit.runtime.steps import Steps
+from ratelimit.stores.protocol import Decided, Lost
+from tests.promises.simulation import clients, script
+from tests.promises.simulation.clients import Process
+from tests.promises.simulation.ledger import Decision
+from tests.promises.simulation.network import FAULTS, Network, Request
+from tests.promises.simulation.schedules import simulate
+from tests.promises.simulation.server import Server
+from tests.promises.simulation.world import MILLISECOND, ViolationError
+
+SCHEDULES = 20_000
+PART = 2_500
+
+Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, PART))
+def test_every_rule_is_kept_whatever_happens(first: int) -> None:
+    for seed in range(first, first + PART):
+        try:
+            simulate(seed)
+        except ViolationError as error:
+            pytest.fail(f"{error}\nreplay it: python -m tests.promises.simulation --seed {seed} --replay")
+
+
+def test_a_seed_stands_for_one_schedule() -> None:
+    for seed in range(30):
+        assert simulate(seed, tracing=True).lines == simulate(seed, tracing=True).lines
+
+
+def test_everything_does_go_wrong() -> None:
+    told = "\n".join(line for seed in range(400) for line in simulate(seed, tracing=True).lines)
+    for fault in FAULTS:
+        assert f", {fault}" in told
+    for event in (
+        *("and has lost", "and is done", "and is decided", "is stopped", "is interrupted", "expires", "fails over"),
+        *("Cancel(", "ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
+    ):
+        assert event in told
+
+
+# Mutants: each breaks one thing, and is to be noticed soon.
+
+
+def a_store_that_swaps_whatever_is_there(patch: pytest.MonkeyPatch) -> None:
+    def swap(self: Server, decision: Decision, _before: bytes | None, after: bytes, ttl_millis: int) -> None:
+        self.bucket(decision.key)
+        self._write(decision, after, ttl_millis)
+
+    patch.setattr(Server, "swap", swap)
+
+
+def a_store_whose_bytes_are_cut_off(patch: pytest.MonkeyPatch) -> None:
+    decide = script.decide
+
+    def cut_off(before: bytes | None, arguments: tuple[bytes, ...]) -> script.Decision:
+        decided = decide(before, arguments)
+        return decided if decided.after is None else decided._replace(after=decided.after[:-1])
+
+    patch.setattr(script, "decide", cut_off)
+
+
+def a_store_that_lets_clients_wait(patch: pytest.MonkeyPatch) -> None:
+    send = Network.send
+
+    def send_without_deadline(self: Network, request: Request) -> None:
+        request.deadline = None
+        send(self, request)
+
+    patch.setattr(Network, "send", send_without_deadline)
+
+
+def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def repeating(requests: Requests) -> Layer:
+        decide: Any = requests.decide
+
+        def deciding(key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
+            try:
+                return (yield decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]
+            except StoreError as error:
+                if not error.in_doubt:
+                    raise
+            return (yield decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]
+
+        requests.deciding = deciding
+        return swapping.swapping(requests)
+
+    patch.setattr(clients, "swapping", repeating)
+
+
+def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(delegation, "request", lambda *_, **__: None)
+
+
+def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
+    known_now = Process._known_now
+
+    def ahead(self: Process) -> int | None:
+        now = known_now(self)
+        if now is None:
+            return None
+        assert self._running is not None
+        now += 5 * MILLISECOND
+        if self._running.decision is not None:
+            self._running.decision.reading = now
+        return now
+
+    patch.setattr(Process, "_known_now", ahead)
+
+
+def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
+    def admitting(requests: Requests) -> Layer:
+        decide = swapping.swapping(requests)
+
+        def admit(question: Question) -> Steps[Any]:
+            ((target, terms, command),) = question.parts
+            seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
+            if seen.bucket is not None and isinstance(command, TryConsume):
+                after, answer = execute(command, terms, seen.bucket, now)
+                if answer:
+                    requests.remember(target.stored_key, Sighting(seen.state, after))
+                    return answer
+            return (yield from decide(question))
+
+        return admit
+
+    patch.setattr(clients, "swapping", admitting)
+
+
+def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
+    """Put something else in the place of what follows a swap whose reply was lost."""
+    patch.setattr(attempt, "repeated", repeat)
+
+
+def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None:
+    repeated = lost_reply.repeated
+
+    def repeat(*arguments: Any) -> Steps[Lost | None]:
+        try:
+            return (yield from repeated(*arguments))
+        except StoreError as error:
+            if "a reply of the store was lost" not in error.message:
+                raise
+        return None
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BucketState, "shows", lambda *_: True)
+
+
+def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
+    def trusting(requests: Requests) -> Layer:
+        decide = swapping.swapping(requests)
+
+        def trust(question: Question) -> Steps[Any]:
+            requests.unique_readings = True
+            return (yield from decide(question))
+
+        return trust
+
+    patch.setattr(clients, "swapping", trusting)
+
+
+def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
+    def repeat(attempt: Attempt, _after: Any, _ttl: int, failure: BaseException) -> Steps[Lost | None]:
+        if not isinstance(failure, StoreError) or not failure.in_doubt:
+            raise failure
+        return Lost((yield attempt.requests.get(attempt.target.stored_key, deadline=attempt.question.deadline)))
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_tells_no_doubt(patch: pytest.MonkeyPatch) -> None:
+    repeated = lost_reply.repeated
+
+    def repeat(*arguments: Any) -> Steps[Lost | None]:
+        try:
+            return (yield from repeated(*arguments))
+        except StoreError as error:
+            error.in_doubt = False
+            raise
+
+    _repeating(patch, repeat)
+
+
+def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
+    def nothing(*_: Any, **__: Any) -> Steps[None]:
+        return
+        yield
+
+    patch.setattr(BucketProxy, "_cancel", nothing)
+
+
+def a_wait_that_is_cancelled_at_the_expense_of_those_behind_it(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BucketState, "cancelled", lambda state, tokens, *_: state.given_back(tokens))
+
+
+def a_wait_under_several_limits_during_which_the_others_recover(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BucketState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ()))
+
+
+def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Expiration, "ttl_millis", lambda *_: 1)
+
+
+def a_client_that_forgets_what_it_could_not_book(patch: pytest.MonkeyPatch) -> None:
+    failed = LocalDecisions._failed
+
+    def forget(self: LocalDecisions, begun: Any, error: BaseException) -> None:
+        failed(self, begun, error)
+        begun.entry.pending -= begun.carried
+
+    patch.setattr(LocalDecisions, "_failed", forget)
+
+
+MUTANTS: list[tuple[Mutant, str]] = [
+    (a_store_that_swaps_whatever_is_there, "has stored"),
+    (a_store_whose_bytes_are_cut_off, "cannot be read"),
+    (a_store_that_lets_clients_wait, "after its deadline"),
+    (a_script_that_is_repeated_when_its_reply_is_lost, "is stored twice|is charged"),
+    (a_script_that_is_never_asked, "round trips"),
+    (a_clock_that_is_ahead, "is told|has stored"),
+    (a_client_that_admits_from_memory, "is told"),
+    (a_client_that_takes_any_bytes_for_its_own, "is told"),
+    (a_client_that_ignores_that_others_write_the_same_bytes, "is told"),
+    (a_client_that_trusts_a_coarse_clock, "is told"),
+    (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
+    (a_client_that_tells_no_doubt, "tells no doubt"),
+    (a_client_that_gives_nothing_back, "are not given back"),
+    (a_wait_that_is_cancelled_at_the_expense_of_those_behind_it, "has stored"),
+    (a_wait_under_several_limits_during_which_the_others_recover, "has stored"),
+    (a_client_that_forgets_what_it_could_not_book, "has handed out"),
+    (an_expiration_that_is_too_short, "tokens missing"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "violation"), MUTANTS, ids=[mutant.__name__ for mutant, _ in MUTANTS])
+def test_a_mutant_is_caught(mutant: Mutant, violation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(ViolationError, match=violation):
+        for seed in range(2_000):
+            simulate(seed)

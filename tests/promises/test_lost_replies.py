@@ -1,0 +1,169 @@
+"""Replies and requests lost on the wire to a real Redis: nothing is charged twice, whatever redis-py repeats."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreUnavailableError
+from ratelimit.stores.redis.scripts import load
+from tests.support.faces import Settled
+from tests.support.monitors import monitored
+from tests.support.proxies import Proxy
+from tests.support.ways import By, deciding_by
+
+pytestmark = pytest.mark.redis
+
+LIMITS = "100/day"
+
+
+@pytest.fixture
+async def proxy(redis_url: str) -> AsyncGenerator[Proxy]:
+    with Proxy(urlsplit(redis_url).port or 6379) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["url", "url asyncio", "client that retries", "asyncio client that retries"])
+async def face(request: pytest.FixtureRequest, proxy: Proxy) -> AsyncGenerator[Settled]:
+    url = f"redis://127.0.0.1:{proxy.port}/0"
+    backoff = ExponentialBackoff(base=0.001, cap=0.01)
+    match request.param:
+        case "url":
+            with ProxyManager.from_url(url, LIMITS) as manager:
+                yield Settled(manager)
+        case "url asyncio":
+            async with AsyncProxyManager.from_url(url, LIMITS) as amanager:
+                yield Settled(amanager)
+        case "client that retries":
+            with redis.Redis.from_url(url, retry=Retry(backoff, 3), retry_on_error=[redis.ConnectionError]) as client:
+                yield Settled(ProxyManager(RedisStore(client), LIMITS))
+        case "asyncio client that retries":
+            aretry = redis.asyncio.retry.Retry(backoff, 3)
+            async with redis.asyncio.Redis.from_url(
+                url, retry=aretry, retry_on_error=[redis.ConnectionError]
+            ) as aclient:
+                yield Settled(AsyncProxyManager(AsyncRedisStore(aclient), LIMITS))
+
+
+@pytest.fixture
+def witness(redis_url: str) -> Generator[ProxyManager]:
+    """Another process, as it were, whose connection is sound."""
+    with ProxyManager.from_url(redis_url, LIMITS) as manager:
+        yield manager
+
+
+def consumed(witness: ProxyManager, key: str = "key") -> int:
+    return witness.bucket(key).snapshot().consumed_tokens
+
+
+async def test_a_client_left_to_itself_does_charge_twice(proxy: Proxy) -> None:
+    """The fault that is guarded against: the proxy and redis-py together do produce it."""
+    retry = Retry(ExponentialBackoff(base=0.001, cap=0.01), 3)
+    with redis.Redis(port=proxy.port, retry=retry, retry_on_error=[redis.ConnectionError]) as client:
+        client.set("counter", 0)
+        proxy.about = b"INCR"
+        proxy.lose_replies = 1
+        client.incr("counter")
+        assert client.get("counter") == b"2"
+
+
+@pytest.mark.parametrize("loss", ["lose_replies", "lose_requests"])
+async def test_a_swap_whose_reply_or_request_is_lost_is_charged_once(
+    face: Settled, proxy: Proxy, witness: ProxyManager, loss: str
+) -> None:
+    for number in range(1, 6):
+        assert await face.try_consume("key")
+        setattr(proxy, loss, 1)
+        assert await face.try_consume("key")
+        assert proxy.lost == number
+        assert consumed(witness) == 2 * number
+
+
+async def test_a_creation_whose_reply_is_lost_is_charged_once(
+    face: Settled, proxy: Proxy, witness: ProxyManager
+) -> None:
+    await face.try_consume("warm up")
+    proxy.lose_replies = 1
+    assert await face.try_consume("key", 7)
+    assert proxy.lost == 1
+    assert consumed(witness) == 7
+
+
+async def test_two_losses_in_a_row_are_an_error_that_says_what_is_in_doubt(
+    face: Settled, proxy: Proxy, witness: ProxyManager
+) -> None:
+    assert await face.try_consume("key")
+    proxy.lose_replies = 2
+    with pytest.raises(StoreUnavailableError) as caught:
+        await face.try_consume("key")
+    assert proxy.lost == 2
+    assert caught.value.in_doubt
+    assert isinstance(caught.value.__cause__, redis.RedisError)
+    assert consumed(witness) == 2
+    assert await face.try_consume("key")
+    assert consumed(witness) == 3
+
+
+async def test_answers_stay_matched_to_their_questions_after_losses(face: Settled, proxy: Proxy) -> None:
+    for number in range(20):
+        assert await face.try_consume(f"key {number}", number + 1)
+        proxy.lose_replies = number % 2
+        assert await face.try_consume(f"key {number}")
+        proxy.lose_replies = 0
+        assert await face.available_tokens(f"key {number}") == 100 - number - 2
+
+
+async def test_a_read_whose_reply_is_lost_is_an_error_without_doubt_about_tokens(
+    face: Settled, proxy: Proxy, witness: ProxyManager
+) -> None:
+    assert await face.try_consume("key")
+    proxy.about = b"GETRANGE"
+    proxy.lose_replies = 1
+    with pytest.raises(StoreUnavailableError):
+        await face.available_tokens("key")
+    assert await face.available_tokens("key") == 99
+    assert consumed(witness) == 1
+
+
+@pytest.mark.parametrize("loss", ["lose_replies", "lose_requests"])
+async def test_a_lost_decision_is_in_doubt_and_not_repeated(
+    face: Settled, proxy: Proxy, witness: ProxyManager, redis_url: str, loss: str
+) -> None:
+    proxy.about = load("decide").sha.encode()
+    taken = 3 if loss == "lose_replies" else 0
+    for number, verb in enumerate(("try_consume", "consume", "consume_ignoring_rate_limits"), start=1):
+        with deciding_by(By.SCRIPT, face):
+            for _ in range(2):
+                assert await face.try_consume(verb)
+            with monitored(redis_url) as monitor:
+                setattr(proxy, loss, 1)
+                with pytest.raises(StoreUnavailableError, match="may have been carried out") as caught:
+                    await getattr(face, verb)(verb, 3)
+                sent = [command for command in monitor.sent() if command != "TIME"]
+                assert sent == ["EVALSHA"] * (taken > 0)
+            assert (proxy.lost, caught.value.key, caught.value.in_doubt) == (number, verb, True)
+            assert isinstance(caught.value.__cause__, redis.RedisError)
+            assert consumed(witness, verb) == 2 + taken
+            assert await face.try_consume(verb)
+            assert consumed(witness, verb) == 3 + taken
+
+
+async def test_all_merged_calls_learn_of_a_doubt(proxy: Proxy, witness: ProxyManager) -> None:
+    proxy.about = load("decide").sha.encode()
+    async with AsyncProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", LIMITS) as manager:
+        with deciding_by(By.SCRIPT, manager):
+            for _ in range(2):
+                assert await manager.try_consume("key")
+            proxy.lose_replies = 2  # of the first alone, and of the others together
+            answers = await asyncio.gather(*(manager.try_consume("key") for _ in range(5)), return_exceptions=True)
+    assert [isinstance(answer, StoreUnavailableError) and answer.in_doubt for answer in answers] == [True] * 5
+    assert len(set(map(id, answers))) == 5
+    assert consumed(witness) == 2 + 5
