@@ -163,10 +163,3 @@ class StoreUnavailableError(StoreError):
 
 class StoreTimeoutError(StoreError):
     """The store did not answer in time."""
-
-
-class CommandError(Exception):
-    """A command cannot do what its user wants; the message says why, in one line.
-
-    Commands raise it. No function of the library does, so that it is not a :class:`RateLimitError`.
-    """

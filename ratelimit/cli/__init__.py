@@ -11,7 +11,8 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from ratelimit.cli import buckets
-from ratelimit.errors import CommandError, RateLimitError
+from ratelimit.demo.errors import DemoError
+from ratelimit.errors import RateLimitError
 from ratelimit.keys import Key
 from ratelimit.runtime.signals import Interrupted, interruptible
 from ratelimit.stores.urls import DEFAULT_URL, URL_VARIABLE, default_url
@@ -48,7 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
-    except (RateLimitError, CommandError) as error:
+    except (RateLimitError, DemoError) as error:
         print(f"ratelimit: {error}", file=sys.stderr)
         return 2
     return status
@@ -56,7 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     if find_spec("rich") is None:
-        raise CommandError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
+        raise DemoError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
     from ratelimit.demo.command import demo
 
     return demo(arguments.url, buckets.parsed_limits(arguments.limit), arguments.processes, arguments.seconds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.algorithm import Configuration, State, Surplus
 from ratelimit.core.inheritance import TokensInheritance
@@ -32,6 +32,12 @@ class Command(ABC, Generic[T]):
 
     only_reads: bool = False
     """True where no state is ever stored, so that the store is only read."""
+
+    verb: ClassVar[str | None] = None
+    """The name of the verb where decisions are reported to listeners; None: they are not."""
+
+    consumes: ClassVar[bool] = False
+    """True where tokens are taken only if they are there, or will be: a state in memory may decide that."""
 
     is_decision: bool = False
     """True where callers act upon the answer, so that there may be another one in its place where the store fails."""
@@ -108,6 +114,8 @@ class TryConsume(Command[bool]):
 
     tokens: int
 
+    verb = "try_consume"
+    consumes = True
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[bool]:
@@ -132,6 +140,8 @@ class TryConsumeAndReturnRemaining(Command[ConsumptionProbe]):
 
     tokens: int
 
+    verb = "try_consume_and_return_remaining"
+    consumes = True
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[ConsumptionProbe]:
@@ -163,6 +173,8 @@ class ConsumeAsMuchAsPossible(Command[int]):
 
     limit: int = MAX
 
+    verb = "try_consume_as_much_as_possible"
+    consumes = True
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[int]:
@@ -198,6 +210,8 @@ class Reserve(Command[Reserved]):
     tokens: int
     longest_wait_nanos: int = NEVER
 
+    verb = "consume"
+    consumes = True
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[Reserved]:
@@ -242,6 +256,7 @@ class ConsumeIgnoringRateLimits(Command[int]):
 
     tokens: int
 
+    verb = "consume_ignoring_rate_limits"
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[int]:
@@ -276,6 +291,7 @@ class EstimateAbilityToConsume(Command[EstimationProbe]):
 
     tokens: int
     only_reads = True
+    verb = "estimate_ability_to_consume"
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[EstimationProbe]:

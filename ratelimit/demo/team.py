@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
 from ratelimit.demo.children import Child
+from ratelimit.demo.errors import DemoError
 from ratelimit.demo.worker import Counts, Task
-from ratelimit.errors import CommandError
 
 _PATIENCE_SECONDS = 30  # with a process that is late
 _END_SECONDS = 5
@@ -97,15 +97,15 @@ class Team:
     ) -> None:
         """Wait until each process has reached something, which should take so many seconds.
 
-        :raises CommandError: where a process has died before, or does not get there in time.
+        :raises DemoError: where a process has died before, or does not get there in time.
         """
         deadline = time.monotonic() + seconds + _PATIENCE_SECONDS
         while not all(map(reached, self.processes)):
             for process in self.processes:
                 if process.ended and not reached(process):
-                    raise CommandError(f"process {process.pid} of the demo has died")
+                    raise DemoError(f"process {process.pid} of the demo has died")
             if time.monotonic() > deadline:
-                raise CommandError("a process of the demo does not answer")
+                raise DemoError("a process of the demo does not answer")
             self._news.wait(_LOOK_SECONDS)
             self._news.clear()
             meanwhile()

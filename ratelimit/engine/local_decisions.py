@@ -26,14 +26,12 @@ from weakref import ref
 from ratelimit.core.algorithm import State
 from ratelimit.core.commands import (
     Command,
-    ConsumeAsMuchAsPossible,
     Reserve,
     Synchronize,
     Synchronized,
     TakeSnapshot,
     Terms,
     TryConsume,
-    TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.numbers import MIN, wrap
@@ -359,7 +357,7 @@ def _decided(entry: _Entry, state: State, optimization: Optimization, command: C
     inner: Command[Any] = command.command if isinstance(command, Verbose) else command
     if inner.only_reads:
         return command.decide(state, now)[1] if optimization.max_unsynchronized_tokens else ASK
-    if type(inner) not in _CONSUMING:
+    if not inner.consumes:
         return ASK
     after, answer = command.decide(state, now)
     if after is None:
@@ -376,11 +374,6 @@ def _decided(entry: _Entry, state: State, optimization: Optimization, command: C
             return ASK
     entry.state, entry.pending = after, entry.pending + consumed
     return answer
-
-
-_CONSUMING: Final[frozenset[type]] = frozenset(
-    {TryConsume, TryConsumeAndReturnRemaining, ConsumeAsMuchAsPossible, Reserve}
-)
 
 
 def _weight(target: Target, terms: Terms) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ratelimit.core.commands import (
     Command,
@@ -26,16 +26,6 @@ from ratelimit.keys import Key
 from ratelimit.runtime.steps import Steps
 
 _logger = logging.getLogger("ratelimit")
-
-_VERBS: Final[dict[type[Command[Any]], str]] = {
-    TryConsume: "try_consume",
-    TryConsumeAndReturnRemaining: "try_consume_and_return_remaining",
-    ConsumeAsMuchAsPossible: "try_consume_as_much_as_possible",
-    Reserve: "consume",
-    ConsumeIgnoringRateLimits: "consume_ignoring_rate_limits",
-    EstimateAbilityToConsume: "estimate_ability_to_consume",
-}
-"""The verbs that are reported."""
 
 
 class Decision(NamedTuple):
@@ -113,14 +103,13 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
     def report(question: Question, answer: Any, error: Exception | None, seconds: float) -> None:
         ((target, _, asked),) = question.parts
         command: Command[Any] = asked.command if isinstance(asked, Verbose) else asked
-        verb = _VERBS.get(type(command))
-        if verb is None:
+        if command.verb is None:
             return
         tokens = command.limit if isinstance(command, ConsumeAsMuchAsPossible) else command.tokens  # type: ignore[attr-defined]  # all of these verbs have some
         consumed, remaining, wait = _seen(command, tokens, answer)
         decision = Decision(
             key=target.key,
-            verb=verb,
+            verb=command.verb,
             tokens=tokens,
             consumed=consumed,
             remaining=None if remaining == MAX else remaining,  # MAX is what is left where there is no bucket

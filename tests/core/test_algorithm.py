@@ -300,7 +300,7 @@ def test_nothing_but_its_own_room_speaks_of_token_buckets() -> None:
         *(package / "engine").rglob("*.py"),
         *(package / "stores").rglob("*.py"),
     ]
-    for path in [*shared, package / "cli" / "keys.py"]:
+    for path in [*shared, package / "cli" / "buckets.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 room = "ratelimit.core.token_bucket"

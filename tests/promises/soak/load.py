@@ -96,7 +96,7 @@ def _by_threads(  # noqa: C901
                 begin = time.monotonic()
                 try:
                     if key.isdecimal() and own.random() < 0.2:
-                        taken = int(manager.consume(key, own.randrange(1, 50), timeout=0.05))
+                        taken = int(manager.consume(key, own.randrange(1, 50), max_wait=0.05))
                     else:
                         taken = manager.try_consume(key)
                 except StoreError as error:
@@ -141,7 +141,7 @@ def _by_tasks(url: str, chance: random.Random, stop: Event, book: Book) -> None:
         begin = time.monotonic()
         try:
             if key.isdecimal() and chance.random() < 0.2:
-                taken = int(await manager.consume(key, chance.randrange(1, 50), timeout=0.05))
+                taken = int(await manager.consume(key, chance.randrange(1, 50), max_wait=0.05))
             else:
                 taken = await manager.try_consume(key)
         except StoreError as error:
