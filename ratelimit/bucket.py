@@ -57,37 +57,37 @@ class _OfBucket(OfThisProcess):
 
 
 class Bucket(_OfBucket):
-    """One bucket, for sync code; made by :meth:`ProxyManager.bucket`. Cheap: nothing is sent before the first verb.
+    """A bucket, for sync code; :meth:`ProxyManager.bucket` makes it. Nothing is sent before the first verb.
 
     Every verb has a ``timeout``, a ``timedelta`` or seconds above 0: by then it has answered or raised an error. It
     defaults to that of the bucket or the manager. Waiting for tokens is not in it: that is what ``max_wait`` is about.
 
-    Verbs raise ``InvalidArgumentError`` for a number of tokens that is no ``int`` of 1 or more, ``StoreError`` or one
-    of its kinds for trouble with the store, ``ContentionError``, and ``CorruptStateError`` for foreign bytes under the
-    key.
+    Verbs raise ``InvalidArgumentError`` for a number of tokens that is not an ``int`` of 1 or more, ``StoreError`` or
+    one of its kinds for trouble with the store, ``ContentionError``, and ``CorruptStateError`` for foreign bytes under
+    the key.
     """
 
     __slots__ = ()
 
     @property
     def verbose(self) -> VerboseBucket:
-        """The same verbs, answering with the bucket after them."""
+        """The verbs of this bucket, each of which also shows the bucket right after it."""
         return VerboseBucket(self._proxy)
 
     def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
-        """Consume the tokens if all of them are there; whether they were."""
+        """Consume the tokens if all of them are there, and return whether they were."""
         return self._proxy.ask(_try_consume(tokens), timeout)
 
     def try_consume_and_return_remaining(self, tokens: int = 1, *, timeout: Duration | None = None) -> ConsumptionProbe:
-        """Consume the tokens if all of them are there; with what is left, and how long to wait."""
+        """Consume the tokens if all of them are there, and return what is left and how long to wait."""
         return self._proxy.ask(_try_consume_and_return_remaining(tokens), timeout)
 
     def try_consume_as_much_as_possible(self, limit: int | None = None, *, timeout: Duration | None = None) -> int:
-        """Consume what is there, at most ``limit``; how many tokens that was."""
+        """Consume what is there, at most ``limit``, and return how many tokens that was."""
         return self._proxy.ask(ConsumeAsMuchAsPossible(_limit(limit)), timeout)
 
     def consume_ignoring_rate_limits(self, tokens: int, *, timeout: Duration | None = None) -> int:
-        """Consume the tokens, in debt if need be; nanoseconds until they would have been there.
+        """Consume the tokens, in debt if need be, and return the nanoseconds until they would have been there.
 
         :raises ReservationOverflowError: where the debt does not fit into 64 bits.
         """
@@ -105,11 +105,11 @@ class Bucket(_OfBucket):
         return self._proxy.under_shield(self._proxy.consume, tokens, max_wait, timeout)
 
     def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
-        """Whether the tokens could be consumed now, and how long to wait for them."""
+        """Return whether the tokens could be consumed now, and how long to wait for them; consume nothing."""
         return self._proxy.ask(EstimateAbilityToConsume(token_count(tokens)), timeout)
 
     def available_tokens(self, *, timeout: Duration | None = None) -> int:
-        """The tokens that are there now; negative in debt."""
+        """Return the tokens that are there now; negative in debt."""
         return self._proxy.ask(GetAvailableTokens(), timeout)
 
     def add_tokens(self, tokens: int, *, timeout: Duration | None = None) -> None:
@@ -121,19 +121,20 @@ class Bucket(_OfBucket):
         self._proxy.ask(ForceAddTokens(token_count(tokens)), timeout)
 
     def give_back(self, tokens: int, *, timeout: Duration | None = None) -> None:
-        """Undo a consumption of which nothing has come: the tokens are there again, up to the capacity.
+        """Undo a consumption that was of no use: the tokens are there again, up to the capacity.
 
-        They are there for newcomers at once, also where others wait who were given times before. By as many tokens more
-        may then be admitted than the limits allow.
+        They are there for newcomers at once, also where callers wait that were given times before. As many tokens more
+        than the limits allow may then be admitted.
         """
         self._proxy.ask(GiveBack(token_count(tokens)), timeout)
 
     def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> None:
         """Let nobody have a token before this long from now; a wait that is longer already stays as it is.
 
-        For a fleet that has been told to come later: however many say it, it is done once. Tokens are taken for it, in
-        debt if need be, and come back one by one or by the period, as the limits say. They do not count as consumed.
-        Who has reserved tokens before is not held, and who puts tokens in, or gives them back, ends it sooner.
+        It is for a fleet that a server has asked to come later: however many processes say it, it is done once. Tokens
+        are taken for it, in debt if need be, and come back one by one or by the period, as the limits say. They do not
+        count as consumed. Callers that have reserved tokens before are not held back, and a caller that puts tokens in,
+        or gives them back, ends it sooner.
 
         :param duration: a ``timedelta`` or seconds, above 0.
         """
@@ -146,18 +147,18 @@ class Bucket(_OfBucket):
     def replace_configuration(
         self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> None:
-        """Put other limits in the place of the stored ones; see :class:`TokensInheritance` for the tokens."""
+        """Replace the stored limits; see :class:`TokensInheritance` for how the tokens pass to the new ones."""
         self._proxy.ask(_replacement(configuration, inheritance), timeout)
 
     def sync(self) -> None:
         """Tell the store what was handed out without asking it, and learn what it holds; see :class:`Optimization`.
 
-        Without an optimization there is nothing to tell, and nothing is sent.
+        Without an optimization nothing is sent.
         """
         run(self._proxy.sync())
 
     def snapshot(self, *, timeout: Duration | None = None) -> Snapshot:
-        """The state of the bucket now.
+        """Return the state of the bucket now.
 
         :raises BucketNotFoundError: for a key that is not limited.
         """
@@ -165,7 +166,7 @@ class Bucket(_OfBucket):
 
 
 class VerboseBucket(_OfBucket):
-    """The verbs of a :class:`Bucket`, each answering with the bucket right after it as well."""
+    """The verbs of a :class:`Bucket`, each of which also shows the bucket right after it."""
 
     __slots__ = ()
 
@@ -237,13 +238,13 @@ class VerboseBucket(_OfBucket):
 
 
 class AsyncBucket(_OfBucket):
-    """One bucket, for asyncio; made by :meth:`AsyncProxyManager.bucket`. As :class:`Bucket`, awaited."""
+    """A bucket, for asyncio; :meth:`AsyncProxyManager.bucket` makes it. The verbs are those of a :class:`Bucket`."""
 
     __slots__ = ()
 
     @property
     def verbose(self) -> AsyncVerboseBucket:
-        """The same verbs, answering with the bucket after them."""
+        """The verbs of this bucket, each of which also shows the bucket right after it."""
         return AsyncVerboseBucket(self._proxy)
 
     async def try_consume(self, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
@@ -316,7 +317,7 @@ class AsyncBucket(_OfBucket):
 
 
 class AsyncVerboseBucket(_OfBucket):
-    """The verbs of an :class:`AsyncBucket`, each answering with the bucket right after it as well."""
+    """The verbs of an :class:`AsyncBucket`, each of which also shows the bucket right after it."""
 
     __slots__ = ()
 

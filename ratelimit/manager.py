@@ -188,7 +188,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
 
 
 class ProxyManager(_Manager[Store, Bucket]):
-    """Buckets of a service, all under the same limits: ask it for a decision by key.
+    """The buckets of a service, all under the same limits: ask it for a decision by key.
 
     ::
 
@@ -224,7 +224,7 @@ class ProxyManager(_Manager[Store, Bucket]):
     def from_url(
         cls, url: str, configuration: Limits | LimitsOfKey | None = None, **settings: Unpack[SettingsByName]
     ) -> Self:
-        """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
+        """Return a manager over a store that it opens by URL and closes itself; the settings are those of the class.
 
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
         ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
@@ -258,7 +258,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         self.close()
 
     def configuration(self, key: Key) -> BucketConfiguration | None:
-        """The configuration that is stored with the bucket of a key; None where there is no bucket."""
+        """Return the configuration that is stored with the bucket of a key; None where there is no bucket."""
         return run(self._pipeline.stored_configuration(self._target(key), self._timeout))
 
     def remove(self, key: Key) -> None:
@@ -301,7 +301,7 @@ class ProxyManager(_Manager[Store, Bucket]):
 
 
 class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
-    """The same as :class:`ProxyManager`, for asyncio: the same names, awaited.
+    """The buckets of a service, for asyncio: the names are those of :class:`ProxyManager`, awaited.
 
     ::
 
@@ -329,7 +329,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     def from_url(
         cls, url: str, configuration: Limits | AsyncLimitsOfKey | None = None, **settings: Unpack[SettingsByName]
     ) -> Self:
-        """A manager over a store that it opens by URL and closes itself; the settings are those of the class.
+        """Return a manager over a store that it opens by URL and closes itself; the settings are those of the class.
 
         ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
         ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
@@ -358,7 +358,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         await self.aclose()
 
     async def configuration(self, key: Key) -> BucketConfiguration | None:
-        """The configuration that is stored with the bucket of a key; None where there is no bucket."""
+        """Return the configuration that is stored with the bucket of a key; None where there is no bucket."""
         return await arun(self._pipeline.stored_configuration(self._target(key), self._timeout))
 
     async def remove(self, key: Key) -> None:

@@ -216,20 +216,23 @@ def _asking(proxy: BucketProxy) -> Any:
     """Return what answers a command about a bucket. It is written out twice, because every decision passes through."""
     pipeline, target, terms, timeout = proxy.pipeline, proxy.target, proxy.terms, proxy.timeout
     at_once, layer, finish = proxy.ask_at_once, proxy.layer, pipeline.face.finish
+    if at_once is None:
 
-    def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
-        fork_safety.check()
-        deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
-        part = new_tuple(Part, (target, terms, command))
-        return finish(layer(new_tuple(Question, ((part,), deadline, False, Course()))))
+        def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+            fork_safety.check()
+            deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
+            part = new_tuple(Part, (target, terms, command))
+            return finish(layer(new_tuple(Question, ((part,), deadline, False, Course()))))
+
+        return ask
 
     def ask_at_once(command: Command[Any], own_timeout: Duration | None = None) -> Any:
         fork_safety.check()
         deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
         part = new_tuple(Part, (target, terms, command))
-        return at_once(new_tuple(Question, ((part,), deadline, False, Course())))  # type: ignore[misc]  # it is there
+        return at_once(new_tuple(Question, ((part,), deadline, False, Course())))
 
-    return ask if at_once is None else ask_at_once
+    return ask_at_once
 
 
 def _reservation(tokens: int, max_wait: Duration | None) -> Reserve:
