@@ -32,8 +32,8 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, cast
 
 from ratelimit import ProxyManager, RateLimitError
+from ratelimit.demo.errors import DemoError
 from ratelimit.demo.local_redis import find_binary, local_redis
-from ratelimit.errors import CommandError
 from ratelimit.integrations.http import api_key
 from ratelimit.runtime.signals import Interrupted, interruptible
 
@@ -112,9 +112,9 @@ class Keeper:
         self.pid = int(self._stdout.readline() or 0)
 
     def check(self) -> None:
-        """:raises CommandError: where the process has ended."""
+        """:raises DemoError: where the process has ended."""
         if self._keeper.poll() is not None:
-            raise CommandError(f"this has ended: {shlex.join(self._command)}")
+            raise DemoError(f"this has ended: {shlex.join(self._command)}")
 
     def tell_last_words(self) -> None:
         if lines := self._log.read_text(errors="replace").splitlines()[-20:]:
@@ -475,14 +475,14 @@ def run(name: str, seconds: float, workers: int, *, serve: bool) -> str:
                         return example.story(example.policy, instances)
                 except SlowRedisError:
                     say("Redis did not answer within half a second: all over again.")
-            raise CommandError("this machine is too slow")
+            raise DemoError("this machine is too slow")
 
 
 def check_packages() -> None:
-    """:raises CommandError: where one that an example needs is not installed."""
+    """:raises DemoError: where one that an example needs is not installed."""
     missing = [name for name in ("django", "fastapi", "flask", "gunicorn", "httpx", "uvicorn") if not find_spec(name)]
     if missing:
-        raise CommandError(f"{', '.join(missing)} missing; run: pip install 'ratelimit-redis[examples]'")
+        raise DemoError(f"{', '.join(missing)} missing; run: pip install 'ratelimit-redis[examples]'")
 
 
 def main() -> int:
@@ -501,7 +501,7 @@ def main() -> int:
     except UntrueError as error:
         say(f"\nBut: {error}.")
         return 1
-    except (CommandError, RateLimitError, OSError, http.client.HTTPException) as error:
+    except (DemoError, RateLimitError, OSError, http.client.HTTPException) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
     except Interrupted as interruption:

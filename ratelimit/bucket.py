@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from ratelimit.checks import duration_nanos, token_count
 from ratelimit.core.commands import (
@@ -388,6 +388,17 @@ class AsyncVerboseBucket(_OfBucket):
     async def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
         return await arun(self._proxy.snapshot_verbosely(timeout))
+
+
+def consuming(bucket: Bucket | AsyncBucket, tokens: int, max_wait: Duration | None) -> Any:
+    """Consume as the verb does, and return a ``VerboseResult`` with the reservation, or an awaitable of that.
+
+    :param max_wait: as for the verb.
+    """
+    proxy = bucket._proxy  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # as above
+    if isinstance(bucket, Bucket):
+        return proxy.under_shield(proxy.consume_and_show, tokens, max_wait, None)
+    return arun(proxy.consume_and_show(tokens, max_wait, None))
 
 
 def _limit(limit: int | None) -> int:

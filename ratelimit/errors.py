@@ -121,15 +121,18 @@ class ReservationOverflowError(RateLimitError):
 class RateLimitExceeded(RateLimitError):  # noqa: N818  # the name that this has in every such library
     """A call was refused by a limit: of a function that is ``limited``, or of an API that is called through a limit.
 
-    :ivar key: whose limit that was.
+    :ivar key: the key of that limit.
     :ivar retry_after: in seconds, rounded up; None where waiting does not help, because more is wanted than the bucket
         can hold.
+    :ivar probe: the ``ConsumptionProbe`` of the refusal; None where no bucket was asked, as during a hold that this
+        process knows of.
     """
 
-    def __init__(self, key: Key, retry_after: float | None) -> None:
-        super().__init__(key, retry_after)
+    def __init__(self, key: Key, retry_after: float | None, probe: Any = None) -> None:
+        super().__init__(key, retry_after, probe)
         self.key = key
         self.retry_after = retry_after
+        self.probe = probe
 
     def __str__(self) -> str:
         wait = "never" if self.retry_after is None else f"in {self.retry_after:g} s"

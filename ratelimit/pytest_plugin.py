@@ -18,7 +18,7 @@ _BEGINNING = 1_700_000_000 * 10**9  # a time on a whole second, in nanoseconds s
 @pytest.fixture
 def ratelimit_disabled() -> Generator[None]:
     """Switch the limits of all integrations off, whatever ``RATELIMIT_ENABLED`` says."""
-    from ratelimit.integrations.switch import enabled
+    from ratelimit.policy.switch import enabled
 
     with enabled(False):
         yield
@@ -32,8 +32,8 @@ def ratelimit_clock() -> Generator[ManualClock]:
     are replaced by managers over a store in memory. Managers that the application has made itself are left alone.
     """
     from ratelimit import AsyncMemoryStore, AsyncProxyManager, MemoryStore, ProxyManager
-    from ratelimit.integrations.managers import PREFIX, replaced
-    from ratelimit.integrations.switch import enabled
+    from ratelimit.policy.managers import PREFIX, replaced
+    from ratelimit.policy.switch import enabled
 
     clock = ManualClock(_BEGINNING)
     store = MemoryStore(clock=clock)
@@ -46,7 +46,7 @@ class Decisions:
     """What the limits of all integrations have decided since the test began."""
 
     def __init__(self) -> None:
-        from ratelimit.integrations.recording import RecordedDecision
+        from ratelimit.policy.recording import RecordedDecision
 
         self.all: list[RecordedDecision] = []
 
@@ -85,7 +85,7 @@ class Decisions:
 @pytest.fixture
 def ratelimit_decisions() -> Generator[Decisions]:
     """Record what the limits of all integrations decide, for assertions."""
-    from ratelimit.integrations.recording import recording
+    from ratelimit.policy.recording import recording
 
     decisions = Decisions()
     with recording() as decisions.all:

@@ -153,7 +153,7 @@ def _loop_runs() -> bool:
 
 
 def _of_integrations() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
-    from ratelimit.integrations.managers import managers_made  # most tests have no integrations
+    from ratelimit.policy.managers import managers_made  # most tests have no integrations
 
     return managers_made()
 

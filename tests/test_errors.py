@@ -6,11 +6,13 @@ import pytest
 
 from ratelimit import (
     BucketNotFoundError,
+    ConsumptionProbe,
     ContentionError,
     CorruptStateError,
     InvalidArgumentError,
     InvalidConfigurationError,
     RateLimitError,
+    RateLimitExceeded,
     ReservationOverflowError,
     StoreError,
     StoreTimeoutError,
@@ -26,6 +28,8 @@ ERRORS = [
     CorruptStateError("key", b"state", "the data ends"),
     UnsupportedStateError("key", b"state", "a state in format 9", 9),
     ReservationOverflowError("never"),
+    RateLimitExceeded("key", 1.5),
+    RateLimitExceeded("key", None, ConsumptionProbe(False, 3, 2**63 - 1, 60)),
     StoreError("key", "refused"),
     StoreUnavailableError("key", "gone", in_doubt=True),
     StoreTimeoutError(b"key", "slow"),

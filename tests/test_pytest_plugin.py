@@ -11,7 +11,7 @@ import pytest
 from ratelimit import RateLimitExceeded
 from ratelimit.integrations.functions import limited
 from ratelimit.integrations.http import AsyncLimiter, HttpRequest, Limiter, Rule
-from ratelimit.integrations.switch import ENABLED_VARIABLE
+from ratelimit.policy.switch import ENABLED_VARIABLE
 from ratelimit.pytest_plugin import Decisions
 from ratelimit.testing import ManualClock
 

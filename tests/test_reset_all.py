@@ -20,8 +20,8 @@ from ratelimit import (
     RedisStore,
     StoreUnavailableError,
 )
-from ratelimit.integrations import managers
 from ratelimit.integrations.http import AsyncLimiter, HttpRequest, Limiter, Rule
+from ratelimit.policy import managers
 from ratelimit.testing import ManualClock, areset_all, reset_all
 from tests.support.faces import Manager, closing, settled
 

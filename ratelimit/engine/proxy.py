@@ -89,9 +89,17 @@ class BucketProxy:
         self, tokens: int, max_wait: Duration | None, timeout: Duration | None, course: Course | None = None
     ) -> Steps[VerboseResult[bool]]:
         """Do as :meth:`consume`, and show the bucket as it was after the reservation."""
+        result: VerboseResult[Any] = yield from self.consume_and_show(tokens, max_wait, timeout, course)
+        return replace(result, value=result.value.wait != NEVER)
+
+    def consume_and_show(
+        self, tokens: int, max_wait: Duration | None, timeout: Duration | None, course: Course | None = None
+    ) -> Steps[VerboseResult[Reserved]]:
+        """Do as :meth:`consume`, and show the reservation as well, or how long the wait would have been."""
         reservation, course = _reservation(tokens, max_wait), course or Course()
         result = yield from self._wait(reservation, Verbose(reservation), timeout, course)
-        return replace(result, value=_is_taken(reservation, result.value, max_wait, course))
+        _is_taken(reservation, result.value, max_wait, course)
+        return result  # type: ignore[no-any-return]  # that of a Verbose
 
     def under_shield(
         self, verb: Callable[..., Steps[T]], tokens: int, max_wait: Duration | None, timeout: Duration | None

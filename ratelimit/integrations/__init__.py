@@ -1,1 +1,1 @@
-"""Where limits meet other people's software: one module for each, imported by who uses it and by nobody else."""
+"""Where limits meet other people's software: one module for each, which only its users import."""

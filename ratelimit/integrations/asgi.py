@@ -99,7 +99,7 @@ class RateLimitMiddleware:
 
 
 async def refuse(scope: Scope, send: Send, answer: HttpAnswer) -> None:
-    """Send an answer in the place of the application's."""
+    """Send an answer in place of the application's."""
     if scope["type"] == "websocket" and _DENIAL not in (scope.get("extensions") or ()):
         await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         return
@@ -109,12 +109,12 @@ async def refuse(scope: Scope, send: Send, answer: HttpAnswer) -> None:
 
 
 def http_request(scope: Scope, native: object = None, router: object = None) -> HttpRequest:
-    """The request of a scope, of the type ``http`` or ``websocket``, whose ``state`` is made where there is none.
+    """Return the request of a scope of the type ``http`` or ``websocket``, whose ``state`` is made where there is none.
 
-    Who has logged in is the ``user`` that Starlette's ``AuthenticationMiddleware`` has put there.
+    Its user is the ``user`` that Starlette's ``AuthenticationMiddleware`` has put there.
 
     :param native: what the framework calls a request; None: the scope.
-    :param router: has the routes where the scope does not say yet who has them: an application of Starlette.
+    :param router: has the routes where the scope does not say yet what has them: an application of Starlette.
     """
     client = scope.get("client")
     return HttpRequest(
@@ -131,7 +131,7 @@ def http_request(scope: Scope, native: object = None, router: object = None) -> 
 
 
 def _path(scope: Scope) -> str:
-    """The path that the application's routes are matched with: below where it is mounted."""
+    """Return the path that the application's routes are matched with: below where it is mounted."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if path.startswith(root) and path[len(root) :][:1] in ("", "/"):
@@ -262,7 +262,7 @@ def _joined(route: Any, scope: Scope) -> _Found:
 
 
 def _each(routes: Sequence[Any]) -> Iterator[Any]:
-    """Routes as they match, also those of a router that a FastAPI application includes."""
+    """Yield routes as they match, also those of a router that a FastAPI application includes."""
     for route in routes:
         included = getattr(route, "effective_route_contexts", None)
         if included is None:
@@ -272,7 +272,7 @@ def _each(routes: Sequence[Any]) -> Iterator[Any]:
 
 
 def _own(route: Any) -> Any:
-    """The route itself, where FastAPI has wrapped one of Starlette's."""
+    """Return the route itself, where FastAPI has wrapped one of Starlette's."""
     return getattr(route, "starlette_route", None) or route
 
 
@@ -281,7 +281,7 @@ def _raw(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def _with_fields(headers: Iterable[tuple[bytes, bytes]], fields: Headers) -> list[tuple[bytes, bytes]]:
-    """Headers, and those fields of which there is none yet."""
+    """Return headers, and those of the fields that they do not have yet."""
     headers = list(headers)
     names = {name.lower() for name, _ in headers}
     return [*headers, *((name, value) for name, value in _raw(fields) if name not in names)]

@@ -31,10 +31,11 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
     """A task that runs when it is its turn, and until then is a message with a countdown that keeps no worker busy.
 
     Before it runs, its tokens are reserved. If they are there only later, it is retried once, exactly then, and has
-    them already: who is first reserved is first served, in whichever worker. Such a retry is none of the task's own,
+    them already: first reserved is first served, in whichever worker. Such a retry is not one of the task's own,
     and does not count against its ``max_retries``; each of its own wants new tokens.
 
-    Run eagerly there is no worker to be kept free, and it sleeps. Called as a function it is not limited.
+    A task that runs eagerly sleeps, since there is no worker to keep free. One that is called as a function is not
+    limited.
 
     :cvar outbound_limit: its callables are given the request of the task, which has ``args`` and ``kwargs``. Where the
         turn would come later than its ``max_wait``, the task fails with :class:`RateLimitExceeded`.
@@ -53,7 +54,7 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
         _limit_of(cls).check_face(asynchronous=False)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Go on if it is the task's turn, or come back then. Who overrides this calls it first."""
+        """Go on if it is the task's turn, or come back then. A method that overrides this one must call it first."""
         super().before_start(task_id, args, kwargs)
         limit, request = _limit_of(self), self.request
         if request.is_eager:
@@ -71,7 +72,7 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
             raise Retry(f"its turn is in {wait:g} s", when=wait, sig=signature)
 
     def learn(self, status: int, headers: Mapping[str, str]) -> None:
-        """Tell the limit about an answer that the task has got: all tasks are held back if it says so."""
+        """Hold all tasks back if an answer that this task has got says so."""
         limit = _limit_of(self)
         limit.learn(limit.key_of(self.request), status, headers)
 

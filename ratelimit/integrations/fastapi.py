@@ -41,8 +41,9 @@ from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, fields_for
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings
+from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings
 from ratelimit.manager import AsyncProxyManager
+from ratelimit.policy.rule import Names
 
 with needing("fastapi"):
     from fastapi import FastAPI, HTTPException, Response, routing
@@ -99,7 +100,7 @@ class RateLimit:
         ``cost=`` and so on, see :class:`ratelimit.integrations.http.Rule`.
     :param manager: has the buckets; or its URL. None: the one that :func:`configure` has given the application, else
         that of the variable ``RATELIMIT_URL``, or Redis on this machine.
-    :param answers: what clients are told. None: as :func:`configure` says.
+    :param answers: makes what clients are sent. None: as :func:`configure` says.
     :param on_error: what is decided where the store fails. None: as :func:`configure` says.
     :raises InvalidConfigurationError: for limits and settings that cannot be.
     :raises InvalidArgumentError: for settings beside a ``Rule``, and for a manager of sync code.
@@ -301,7 +302,7 @@ def _limits_of_middleware(app: FastAPI) -> Iterator[tuple[Rule, Answers]]:
 
 
 def _routes(app: FastAPI) -> Iterator[Any]:
-    """The routes, each with all that it depends on, also where a router was included."""
+    """Yield the routes, each with all that it depends on, also where a router was included."""
     each = getattr(routing, "iter_route_contexts", iter)  # before FastAPI 0.130 or so, routes had that themselves
     for route in each(app.routes):
         if isinstance(getattr(route, "original_route", route), routing.APIRoute | routing.APIWebSocketRoute):

@@ -25,13 +25,14 @@ from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.limiter import Limiter, LimiterSettings
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.http.rules import Names, Rule, RuleLimits, RuleSettings, checked_rules
-from ratelimit.integrations.managers import manager_of
+from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings, checked_rules
 from ratelimit.integrations.marks import marked
 from ratelimit.integrations.wsgi import ask_router, decision_of
 from ratelimit.integrations.wsgi import http_request as wsgi_request
 from ratelimit.keys import brief
 from ratelimit.manager import ProxyManager
+from ratelimit.policy.managers import manager_of
+from ratelimit.policy.rule import Names
 
 with needing("flask"):
     from flask import Blueprint, Flask, Request, Response, current_app, request
@@ -142,7 +143,7 @@ class RateLimiter:
         :param limits: a :class:`Rule`, or its limits with its other settings.
         :raises InvalidConfigurationError: for settings that cannot be, and where a rule of the same name has other
             limits.
-        :raises InvalidArgumentError: for settings beside a rule, and for what is no view.
+        :raises InvalidArgumentError: for settings beside a rule, and for what is not a view.
         """
         rule = Rule.of(limits, **settings).by(self._key)
         rules = (rule,)
@@ -202,7 +203,7 @@ class RateLimiter:
             raise _refused_with(answer.status)(decision, answer)
 
     def _is_exempt(self) -> bool:
-        """Whether the view is, or a blueprint that it is in, or it is the one of Flask's own for static files."""
+        """Return whether the view is exempt, or a blueprint that it is in, or it is Flask's own for static files."""
         endpoint = request.endpoint
         if endpoint is None:
             return False
@@ -214,7 +215,7 @@ class RateLimiter:
         return any(self in getattr(view, _EXEMPT_OF, ()) for view in views)
 
     def _limiter(self, rules: tuple[Rule, ...]) -> Limiter:
-        """That of the current application."""
+        """Return the limiter of the current application for these rules."""
         installed = current_app.extensions.get(_EXTENSION)
         if not isinstance(installed, _Installed) or installed.extension is not self:
             raise RuntimeError("this RateLimiter does not know the application: call init_app(app)")
@@ -230,7 +231,7 @@ class RateLimiter:
 
 
 def http_request(request: Request) -> HttpRequest:
-    """A request as rules see it; what is kept with it is kept in its WSGI environment."""
+    """Return a request as rules see it; what is kept with it is kept in its WSGI environment."""
     seen = wsgi_request(request.environ)
     seen.native = request
     ask_router(seen, current_app.url_map, lambda: None if request.url_rule is None else request.url_rule.rule)
@@ -245,5 +246,5 @@ def _checked_view(view: object) -> Callable[..., Any]:
     if isclass(view):
         raise InvalidArgumentError(f"a class of views has this in its decorators: {brief(view)}")
     if not callable(view):
-        raise InvalidArgumentError(f"a view or a blueprint is wanted, not {brief(view)}")
+        raise InvalidArgumentError(f"what is exempt must be a view or a blueprint; got {brief(view)}")
     return view

@@ -9,30 +9,24 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from copy import copy
 from functools import wraps
-from inspect import isasyncgenfunction, isclass, iscoroutinefunction, isgeneratorfunction
-from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
+from inspect import isasyncgenfunction, isclass, isgeneratorfunction
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
-from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.checks import duration_nanos, token_count
-from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.checks import instance, max_wait_nanos, refusal
 from ratelimit.core.numbers import Duration
-from ratelimit.core.results import VerboseResult
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.engine.pipeline import AsyncLimitsOfKey
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
-from ratelimit.integrations.logs import OtherLimits
-from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
-from ratelimit.integrations.recording import record
-from ratelimit.integrations.switch import is_enabled
 from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.runtime.steps import Steps, arun, run
+from ratelimit.policy import AsyncLimiter, Decision, Limiter, Missing, Plans, Rule
+from ratelimit.policy.callables import check_sync, checked_cost, is_async
+from ratelimit.policy.managers import namespace_of
+from ratelimit.policy.rule import LimitsOfKey, RuleLimits
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 M = TypeVar("M", ProxyManager, AsyncProxyManager)
 
 CallKey: TypeAlias = Key | Callable[..., Key | Awaitable[Key | None] | None] | None
@@ -40,11 +34,11 @@ CallCost: TypeAlias = int | Callable[..., int | Awaitable[int]]
 
 
 def limited(
-    limits: Limits | AsyncLimitsOfKey,
+    limits: Limits | Plans | LimitsOfKey,
     *,
     key: CallKey = None,
     cost: CallCost = 1,
-    wait: bool | Duration = False,
+    max_wait: Duration | None = 0,
     name: str | None = None,
     version: int | None = None,
     manager: ProxyManager | AsyncProxyManager | str | None = None,
@@ -55,13 +49,13 @@ def limited(
 
     A call takes its tokens before the function begins; they are gone also where the function fails.
 
-    :param limits: text, a ``BucketConfiguration``, a list of limits, or a callable that is given the key (the name,
-        where there is none) and answers with limits, or with None for a key that is not limited.
+    :param limits: text, a ``BucketConfiguration``, a list of limits, ``Plans``, or a callable that is given the key
+        (the name, where there is none) and answers with limits, or with None for a key that is not limited.
     :param key: whose tokens a call takes: a ``str`` or ``bytes``, or a callable that is given the arguments of the call
         and answers with one, or with None for a call that is not limited. None: all calls have one bucket.
     :param cost: tokens of a call, an int of 1 or more, or a callable that is given its arguments; for 0 it is free.
-    :param wait: False: a call without tokens is refused. True: it waits for them, however long. A ``timedelta``, or
-        seconds above 0: it waits, and is refused at once where that would take longer.
+    :param max_wait: the longest wait for tokens that is accepted, a ``timedelta`` or seconds: a call that would have to
+        wait for longer is refused at once. 0: no call waits. None: calls wait as long as it takes.
     :param name: the bucket's key is ``name:key``, or the name alone where there is no key. Functions with one name
         share their buckets. Without one, a limit counts for the function, by its module, qualified name and limits.
     :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
@@ -71,47 +65,42 @@ def limited(
     :param namespace: separates services that share a Redis, by their keys; None: that of the variable
         ``RATELIMIT_NAMESPACE``, or none.
     :param enabled: False: every call goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``.
-    :raises InvalidConfigurationError: at decoration, for limits that cannot be.
-    :raises InvalidArgumentError: at decoration, for other arguments that cannot be, a manager of the other kind, and
-        for what is no function, or is a generator.
+    :raises InvalidConfigurationError: at decoration, for limits that are not valid.
+    :raises InvalidArgumentError: at decoration, for other arguments that are not valid, a manager of the other kind,
+        and for what is not a function, or is a generator.
 
     Calls raise :class:`RateLimitExceeded` where they are refused, and what the verbs of a bucket raise. The callables
     may be ``async`` where the function is.
     """
-    limit = _Limit(
-        limits if callable(limits) else BucketConfiguration.of(limits),
-        key if callable(key) or key is None else _checked(key, (str, bytes), "key", "a str, bytes, or a callable"),
-        cost if callable(cost) else token_count(cost, "cost"),
-        _checked_wait(wait),
-        checked_version(version),
-        namespace_of(namespace),
-        enabled,
-        OtherLimits(),
-    )
+    if key is not None and not callable(key):
+        instance(key, (str, bytes), "key", "a str, bytes, or a callable")
+    checked_cost(cost)
     if name is not None:
-        _checked(name, str, "name", "a str")
+        instance(name, str, "name", "a str")
+    limit = _FunctionRule(limits, key, cost, max_wait=max_wait, name=name, version=version)
+    namespace = namespace_of(namespace)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         _check_function(function)
-        names = limit.names(function) if name is None else (name,)
-        if _is_async(function):
+        rule = limit.of_function(function)
+        if is_async(function):
             amanager = _checked_manager(manager, AsyncProxyManager, "an async")
+            alimiter = AsyncLimiter(rule, manager=amanager, namespace=namespace, enabled=enabled)
 
             @wraps(function)
             async def acall(*args: P.args, **kwargs: P.kwargs) -> Any:
-                if limit.counts:
-                    await arun(limit.admitted(async_manager_of(amanager), names, args, kwargs))
+                _admit(await alimiter.decide(_Call(args, kwargs)))
                 return await cast("Awaitable[Any]", function(*args, **kwargs))
 
             return cast("Callable[P, R]", acall)
 
-        limit.check_sync()
+        check_sync("the function", limits=limits, key=key, cost=cost)
         smanager = _checked_manager(manager, ProxyManager, "a sync")
+        limiter = Limiter(rule, manager=smanager, namespace=namespace, enabled=enabled)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if limit.counts:
-                run(limit.admitted(manager_of(smanager), names, args, kwargs))
+            _admit(limiter.decide(_Call(args, kwargs)))
             return function(*args, **kwargs)
 
         return call
@@ -119,113 +108,79 @@ def limited(
     return decorate
 
 
-@dataclass(frozen=True, slots=True)
-class _Limit:
-    """What is taken of which bucket, and how."""
+class _Call(NamedTuple):
+    """A call of a limited function."""
 
-    limits: BucketConfiguration | AsyncLimitsOfKey
-    key: CallKey
-    cost: CallCost
-    wait: bool | Duration
-    version: int | None
-    namespace: str
-    enabled: bool
-    other_limits: OtherLimits
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
-    @property
-    def counts(self) -> bool:
-        """Whether calls are limited at present."""
-        return self.enabled and is_enabled()
 
-    def names(self, function: object) -> tuple[str, ...]:
-        """Return what the buckets of a function are named by that was not given a name: other limits are other ones."""
-        limits = str(self.limits) if isinstance(self.limits, BucketConfiguration) else "default"
-        return _name_of(function), limits
+class _FunctionRule(Rule[_Call]):
+    """The limit of a function, which is named by the function where it has no name of its own."""
 
-    def check_sync(self) -> None:
-        """Refuse what a sync function could not await."""
-        for role, given in (("limits", self.limits), ("key", self.key), ("cost", self.cost)):
-            if _is_async(given):
-                raise InvalidArgumentError(f"{role} must not be async where the function is not")
+    __slots__ = ("_limits_text", "max_wait_nanos")
 
-    def admitted(
+    def __init__(
         self,
-        manager: ProxyManager | AsyncProxyManager,
-        names: tuple[str, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Steps[None]:
-        """Take the tokens of a call."""
-        key: Any = self.key
-        if callable(key):
-            key = yield key(*args, **kwargs)
-            if key is None:
-                return
-            _checked(key, (str, bytes), "what key gives", "a str, bytes or None")
-        cost: Any = self.cost
-        if callable(cost):
-            cost = yield cost(*args, **kwargs)
-            if cost == 0 and type(cost) is int:
-                return
-            token_count(cost, "what cost gives")
-        limits: Any = self.limits
-        if callable(limits):
-            limits = yield limits(names[0] if key is None else key)
-            if limits is None:
-                return
-        yield from self._charged(manager, names, key, BucketConfiguration.of(limits), cost)
-
-    def _charged(
-        self,
-        manager: ProxyManager | AsyncProxyManager,
-        names: tuple[str, ...],
-        key: Key | None,
-        limits: BucketConfiguration,
-        cost: int,
-    ) -> Steps[None]:
-        bucket = manager.bucket(
-            bucket_key(names, key, self.namespace),
+        limits: RuleLimits[_Call],
+        key: CallKey,
+        cost: CallCost,
+        *,
+        max_wait: Duration | None,
+        name: str | None,
+        version: int | None,
+    ) -> None:
+        super().__init__(
             limits,
-            configuration_version=self.version,
-            inheritance=TokensInheritance.PROPORTIONALLY,
+            key=_of_call(key) if callable(key) else key,
+            cost=_of_call(cost) if callable(cost) else cost,
+            missing=Missing.UNLIMITED,
+            name=name,
+            version=version,
         )
-        result = yield from _taken(bucket, cost, self.wait)
-        if len(names) == 1 and result.configuration is not None and not result.degraded:
-            self.other_limits.compare(names[0], limits, result.configuration)
-        record(names[0], key, admitted=bool(result.value))
-        if not result.value:
-            probe = result.value
-            if self.wait is not False:  # a wait that is refused does not say its length
-                probe = yield bucket.estimate_ability_to_consume(cost)
-            raise RateLimitExceeded(bucket.key, probe.retry_after)
+        self._limits_text = self.name
+        self.max_wait_nanos = None if max_wait is None else max_wait_nanos(max_wait)
+
+    def of_function(self, function: object) -> _FunctionRule:
+        """Return the rule as it is placed on a function."""
+        if self.named:
+            return self
+        rule = copy(self)
+        rule.name = _name_of(function)
+        return rule
+
+    def bucket_name(self, place: str) -> tuple[str, ...]:
+        """Return the name, or the function and the text of its limits: with other limits it has other buckets."""
+        return (self.name,) if self.named else (self.name, self._limits_text)
 
 
-def _taken(bucket: Bucket | AsyncBucket, cost: int, wait: bool | Duration) -> Steps[VerboseResult[Any]]:
-    if wait is False:
-        return (yield bucket.verbose.try_consume_and_return_remaining(cost))  # type: ignore[no-any-return]
-    return (yield bucket.verbose.consume(cost, max_wait=None if wait is True else wait))  # type: ignore[no-any-return]
+def _of_call(function: Callable[..., Any]) -> Callable[[_Call], Any]:
+    """Return a callable that gives the arguments of a call to the function."""
+    return lambda call: function(*call.args, **call.kwargs)
 
 
-def _is_async(function: object) -> bool:
-    return iscoroutinefunction(function) or iscoroutinefunction(getattr(type(function), "__call__", None))  # noqa: B004
+def _admit(decision: Decision[_Call]) -> None:
+    refused = decision.refused
+    if refused is not None:
+        raise RateLimitExceeded(refused.bucket.key, refused.probe.retry_after, refused.probe)
 
 
 def _check_function(function: object) -> None:
     if isinstance(function, classmethod | staticmethod):
-        raise InvalidArgumentError(f"limited goes below {type(function).__name__}: it takes the function itself")
+        raise InvalidArgumentError(f"limited must be placed below {type(function).__name__}, above the function itself")
     if isclass(function) or not callable(function):
-        raise InvalidArgumentError(f"limited takes a function, not {brief(function)}")
+        raise refusal("what is limited", "a function", function)
     if isgeneratorfunction(function) or isasyncgenfunction(function):
         raise InvalidArgumentError(
-            f"{brief(function)} is a generator: a call of it only begins when something is asked of it; "
-            "limit the function that it is used in, or what it calls for each item"
+            f"{brief(function)} is a generator, a call of which runs nothing yet; limit the function that it is used"
+            " in, or what it calls for each item"
         )
 
 
 def _name_of(function: object) -> str:
     name = getattr(function, "__qualname__", None)
     if name is None:
-        raise InvalidArgumentError(f"{brief(function)} has no name of its own: give it one, name=")
+        raise InvalidArgumentError(f"{brief(function)} has no name of its own: give it one with name=")
     return f"{getattr(function, '__module__', None)}.{name}"
 
 
@@ -236,15 +191,3 @@ def _checked_manager(manager: object, kind: type[M], function: str) -> M | str |
     raise InvalidArgumentError(
         f"manager of {function} function must be {article} {kind.__name__} or a URL; got {brief(manager)}"
     )
-
-
-def _checked(value: T, kinds: type | tuple[type, ...], name: str, wanted: str) -> T:
-    if not isinstance(value, kinds):
-        raise InvalidArgumentError(f"{name} must be {wanted}, not {brief(value)}")
-    return value
-
-
-def _checked_wait(wait: bool | Duration) -> bool | Duration:
-    if not isinstance(wait, bool):
-        duration_nanos(wait, "wait")
-    return wait

@@ -20,32 +20,26 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import isasyncgenfunction, iscoroutinefunction
-from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack
 from urllib.parse import unquote
 
-from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.checks import refusal
 from ratelimit.core.numbers import NANOS_PER_MILLISECOND, NANOS_PER_SECOND, NEVER
-from ratelimit.core.results import ConsumptionProbe, VerboseResult
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.engine.on_error import RETRY_NANOS
-from ratelimit.engine.pipeline import AsyncLimitsOfKey
+from ratelimit.engine.on_error import RETRY_NANOS, ErrorPolicy
 from ratelimit.errors import (
     ContentionError,
     CorruptStateError,
-    InvalidArgumentError,
     InvalidConfigurationError,
     StoreError,
 )
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http import address
-from ratelimit.integrations.http.keys import Missing, checked_secret, keyed_hash, name_of
-from ratelimit.integrations.logs import OtherLimits, RefusalLog
-from ratelimit.integrations.managers import async_manager_of, bucket_key, checked_version, manager_of, namespace_of
-from ratelimit.integrations.recording import record
-from ratelimit.integrations.switch import is_enabled
+from ratelimit.integrations.http.keys import checked_secret, keyed_hash
 from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.runtime.steps import Steps, arun, run
+from ratelimit.policy import AmbiguousKeyError, AsyncLimiter, Decision, Limiter, Missing, OnRefused, Outcome, Rule
+from ratelimit.policy import rule as of_any
+from ratelimit.policy.callables import check_sync
 
 with needing("grpc"):
     import grpc
@@ -80,19 +74,20 @@ class Rpc:
 
     @property
     def peer(self) -> str:
-        """Who is connected, as gRPC writes it: ``ipv4:203.0.113.7:50123``."""
+        """The address of the client, as gRPC writes it: ``ipv4:203.0.113.7:50123``."""
         return self.context.peer()  # type: ignore[no-any-return]  # that of a context of either face
 
 
 M = TypeVar("M", ProxyManager, AsyncProxyManager)
 
-RpcKey: TypeAlias = Callable[[Rpc], Key | Awaitable[Key | None] | None]
-RpcCost: TypeAlias = int | Callable[[Rpc], int | Awaitable[int]]
-RpcPredicate: TypeAlias = Callable[[Rpc], bool | Awaitable[bool]]
+RpcKey: TypeAlias = of_any.RuleKey[Rpc]
+RpcCost: TypeAlias = of_any.Cost[Rpc]
+RpcPredicate: TypeAlias = of_any.Predicate[Rpc]
+RpcLimits: TypeAlias = of_any.RuleLimits[Rpc]
 
 
 def peer_ip(rpc: Rpc) -> str | None:
-    """The key of who is connected: an IPv4 address, or the network of 64 bits that an IPv6 address is in.
+    """Return the address of the client: an IPv4 address, or the network of 64 bits that an IPv6 address is in.
 
     None where there is no address, as with a Unix socket. Behind a proxy it is the proxy's.
     """
@@ -104,12 +99,12 @@ def peer_ip(rpc: Rpc) -> str | None:
 
 
 def method_name(rpc: Rpc) -> str:
-    """The key of a method: all its callers share a bucket."""
+    """Return the full name of the method, so that all its callers share a bucket."""
     return rpc.method
 
 
 def metadata_value(name: str, *, secret: str | bytes | None = None) -> RpcKey:
-    """The key that a client sends in its metadata: ``metadata_value("x-api-key", secret=...)``.
+    """Return a key that a client sends in its metadata: ``metadata_value("x-api-key", secret=...)``.
 
     A call in which it is missing, or empty, has no key. One that has it twice is refused with ``INVALID_ARGUMENT``,
     because nobody knows which of them the service goes by.
@@ -130,7 +125,7 @@ class _MetadataValue:
     def __call__(self, rpc: Rpc) -> Key | None:
         values = [value for name, value in rpc.metadata if name == self.name]
         if len(values) > 1:
-            raise _AmbiguousKeyError(f"the metadata {self.name!r} must not be there more than once")
+            raise AmbiguousKeyError(f"the metadata {self.name!r} must not be there more than once")
         if not values or not values[0]:
             return None
         value = values[0]
@@ -140,8 +135,111 @@ class _MetadataValue:
         return value if len(value) <= _LONGEST else f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
-class _AmbiguousKeyError(Exception):
-    """What a client has sent is no one key."""
+class RpcRuleSettings(TypedDict, total=False):
+    """What a rule takes beside its limits."""
+
+    key: RpcKey | None
+    cost: RpcCost
+    methods: Collection[str] | Callable[[str], bool] | None
+    when: RpcPredicate | None
+    exempt: RpcPredicate | None
+    missing: Missing | Literal["error", "unlimited"]
+    name: str | None
+    version: int | None
+
+
+class RpcRule(Rule[Rpc]):
+    """A limit, and the calls that it is for, where an interceptor has several of them.
+
+    ::
+
+        RateLimitInterceptor(
+            RpcRule("100/minute", key=metadata_value("x-api-key", secret=...)),
+            RpcRule("5/minute", key=peer_ip, methods=["/demo.Accounts/LogIn"], name="log-in"),
+        )
+
+    :param limits: text, a ``BucketConfiguration``, a list of limits, ``Plans``, or a callable that is given the key, or
+        the key and the call, and answers with limits, or with None for a key that is not limited.
+    :param key: whose tokens a call takes: :func:`peer_ip`, :func:`metadata_value`, :func:`method_name`, or a callable
+        that is given the :class:`Rpc` and answers with a ``str`` or ``bytes``, or with None for a call without a key.
+    :param cost: tokens of a call, an int of 1 or more, or a callable that is given the call; for 0 it is free. A stream
+        pays when it begins, and not for what goes through it.
+    :param methods: only these are limited: full names, ``/package.Service/Method``, or a callable that is given one and
+        answers whether. None: all that the server knows.
+    :param when: only calls for which this is true are limited.
+    :param exempt: calls for which this is true are not limited.
+    :param missing: how a call without a key ends: ``error``, with ``INVALID_ARGUMENT``; ``unlimited``, it goes on.
+    :param name: of the policy, as clients are shown it; a bucket's key is ``name:key``, and rules of one name share
+        their buckets. Without a name, clients are shown the text of the limits, or ``default`` where they are looked
+        up, and a rule shares buckets with those alone that have the same limits, methods and kind of key.
+    :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
+        ones and keep their fill level. None: stored buckets keep the limits that they were made with.
+    :param enabled: False: the rule limits no call.
+    :raises InvalidConfigurationError: for arguments that are not valid.
+    """
+
+    __slots__ = ("_bucket_name", "_is_limited", "methods")
+
+    _shown_settings: ClassVar[dict[str, object]] = {"methods": None, **Rule._shown_settings}  # noqa: SLF001  # its own
+
+    def __init__(
+        self,
+        limits: RpcLimits,
+        *,
+        key: RpcKey | None = None,
+        cost: RpcCost = 1,
+        methods: Collection[str] | Callable[[str], bool] | None = None,
+        when: RpcPredicate | None = None,
+        exempt: RpcPredicate | None = None,
+        missing: Missing | Literal["error", "unlimited"] = Missing.ERROR,
+        name: str | None = None,
+        version: int | None = None,
+        enabled: bool = True,
+    ) -> None:
+        super().__init__(
+            limits,
+            key=key,
+            cost=cost,
+            when=when,
+            exempt=exempt,
+            missing=_missing(missing),
+            name=name,
+            version=version,
+            enabled=enabled,
+        )
+        self.methods = methods if methods is None or callable(methods) else _full_names(methods)
+        self._is_limited = self.methods.__contains__ if isinstance(self.methods, frozenset) else self.methods
+        place = ",".join(sorted(self.methods)) if isinstance(self.methods, frozenset) else ""
+        self._bucket_name = super().bucket_name(place)
+        self._hash = hash((self._hash, self.methods))
+
+    def _checked_key(self, key: Any) -> Any:
+        if not callable(key):
+            raise refusal("key", "a callable such as peer_ip", key, InvalidConfigurationError)
+        return key
+
+    def is_about(self, request: Rpc) -> bool:
+        """Return whether the rule is about calls of this method."""
+        return self.is_about_method(request.method)
+
+    def is_about_method(self, method: str) -> bool:
+        """Return whether the rule is about calls of a method, by its full name."""
+        return self.enabled and (self._is_limited is None or self._is_limited(method))
+
+    def bucket_name(self, place: str) -> tuple[str, ...]:
+        """Return the name, or the methods, the limits and the kind of key, which distinguish rules without a name.
+
+        :param place: is not looked at: a rule counts for its methods, in whichever interceptor it stands.
+        """
+        return self._bucket_name
+
+
+class _RpcLimiter(Limiter[Rpc]):
+    _rule_type = RpcRule
+
+
+class _AsyncRpcLimiter(AsyncLimiter[Rpc]):
+    _rule_type = RpcRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,153 +255,64 @@ class _Interceptor(Generic[M]):
     """What both faces share; see :class:`RateLimitInterceptor`."""
 
     _takes: type[M]
+    _limiter: Any
 
     def __init__(
         self,
-        limits: Limits | AsyncLimitsOfKey,
-        *,
-        key: RpcKey,
-        cost: RpcCost = 1,
-        methods: Collection[str] | Callable[[str], bool] | None = None,
-        exempt: RpcPredicate | None = None,
-        missing: Missing | Literal["error", "unlimited"] = Missing.ERROR,
-        name: str | None = None,
-        version: int | None = None,
+        limits: RpcRule | RpcLimits,
+        *more: RpcRule | RpcLimits,
         manager: M | str | None = None,
+        on_error: ErrorPolicy | None = None,
+        on_refused: OnRefused[Rpc] | None = None,
         namespace: str | None = None,
         enabled: bool = True,
+        **settings: Unpack[RpcRuleSettings],
     ) -> None:
-        self._limits = limits if callable(limits) else BucketConfiguration.of(limits)
-        self._key = key
-        self._cost = cost
-        listed = frozenset[str]() if methods is None or callable(methods) else _full_names(methods)
-        self._is_limited = methods if methods is None or callable(methods) else listed.__contains__
-        self._exempt = exempt
-        self._name = ("default" if callable(self._limits) else str(self._limits)) if name is None else name
-        place = ",".join(sorted(listed))
-        self._names = (place, str(self._name), name_of(key)) if name is None else (name,)
-        self._version = checked_version(version)
-        self._namespace = namespace_of(namespace)
-        self._enabled = enabled
-        self._refusals = RefusalLog()
-        self._other_limits = OtherLimits()
-        self._manager: M | str | None = manager
-        if not callable(key):
-            raise InvalidConfigurationError(f"key must be a callable, peer_ip say, not {brief(key)}", "key")
-        if not callable(cost) and (isinstance(cost, bool) or not isinstance(cost, int) or cost < 1):
-            raise InvalidConfigurationError(
-                f"cost must be an int of 1 or more, or a callable, not {brief(cost)}", "cost"
-            )
-        if exempt is not None and not callable(exempt):
-            raise InvalidConfigurationError(f"exempt must be a callable, not {brief(exempt)}", "exempt")
-        if self._takes is ProxyManager:
-            for role, given in (("limits", self._limits), ("key", key), ("cost", cost), ("exempt", exempt)):
-                if iscoroutinefunction(given):
-                    raise InvalidConfigurationError(f"{role} must not be async where the server is not", role)
-        try:
-            self._missing = Missing(missing)
-        except ValueError:
-            raise InvalidConfigurationError(
-                f"missing must be error or unlimited, not {brief(missing)}", "missing"
-            ) from None
-        if not isinstance(self._name, str):
-            raise InvalidConfigurationError(f"name must be a str, not {brief(name)}", "name")
+        rules = [RpcRule.of(each, **settings) for each in (limits, *more)]
         if manager is not None and not isinstance(manager, str | self._takes):
-            raise InvalidConfigurationError(
-                f"manager must be a {self._takes.__name__} or a URL, not {brief(manager)}", "manager"
-            )
+            raise refusal("manager", f"a {self._takes.__name__} or a URL", manager, InvalidConfigurationError)
+        if self._takes is ProxyManager:
+            for rule in rules:
+                check_sync(
+                    "the server",
+                    InvalidConfigurationError,
+                    limits=rule.limits,
+                    key=rule.key,
+                    cost=rule.cost,
+                    when=rule.when,
+                    exempt=rule.exempt,
+                )
+        make: Any = _RpcLimiter if self._takes is ProxyManager else _AsyncRpcLimiter
+        self._limiter = make(
+            *rules, manager=manager, on_error=on_error, on_refused=on_refused, namespace=namespace, enabled=enabled
+        )
+        self._rules = tuple(rules) if enabled else ()
 
     def _is_about(self, handler: Any, method: str) -> bool:
-        if handler is None or not self._enabled or not is_enabled():
-            return False
-        return self._is_limited is None or self._is_limited(method)
-
-    def _decision(self, manager: M, rpc: Rpc) -> Steps[_Refusal | None]:
-        """None where the call may go on."""
-        try:
-            return (yield from self._decided(manager, rpc))
-        except _AmbiguousKeyError as error:
-            return _Refusal(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except (StoreError, ContentionError, CorruptStateError) as error:
-            _logger.error("a call of %s was not decided about: %s", rpc.method, error)  # noqa: TRY400  # a line is enough
-            return _unavailable(RETRY_NANOS)
-
-    def _decided(self, manager: M, rpc: Rpc) -> Steps[_Refusal | None]:
-        if self._exempt is not None and (yield self._exempt(rpc)):
-            return None
-        key: Any = yield self._key(rpc)
-        if key is None:
-            return None if self._missing is Missing.UNLIMITED else self._without_key()
-        if not isinstance(key, str | bytes):
-            raise InvalidArgumentError(f"a key must be a str, bytes or None, not {brief(key)}")
-        cost: Any = self._cost
-        if callable(cost):
-            cost = yield cost(rpc)
-            if cost == 0 and type(cost) is int:
-                return None
-        limits: Any = self._limits
-        if callable(limits):
-            limits = yield limits(key)
-            if limits is None:
-                return None
-        configuration = BucketConfiguration.of(limits)
-        bucket = manager.bucket(
-            bucket_key(self._names, key, self._namespace),
-            configuration,
-            configuration_version=self._version,
-            inheritance=TokensInheritance.PROPORTIONALLY,
-        )
-        result = yield bucket.verbose.try_consume_and_return_remaining(cost)
-        if len(self._names) == 1 and result.configuration is not None and not result.degraded:
-            self._other_limits.compare(self._name, configuration, result.configuration)
-        record(self._name, key, admitted=bool(result.value))
-        if result.value:
-            return None
-        self._refusals.log(self._name, key, result.configuration)
-        return self._refused(result)
-
-    def _refused(self, result: VerboseResult[ConsumptionProbe]) -> _Refusal:
-        probe, limits = result.value, result.configuration
-        if limits is None:  # nobody knows: the store has failed, and its policy is to deny
-            return _unavailable(probe.nanos_to_wait_for_refill)
-        failure = QuotaFailure(violations=[QuotaFailure.Violation(subject=self._name, description=str(limits))])
-        wait = probe.retry_after
-        when = "it can never allow so much" if wait is None else f"retry in {wait:g} s"
-        text = f"the limit {self._name!r} is exceeded; {when}"
-        return _refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, text, probe.nanos_to_wait_for_refill, failure)
-
-    def _without_key(self) -> _Refusal:
-        wanted = f"the metadata {self._key.name!r}" if isinstance(self._key, _MetadataValue) else "a key"
-        return _Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"calls are limited by {wanted}, which this one has not")
+        return handler is not None and any(rule.is_about_method(method) for rule in self._rules)
 
 
 class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
     """Limits the calls that a ``grpc.server`` takes. Decisions are made in its threads, after the first message.
 
-    :param limits: text, a ``BucketConfiguration``, a list of limits, or a callable that is given the key and answers
-        with limits, or with None for a key that is not limited.
-    :param key: whose tokens a call takes: :func:`peer_ip`, :func:`metadata_value`, :func:`method_name`, or a callable
-        that is given the :class:`Rpc` and answers with a ``str`` or ``bytes``, or with None for a call without a key.
-    :param cost: tokens of a call, an int of 1 or more, or a callable that is given the call; for 0 it is free. A stream
-        pays when it begins, and not for what goes through it.
-    :param methods: only these are limited: full names, ``/package.Service/Method``, or a callable that is given one and
-        answers whether. None: all that the server knows.
-    :param exempt: calls for which this is true are not limited.
-    :param missing: what becomes of a call without a key: ``error``, it ends with ``INVALID_ARGUMENT``; ``unlimited``.
-    :param name: of the policy, as clients are told; a bucket's key is ``name:key``, and interceptors of one name share
-        their buckets. Without a name, clients are told the text of the limits, or ``default`` where they are looked up,
-        and an interceptor shares buckets with those alone that have the same limits, methods and kind of key.
-    :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
-        ones and keep their fill level. None: stored buckets keep the limits that they were made with.
+    :param limits: as :class:`RpcRule` takes them; or such a rule, with settings of its own.
+    :param more: further ones. They are asked in their order, and where one refuses a call, the tokens that the call has
+        paid before are given back.
+    :param settings: those of a rule, for limits that are not one: ``key=``, which must be given, ``cost=``,
+        ``methods=``, ``when=``, ``exempt=``, ``missing=``, ``name=`` and ``version=``.
     :param manager: has the buckets; or the URL of a store, whose manager the process shares. By default that in the
         variable ``RATELIMIT_URL``, or on localhost.
+    :param on_error: what is decided where the store fails: an ``OnError``, or a callable. None: what the manager
+        decides then.
+    :param on_refused: is called with the :class:`Rpc` and the ``Decision`` for each call that is refused.
     :param namespace: separates services that share a Redis, by their keys; None: that of the variable
         ``RATELIMIT_NAMESPACE``, or none.
     :param enabled: False: every call goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``.
-    :raises InvalidConfigurationError: for what cannot be.
+    :raises InvalidConfigurationError: for arguments that are not valid.
+    :raises InvalidArgumentError: for settings beside a rule, which has its own.
 
-    A call that is refused ends with ``RESOURCE_EXHAUSTED``; with ``UNAVAILABLE`` where the store has failed, and the
-    manager's ``on_error`` lets it not pass.
+    A call that is refused ends with ``RESOURCE_EXHAUSTED``, or with ``UNAVAILABLE`` if the store fails and ``on_error``
+    does not let the call pass.
     """
 
     _takes = ProxyManager
@@ -321,17 +330,24 @@ class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
 
         @wraps(behavior)
         def limited(request: Any, context: grpc.ServicerContext, *more: Any) -> Any:
-            rpc = Rpc(method, _metadata(handler_call_details), context)
-            _admit(context, run(self._decision(manager_of(self._manager), rpc)))
+            _admit(context, self._refusal(Rpc(method, _metadata(handler_call_details), context)))
             return behavior(request, context, *more)
 
         return _with_behavior(handler, limited)
 
+    def _refusal(self, rpc: Rpc) -> _Refusal | None:
+        """Decide about a call; None where it may go on."""
+        try:
+            return _refusal_of(self._limiter.decide(rpc))
+        except _NOT_DECIDED as error:
+            return _undecided(rpc, error)
+
 
 class AsyncRateLimitInterceptor(_Interceptor[AsyncProxyManager], grpc.aio.ServerInterceptor):
-    """The same for a ``grpc.aio.server``, without blocking its event loop; the callables may be ``async``.
+    """A :class:`RateLimitInterceptor` for a ``grpc.aio.server``, whose event loop it does not block.
 
-    Methods that are not ``async``, which such a server runs in threads, are limited as well.
+    The callables may be ``async``. Methods that are not ``async``, which such a server runs in threads, are limited as
+    well.
     """
 
     _takes = AsyncProxyManager
@@ -347,28 +363,34 @@ class AsyncRateLimitInterceptor(_Interceptor[AsyncProxyManager], grpc.aio.Server
             return handler
         loop = asyncio.get_running_loop()
 
-        async def decision(context: Any) -> _Refusal | None:
-            rpc = Rpc(method, _metadata(handler_call_details), context)
-            return await arun(self._decision(async_manager_of(self._manager), rpc))
+        async def refusal_in_loop(context: Any) -> _Refusal | None:
+            return await self._refusal(Rpc(method, _metadata(handler_call_details), context))
 
-        def decision_in_thread(context: Any) -> _Refusal | None:
-            return asyncio.run_coroutine_threadsafe(decision(context), loop).result()
+        def refusal_in_thread(context: Any) -> _Refusal | None:
+            return asyncio.run_coroutine_threadsafe(refusal_in_loop(context), loop).result()
 
         behavior = _behavior(handler)
         if isasyncgenfunction(behavior) or iscoroutinefunction(behavior):
-            return _with_behavior(handler, _awaited(behavior, decision))
-        return _with_behavior(handler, _in_thread(behavior, decision_in_thread, streams=handler.response_streaming))
+            return _with_behavior(handler, _awaited(behavior, refusal_in_loop))
+        return _with_behavior(handler, _in_thread(behavior, refusal_in_thread, streams=handler.response_streaming))
+
+    async def _refusal(self, rpc: Rpc) -> _Refusal | None:
+        """Decide about a call; None where it may go on."""
+        try:
+            return _refusal_of(await self._limiter.decide(rpc))
+        except _NOT_DECIDED as error:
+            return _undecided(rpc, error)
 
 
 # gRPC chooses by the kind of a function how it is to be called: what is limited must stay of the same kind.
 
 
-def _awaited(behavior: Callable[..., Any], decision: Callable[[Any], Awaitable[_Refusal | None]]) -> Callable[..., Any]:
+def _awaited(behavior: Callable[..., Any], decide: Callable[[Any], Awaitable[_Refusal | None]]) -> Callable[..., Any]:
     async def admit(context: Any) -> None:
-        refusal = await decision(context)
-        if refusal is not None:
-            context.set_trailing_metadata(refusal.trailing_metadata)
-            await context.abort(refusal.code, refusal.text)
+        refused = await decide(context)
+        if refused is not None:
+            context.set_trailing_metadata(refused.trailing_metadata)
+            await context.abort(refused.code, refused.text)
 
     @wraps(behavior)
     async def generate(request: Any, context: Any) -> AsyncGenerator[Any]:
@@ -386,28 +408,30 @@ def _awaited(behavior: Callable[..., Any], decision: Callable[[Any], Awaitable[_
 
 
 def _in_thread(
-    behavior: Callable[..., Any], decision: Callable[[Any], _Refusal | None], *, streams: bool
+    behavior: Callable[..., Any], decide: Callable[[Any], _Refusal | None], *, streams: bool
 ) -> Callable[..., Any]:
+    # A generator, because gRPC computes in a thread only what a function yields.
     @wraps(behavior)
-    def generate(request: Any, context: Any) -> Iterator[Any]:  # only what it yields is computed in a thread
-        _admit(context, decision(context))
+    def generate(request: Any, context: Any) -> Iterator[Any]:
+        _admit(context, decide(context))
         yield from behavior(request, context)
 
     @wraps(behavior)
     def respond(request: Any, context: Any) -> Any:
-        _admit(context, decision(context))
+        _admit(context, decide(context))
         return behavior(request, context)
 
     return generate if streams else respond
 
 
-def _admit(context: Any, refusal: _Refusal | None) -> None:
-    if refusal is not None:
-        context.set_trailing_metadata(refusal.trailing_metadata)
-        context.abort(refusal.code, refusal.text)
+def _admit(context: Any, refused: _Refusal | None) -> None:
+    if refused is not None:
+        context.set_trailing_metadata(refused.trailing_metadata)
+        context.abort(refused.code, refused.text)
 
 
-_KINDS: Final = {  # by what is a stream, the request and the response
+# By whether the request is a stream, and whether the response is.
+_KINDS: Final = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
@@ -433,12 +457,44 @@ def _metadata(details: grpc.HandlerCallDetails) -> tuple[tuple[str, str | bytes]
     return tuple((name, value) for name, value in details.invocation_metadata or ())
 
 
+_NOT_DECIDED: Final = (StoreError, ContentionError, CorruptStateError)
+
+
+def _undecided(rpc: Rpc, error: Exception) -> _Refusal:
+    """Log that no decision could be made about a call, and return how it ends."""
+    _logger.error("a call of %s was not decided about: %s", rpc.method, error)
+    return _unavailable(RETRY_NANOS)
+
+
+def _refusal_of(decision: Decision[Rpc]) -> _Refusal | None:
+    """Return how a call ends that a decision has refused; None where it may go on."""
+    if decision:
+        return None
+    if decision.refused is not None:
+        return _refused_by(decision.refused)
+    key: Any = None if decision.missing is None else decision.missing.key
+    wanted = f"the metadata {key.name!r}" if isinstance(key, _MetadataValue) else "a key"
+    text = decision.fault or f"calls are limited by {wanted}, which this one does not have"
+    return _Refusal(grpc.StatusCode.INVALID_ARGUMENT, text)
+
+
+def _refused_by(outcome: Outcome) -> _Refusal:
+    probe, limits, name = outcome.probe, outcome.configuration, outcome.rule.name
+    if limits is None:  # the store has failed, and the policy for that is to deny
+        return _unavailable(probe.nanos_to_wait_for_refill)
+    failure = QuotaFailure(violations=[QuotaFailure.Violation(subject=name, description=str(limits))])
+    wait = probe.retry_after
+    when = "it can never allow so much" if wait is None else f"retry in {wait:g} s"
+    text = f"the limit {name!r} is exceeded; {when}"
+    return _refusal_to_wait(grpc.StatusCode.RESOURCE_EXHAUSTED, text, probe.nanos_to_wait_for_refill, failure)
+
+
 def _unavailable(wait: int) -> _Refusal:
-    return _refusal(grpc.StatusCode.UNAVAILABLE, "the rate limit cannot be looked up at present", wait)
+    return _refusal_to_wait(grpc.StatusCode.UNAVAILABLE, "the rate limit cannot be looked up at present", wait)
 
 
-def _refusal(code: grpc.StatusCode, text: str, wait: int, *details: Message) -> _Refusal:
-    """A refusal that says for how many nanoseconds to wait."""
+def _refusal_to_wait(code: grpc.StatusCode, text: str, wait: int, *details: Message) -> _Refusal:
+    """Return a refusal that says for how many nanoseconds to wait."""
     status = Status(code=code.value[0], message=text)
     if wait != NEVER:
         seconds, nanos = divmod(wait, NANOS_PER_SECOND)
@@ -446,16 +502,23 @@ def _refusal(code: grpc.StatusCode, text: str, wait: int, *details: Message) -> 
     for detail in details:
         status.details.add().Pack(detail)
     millis = -(-wait // NANOS_PER_MILLISECOND)
-    pushback = -1 if millis > _LONGEST_PUSHBACK else millis  # -1: it is not to be retried
+    pushback = -1 if millis > _LONGEST_PUSHBACK else millis  # -1: do not retry
     return _Refusal(code, text, (*rpc_status.to_status(status).trailing_metadata, (_PUSHBACK, str(pushback))))
 
 
 def _full_names(methods: Collection[str]) -> frozenset[str]:
     if isinstance(methods, str | bytes):
-        raise InvalidConfigurationError(f"methods must be a collection of names, not {brief(methods)}", "methods")
+        raise refusal("methods", "a collection of names", methods, InvalidConfigurationError)
     for name in methods:
         if not isinstance(name, str) or not re.fullmatch(r"/[^/]+/[^/]+", name):
             raise InvalidConfigurationError(
-                f"a method is named like /package.Service/Method, unlike {brief(name)}", "methods"
+                f"a method must be named like /package.Service/Method; got {brief(name)}", "methods"
             )
     return frozenset(methods)
+
+
+def _missing(missing: object) -> Missing:
+    try:
+        return Missing(missing)
+    except ValueError:
+        raise refusal("missing", "error or unlimited", missing, InvalidConfigurationError) from None

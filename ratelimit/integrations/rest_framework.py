@@ -8,7 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.limits import configuration_of
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
 
@@ -56,7 +57,7 @@ class RateLimitThrottle(BaseThrottle):
         ``100/hour``, ``10/second burst 50``, or a list of these. With a rate of None nothing is limited.
     :cvar scope: of the rate.
     :cvar name: by default the scope. A class with limits of its own and without a name counts for itself.
-    :cvar key: whose bucket it is; by default the user's, or that of the address of who has not logged in.
+    :cvar key: whose bucket it is; by default the user's, or that of the address of an anonymous client.
     :cvar cost: tokens of a request.
     :cvar exempt: not limited are requests for which this is true.
     :cvar version: of the limits; raise it whenever they change, so that live buckets get the new ones.
@@ -75,10 +76,10 @@ class RateLimitThrottle(BaseThrottle):
     _decision = HttpDecision()
 
     def allow_request(self, request: Request, view: Any) -> bool:
-        """Whether a request may go on.
+        """Return whether a request may go on.
 
         :raises Refused: where it may not, for another reason than a limit.
-        :raises ImproperlyConfigured: for limits that cannot be.
+        :raises ImproperlyConfigured: for limits that are not valid.
         """
         rule = self._rule()
         if rule is None or not current().enabled:
@@ -94,17 +95,18 @@ class RateLimitThrottle(BaseThrottle):
         return bool(self._decision)
 
     def wait(self) -> float | None:
-        """Seconds until the request may be sent again; None for never."""
+        """Return the seconds until the request may be sent again; None for never."""
         return self._decision.retry_after
 
     def _rule(self) -> Rule | None:
-        cls = type(self)  # of which callables are asked for, lest they become methods
+        # Callables are taken from the class, because an instance would make methods of them.
+        cls = type(self)
         name, limits = cls.name, cls.limits
         if limits is None:
             name, limits = name or self.scope, _rate(cls.__name__, self.scope)
         try:
             if isinstance(limits, list | tuple):  # which may have no hash
-                limits = BucketConfiguration.of(limits)
+                limits = configuration_of(limits)
             return (
                 None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt, cls.version, cls.enabled)
             )
@@ -140,7 +142,7 @@ def _is_known(request: HttpRequest) -> bool:
 
 
 class AnonRateLimit(RateLimitThrottle):
-    """Limits those who have not logged in, by address."""
+    """Limits anonymous clients, by address."""
 
     scope = "anon"
     key = staticmethod(client)
@@ -148,13 +150,13 @@ class AnonRateLimit(RateLimitThrottle):
 
 
 class UserRateLimit(RateLimitThrottle):
-    """Limits everybody, by user, and by address who has not logged in."""
+    """Limits all clients: users by user, anonymous ones by address."""
 
     scope = "user"
 
 
 class ScopedRateLimit(RateLimitThrottle):
-    """The same for views with a ``throttle_scope``, by the rate and under the name of that."""
+    """Limits views that have a ``throttle_scope``, by the rate and under the name of that scope."""
 
     def allow_request(self, request: Request, view: Any) -> bool:
         """See :meth:`RateLimitThrottle.allow_request`."""
@@ -163,9 +165,9 @@ class ScopedRateLimit(RateLimitThrottle):
 
 
 def exception_handler(exc: Exception, context: dict[str, Any]) -> HttpResponseBase | None:
-    """REST framework's own, but for requests that are refused by a limit: they are answered with a problem of RFC 9457.
+    """Answer requests that a limit refuses with a problem of RFC 9457, and others as REST framework does.
 
-    For ``EXCEPTION_HANDLER`` in ``REST_FRAMEWORK``.
+    It is for ``EXCEPTION_HANDLER`` in ``REST_FRAMEWORK``.
     """
     response: HttpResponseBase | None = default_exception_handler(exc, context)
     if isinstance(exc, APIException) and hasattr(exc, "wait"):

@@ -70,14 +70,14 @@ class RateLimitMiddleware:
             return [] if request.method == "HEAD" else [body]
 
         def start(status: str, headers: Headers, *exc_info: Any) -> Callable[[bytes], object]:
-            # Decided anew: the application may have rules of its own, and have asked them by now.
+            # What has been decided by now: the application may have rules of its own, and have asked them by now.
             return start_response(status, _with_fields(headers, answers, decision_about(request)), *exc_info)
 
         return self._app(environ, start)
 
 
 def http_request(environ: WSGIEnvironment) -> HttpRequest:
-    """A request as rules see it.
+    """Return a request as rules see it.
 
     Its path is that below the place where the application is mounted: ``PATH_INFO``, without ``SCRIPT_NAME``. Slashes
     that it begins with count as one, as they do for Werkzeug's routes.
@@ -151,7 +151,7 @@ def _found(url_map: Any, environ: WSGIEnvironment) -> str | None:
 
 
 def decision_of(environ: WSGIEnvironment) -> HttpDecision:
-    """What has been decided about a request so far; true, and without outcomes, where nothing has."""
+    """Return what has been decided about a request so far; true, and without outcomes, where nothing has."""
     return decision_in(environ.get(NOTES, {}))
 
 

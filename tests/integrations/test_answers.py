@@ -14,7 +14,7 @@ from ratelimit import BucketConfiguration, InvalidConfigurationError, OnError
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.integrations.http import Answers, HttpDecision, Rule
-from ratelimit.integrations.http.decision import service_limits
+from ratelimit.policy.decision import service_limits
 from tests.integrations.requests_of import NOW, Limits
 
 SECOND = 10**9

@@ -471,7 +471,7 @@ class TestSetting:
         [
             ("100/minute", "RATELIMIT must be a dict"),
             ({"RULE": []}, "RATELIMIT knows URL, RULES, .* and not 'RULE'"),
-            ({"RULES": "100/minute"}, r"RATELIMIT\['RULES'\] must be a list, not '100/minute'"),
+            ({"RULES": "100/minute"}, r"RATELIMIT\['RULES'\] must be a list; got '100/minute'"),
             ({"RULES": ["100/fortnight"]}, r"RATELIMIT\['RULES'\] cannot be: unknown unit of time 'fortnight'"),
             ({"RULES": [7]}, r"RATELIMIT\['RULES'\] cannot be"),
             ({"RULES": ["nowhere.at.all"]}, r"RATELIMIT\['RULES'\] names what cannot be imported: No module"),
@@ -479,7 +479,7 @@ class TestSetting:
             ({"CLIENT_IP": "203.0.113.7"}, r"RATELIMIT\['CLIENT_IP'\] must be a key"),
             ({"ANSWERS": {}}, r"RATELIMIT\['ANSWERS'\] must be an Answers"),
             ({"ON_ERROR": "local"}, r"RATELIMIT\['ON_ERROR'\] must be an OnError, 'allow', 'deny' or 'raise'"),
-            ({"ENABLED": "False"}, r"RATELIMIT\['ENABLED'\] must be True or False, not 'False'"),
+            ({"ENABLED": "False"}, r"RATELIMIT\['ENABLED'\] must be True or False; got 'False'"),
             ({"URL": 6379}, r"RATELIMIT\['URL'\] must be a str"),
             ({"MANAGER": "redis://localhost"}, r"RATELIMIT\['MANAGER'\] must be a ProxyManager"),
             (

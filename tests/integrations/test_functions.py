@@ -23,6 +23,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.integrations.functions import limited
+from ratelimit.policy import Plans
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.support.faces import Manager, for_asyncio, settled
 
@@ -204,13 +205,13 @@ async def test_more_than_the_bucket_can_hold_is_refused_for_ever(face: Face) -> 
 
 @pytest.mark.parametrize("cost", [-1, 1.0, True, False, None, "1"])
 async def test_a_cost_that_cannot_be_is_an_error_and_the_call_does_not_happen(face: Face, cost: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="what cost gives must be an int"):
+    with pytest.raises(InvalidArgumentError, match="the answer of cost must be an int from 0"):
         await face.limited("10/hour", cost=lambda: cost)()
     assert face.calls == []
 
 
 async def test_a_key_that_cannot_be_is_an_error_and_the_call_does_not_happen(face: Face) -> None:
-    with pytest.raises(InvalidArgumentError, match="what key gives must be a str, bytes or None, not 42"):
+    with pytest.raises(InvalidArgumentError, match="the answer of key must be a str, bytes or None; got 42"):
         await face.limited("10/hour", key=lambda user: user)(42)
     assert face.calls == []
 
@@ -233,15 +234,46 @@ async def test_limits_are_looked_up_by_the_name_where_there_is_no_key(face: Face
         await send()
 
 
+async def test_a_refusal_has_the_probe_of_the_bucket(face: Face) -> None:
+    for max_wait, name in ((0, "send"), (5, "post")):
+        send = face.limited("3/hour", cost=2, max_wait=max_wait, name=name)
+        await send()
+        with pytest.raises(RateLimitExceeded) as refusal:
+            await send()
+        probe = refusal.value.probe
+        assert (probe.consumed, probe.remaining_tokens, probe.retry_after) == (False, 1, refusal.value.retry_after)
+        assert refusal.value.retry_after == 1200
+
+
+async def test_plans_say_what_a_customer_has_bought(face: Face) -> None:
+    bought = {"ann": "paid", "root": "internal"}
+    plans = Plans({"free": "1/hour", "paid": "2/hour", "internal": None}, face.callable(bought.get), default="free")
+    send = face.limited(plans, key=lambda user: user)
+    for user, allowed in (("ann", 2), ("bob", 1)):
+        for _ in range(allowed):
+            await send(user)
+        with pytest.raises(RateLimitExceeded):
+            await send(user)
+    assert [await send("root") for _ in range(3)] == ["root"] * 3
+
+
+async def test_a_call_that_does_not_wait_is_refused(face: Face) -> None:
+    send = face.limited("1/second", max_wait=0)
+    await send()
+    with pytest.raises(RateLimitExceeded):
+        await send()
+    assert face.clock.slept == []
+
+
 async def test_a_call_that_waits_gets_its_turn(face: Face) -> None:
-    send = face.limited("1/second", wait=True)
+    send = face.limited("1/second", max_wait=None)
     assert [await send(number) for number in range(3)] == [0, 1, 2]
     assert face.clock.slept == [10**9, 10**9]
 
 
-@pytest.mark.parametrize("wait", [5, timedelta(seconds=5)])
-async def test_a_wait_beyond_the_bound_is_refused_at_once_and_takes_nothing(face: Face, wait: Any) -> None:
-    send = face.limited("4/hour", wait=wait)
+@pytest.mark.parametrize("max_wait", [5, timedelta(seconds=5)])
+async def test_a_wait_beyond_the_bound_is_refused_at_once_and_takes_nothing(face: Face, max_wait: Any) -> None:
+    send = face.limited("4/hour", max_wait=max_wait)
     for _ in range(4):
         await send()
     with pytest.raises(RateLimitExceeded) as refusal:
@@ -256,7 +288,7 @@ async def test_a_wait_that_is_interrupted_gives_its_tokens_back_and_the_call_doe
     manager = AsyncProxyManager(AsyncMemoryStore(), "2/hour")
     happened: list[None] = []
 
-    @limited("2/hour", cost=2, wait=True, name="send", manager=manager)
+    @limited("2/hour", cost=2, max_wait=None, name="send", manager=manager)
     async def send() -> None:
         happened.append(None)
 
@@ -285,20 +317,20 @@ async def test_tokens_are_gone_also_where_the_function_fails(face: Face) -> None
     assert await settled(manager.bucket("fail", "2/hour").available_tokens()) == 1
 
 
-@pytest.mark.parametrize("wait", [False, True])
-async def test_a_store_that_fails_is_an_error_by_default(face: Face, *, wait: bool) -> None:
+@pytest.mark.parametrize("max_wait", [0, None])
+async def test_a_store_that_fails_is_an_error_by_default(face: Face, max_wait: float | None) -> None:
     face.store.fail()
     with pytest.raises(StoreUnavailableError):
-        await face.limited("2/hour", wait=wait)()
+        await face.limited("2/hour", max_wait=max_wait)()
     assert face.calls == []
 
 
-@pytest.mark.parametrize("wait", [False, True])
-async def test_a_store_that_fails_is_answered_as_the_manager_says(face: Face, *, wait: bool) -> None:
+@pytest.mark.parametrize("max_wait", [0, None])
+async def test_a_store_that_fails_is_answered_as_the_manager_says(face: Face, max_wait: float | None) -> None:
     face.store.fail(times=3)
-    assert await face.limited("2/hour", wait=wait, manager=face.manager(on_error=OnError.ALLOW))(1) == 1
+    assert await face.limited("2/hour", max_wait=max_wait, manager=face.manager(on_error=OnError.ALLOW))(1) == 1
     with pytest.raises(RateLimitExceeded) as refusal:
-        await face.limited("2/hour", wait=wait, manager=face.manager(on_error=OnError.DENY))(2)
+        await face.limited("2/hour", max_wait=max_wait, manager=face.manager(on_error=OnError.DENY))(2)
     assert refusal.value.retry_after == 1
     assert face.calls == [((1,), {})]
 
@@ -337,7 +369,7 @@ def test_a_function_keeps_its_name_its_signature_and_its_types() -> None:
         """Send it."""
         return bool(text * times)
 
-    @limited("5/second", wait=True)
+    @limited("5/second", max_wait=None)
     async def asend(text: str) -> bool:
         return bool(text)
 
@@ -381,18 +413,18 @@ def of_generators() -> list[Any]:
 
 @pytest.mark.parametrize("generator", of_generators())
 def test_generators_are_refused_at_decoration(generator: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="is a generator: a call of it only begins"):
+    with pytest.raises(InvalidArgumentError, match="is a generator, a call of which runs nothing yet"):
         limited("1/hour")(generator)
 
 
 @pytest.mark.parametrize(
     ("what", "complaint"),
     [
-        (classmethod(print), "limited goes below classmethod"),
-        (staticmethod(print), "limited goes below staticmethod"),
-        (dict, "takes a function, not <class 'dict'>"),
-        (None, "takes a function, not None"),
-        (functools.partial(print, 1), "has no name of its own: give it one, name="),
+        (classmethod(print), "limited must be placed below classmethod"),
+        (staticmethod(print), "limited must be placed below staticmethod"),
+        (dict, "must be a function; got <class 'dict'>"),
+        (None, "must be a function; got None"),
+        (functools.partial(print, 1), "has no name of its own: give it one with name="),
     ],
 )
 def test_what_is_no_function_is_refused_at_decoration(what: Any, complaint: str) -> None:
@@ -432,14 +464,14 @@ async def later(*_: object) -> Any: ...
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"key": 42}, "key must be a str, bytes, or a callable, not 42"),
-        ({"key": later}, "key must not be async where the function is not"),
+        ({"key": 42}, "key must be a str, bytes, or a callable; got 42"),
+        ({"key": later}, "key must be sync, as the function is"),
         ({"cost": 0}, "cost must be an int from 1"),
-        ({"cost": later}, "cost must not be async where the function is not"),
-        ({"limits": later}, "limits must not be async where the function is not"),
-        ({"wait": 0}, "wait must be above 0, not 0"),
-        ({"wait": "5"}, "wait must be a timedelta or a number of seconds, not '5'"),
-        ({"name": b"send"}, "name must be a str, not b'send'"),
+        ({"cost": later}, "cost must be sync, as the function is"),
+        ({"limits": later}, "limits must be sync, as the function is"),
+        ({"max_wait": -1}, "max_wait must be 0 or more; got -1"),
+        ({"max_wait": "5"}, "max_wait must be a timedelta or a number of seconds; got '5'"),
+        ({"name": b"send"}, "name must be a str; got b'send'"),
         ({"manager": 42}, "manager of a sync function must be a ProxyManager or a URL; got 42"),
     ],
 )

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from ratelimit import (
     AsyncProxyManager,
+    InvalidArgumentError,
     InvalidConfigurationError,
     OnError,
     ProxyManager,
@@ -31,12 +32,13 @@ from ratelimit.integrations.grpc import (
     AsyncRateLimitInterceptor,
     RateLimitInterceptor,
     Rpc,
+    RpcRule,
     metadata_value,
     method_name,
     peer_ip,
 )
-from ratelimit.integrations.http import Missing
-from ratelimit.integrations.logs import hashed
+from ratelimit.policy import Assigned, Decision, Missing, Plans
+from ratelimit.policy.logs import hashed
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
 from tests.support.faces import Manager, for_asyncio
@@ -141,6 +143,16 @@ class Face:
     def interceptor(self, limits: Any, **options: Any) -> Any:
         kind: Any = AsyncRateLimitInterceptor if self.asynchronous else RateLimitInterceptor
         return kind(limits, **dict[str, Any](key=method_name, name="calls", manager=self.manager()) | options)
+
+    def interceptor_of(self, *rules: Any, **options: Any) -> Any:
+        """One with rules that have settings of their own."""
+        kind: Any = AsyncRateLimitInterceptor if self.asynchronous else RateLimitInterceptor
+        return kind(*rules, **dict[str, Any](manager=self.manager()) | options)
+
+    def consumed(self, key: str) -> int:
+        """Tokens that a bucket says were consumed; 0 where there is none."""
+        with ProxyManager(self.store, "1/s", clock=self.clock) as witness:
+            return witness.snapshot(key).consumed_tokens if self.store.get(key.encode()) else 0
 
     def callable(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same, async where interceptors are."""
@@ -331,12 +343,12 @@ async def test_a_call_without_a_key_is_an_error_or_not_limited_by_choice(face: F
     async with face.limited("1/hour", key=metadata_value("x-user")) as client:
         refusal = await client.refused(metadata=metadata)
         assert refusal.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert refusal.details() == "calls are limited by the metadata 'x-user', which this one has not"
+        assert refusal.details() == "calls are limited by the metadata 'x-user', which this one does not have"
     for unlimited in ("unlimited", Missing.UNLIMITED):
         async with face.limited("1/hour", key=metadata_value("x-user"), missing=unlimited) as client:
             assert [await client.call(metadata=metadata) for _ in range(3)] == [b"abab"] * 3
     async with face.limited("1/hour", key=face.callable(lambda _: None)) as client:
-        assert (await client.refused()).details() == "calls are limited by a key, which this one has not"
+        assert (await client.refused()).details() == "calls are limited by a key, which this one does not have"
     assert len(face.store) == 0
 
 
@@ -492,6 +504,133 @@ async def test_several_interceptors_each_take_their_tokens(face: Face) -> None:
         assert "'all'" in (await client.refused("unary_stream")).details()
 
 
+async def test_a_refusal_gives_back_what_the_call_has_paid_by_rules_before(face: Face) -> None:
+    rules = [
+        RpcRule("9/hour", key=lambda _: "all", cost=3, name="all"),
+        RpcRule("1/hour", key=method_name, methods=["/test.Service/unary_unary"], name="method"),
+        RpcRule("8/hour", key=lambda _: "all", name="last"),
+    ]
+    async with face.serving(face.interceptor_of(*rules)) as client:
+        await client.call("unary_unary")
+        refusal = await client.refused("unary_unary")
+        assert refusal.details() == "the limit 'method' is exceeded; retry in 3600 s"
+        assert details(refusal)["QuotaFailure"].violations[0].subject == "method"
+        assert (face.consumed("all:all"), face.consumed("last:all")) == (3, 1)
+        await client.call("unary_stream")
+        assert (face.consumed("all:all"), face.consumed("last:all")) == (6, 2)
+
+
+async def test_several_limits_with_the_same_settings_are_a_rule_each(face: Face) -> None:
+    async with face.serving(face.interceptor_of("5/hour", "2/minute", key=lambda _: "all")) as client:
+        assert [await client.call() for _ in range(2)]
+        assert (await client.refused()).details() == "the limit '2/minute' is exceeded; retry in 30 s"
+        assert [face.consumed(f"|{text}|<lambda>:all") for text in ("5/hour", "2/minute")] == [2, 2]
+
+
+@pytest.mark.parametrize("metadata", [(), (("x-user", "ann"), ("x-user", "bob"))], ids=["missing", "ambiguous"])
+async def test_a_key_that_is_no_use_gives_back_what_the_call_has_paid(face: Face, metadata: Any) -> None:
+    rules = [
+        RpcRule("9/hour", key=lambda _: "all", name="all"),
+        RpcRule("9/hour", key=metadata_value("x-user"), name="user"),
+    ]
+    async with face.serving(face.interceptor_of(*rules)) as client:
+        assert (await client.refused(metadata=metadata)).code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert face.consumed("all:all") == 0
+
+
+async def test_rules_of_other_methods_do_not_limit_a_call(face: Face) -> None:
+    rules = [
+        RpcRule("1/hour", key=lambda _: "all", methods=["/test.Service/unary_unary"]),
+        RpcRule("1/hour", key=lambda _: "all", methods=["/test.Service/unary_stream"], enabled=False),
+    ]
+    async with face.serving(face.interceptor_of(*rules)) as client:
+        await client.call("unary_unary")
+        await client.refused("unary_unary")
+        assert [await client.call("unary_stream") for _ in range(3)]
+
+
+async def test_plans_say_what_a_customer_has_bought_and_a_new_one_takes_effect(face: Face) -> None:
+    bought: dict[Any, Any] = {"ann": Assigned("free", 1), "root": "internal"}
+    limits = {"free": "2/hour", "paid": "4/hour", "internal": None}
+    plans = Plans(limits, face.callable(bought.get), default="free", ttl=0)
+    async with face.limited(plans, key=metadata_value("x-user")) as client:
+        ann, root = (("x-user", "ann"),), (("x-user", "root"),)
+        assert [await client.call(metadata=root) for _ in range(5)]
+        await client.call(metadata=ann)
+        bought["ann"] = Assigned("paid", 2)
+        assert [await client.call(metadata=ann) for _ in range(2)], "half full before, and after"
+        refusal = await client.refused(metadata=ann)
+        assert details(refusal)["QuotaFailure"].violations[0].description == "4/hour"
+        assert refusal.details().startswith("the limit 'calls' is exceeded")
+
+
+async def test_limits_may_see_the_call(face: Face) -> None:
+    def limits(key: Any, rpc: Rpc) -> str | None:
+        assert key == "all"
+        return "1/hour" if rpc.method.endswith("/unary_unary") else None
+
+    async with face.limited(limits, key=lambda _: "all") as client:
+        await client.call("unary_unary")
+        await client.refused("unary_unary")
+        assert [await client.call("unary_stream") for _ in range(3)]
+
+
+async def test_only_calls_for_which_when_is_true_are_limited(face: Face) -> None:
+    when = face.callable(lambda rpc: ("x-trial", "yes") in rpc.metadata)
+    async with face.limited("1/hour", when=when) as client:
+        assert [await client.call() for _ in range(3)]
+        await client.call(metadata=(("x-trial", "yes"),))
+        await client.refused(metadata=(("x-trial", "yes"),))
+
+
+@pytest.mark.parametrize(
+    ("policy", "codes"),
+    [
+        (OnError.DENY, [grpc.StatusCode.UNAVAILABLE]),
+        (OnError.local(1 / 2), [None, grpc.StatusCode.RESOURCE_EXHAUSTED]),
+        (OnError.ALLOW, [None, None, None]),
+        (None, [grpc.StatusCode.UNAVAILABLE]),
+    ],
+    ids=["deny", "local", "allow", "that of the manager"],
+)
+async def test_an_interceptor_may_decide_otherwise_than_its_manager_where_the_store_fails(
+    face: Face, policy: OnError | None, codes: list[grpc.StatusCode | None]
+) -> None:
+    face.store.fail(times=10)
+    async with face.limited("2/hour", on_error=policy, manager=face.manager(on_error=OnError.RAISE)) as client:
+        for code in codes:
+            if code is None:
+                await client.call()
+            else:
+                assert (await client.refused()).code() is code
+
+
+async def test_a_hook_hears_of_each_refusal(face: Face) -> None:
+    heard: list[tuple[str, Any]] = []
+
+    def hear(rpc: Rpc, decision: Decision[Rpc]) -> None:
+        heard.append((rpc.method, decision.refused.rule.name if decision.refused else decision.missing))
+
+    async with face.limited("1/hour", on_refused=face.callable(hear)) as client:
+        await client.call()
+        await client.refused()
+    assert heard == [("/test.Service/unary_unary", "calls")]
+
+
+def test_a_rule_has_its_settings_and_prints_them() -> None:
+    rule = RpcRule("1/hour", key=method_name, methods=["/a.B/D", "/a.B/C"], missing="unlimited", name="x")
+    assert repr(rule) == (
+        f"RpcRule('1/hour', key={method_name!r}, name='x', methods=['/a.B/C', '/a.B/D'],"
+        " missing=<Missing.UNLIMITED: 'unlimited'>)"
+    )
+    assert rule == RpcRule("1/hour", key=method_name, methods=["/a.B/C", "/a.B/D"], missing="unlimited", name="x")
+    assert rule != RpcRule("1/hour", key=method_name, methods=["/a.B/C"], missing="unlimited", name="x")
+    with pytest.raises(InvalidArgumentError, match="a Rule has its settings already; 'cost' goes there"):
+        RateLimitInterceptor(rule, cost=2)
+    with pytest.raises(InvalidConfigurationError, match="rules of one name must have the same limits and version"):
+        RateLimitInterceptor(rule, RpcRule("2/hour", key=method_name, name="x"))
+
+
 class SlowStore(AsyncSwappingMemoryStore):
     """One that answers when it is told to."""
 
@@ -544,14 +683,14 @@ async def never(*_: object) -> Any: ...
 @pytest.mark.parametrize(
     ("arguments", "field", "complaint"),
     [
-        ({"key": "all"}, "key", "key must be a callable, peer_ip say, not 'all'"),
-        ({"cost": 0}, "cost", "cost must be an int of 1 or more, or a callable, not 0"),
-        ({"methods": "/a.B/C"}, "methods", "methods must be a collection of names, not '/a.B/C'"),
-        ({"methods": ["a.B/C"]}, "methods", "a method is named like /package.Service/Method, unlike 'a.B/C'"),
-        ({"exempt": True}, "exempt", "exempt must be a callable, not True"),
-        ({"missing": "ignore"}, "missing", "missing must be error or unlimited, not 'ignore'"),
-        ({"name": b"calls"}, "name", "name must be a str, not b'calls'"),
-        ({"manager": 42}, "manager", r"manager must be a \w*ProxyManager or a URL, not 42"),
+        ({"key": "all"}, "key", "key must be a callable such as peer_ip; got 'all'"),
+        ({"cost": 0}, "cost", "cost must be an int from 1 to 2\\*\\*63 - 1, or a callable; got 0"),
+        ({"methods": "/a.B/C"}, "methods", "methods must be a collection of names; got '/a.B/C'"),
+        ({"methods": ["a.B/C"]}, "methods", "a method must be named like /package.Service/Method; got 'a.B/C'"),
+        ({"exempt": True}, "exempt", "exempt must be a callable; got True"),
+        ({"missing": "ignore"}, "missing", "missing must be error or unlimited; got 'ignore'"),
+        ({"name": b"calls"}, "name", "name must be a str; got b'calls'"),
+        ({"manager": 42}, "manager", r"manager must be a \w*ProxyManager or a URL; got 42"),
         ({"limits": "often"}, None, "often"),
     ],
 )
@@ -570,8 +709,8 @@ def test_a_manager_of_the_other_kind_is_refused(face: Face) -> None:
 
 def test_callables_of_a_sync_interceptor_are_not_async() -> None:
     kind: Any = RateLimitInterceptor
-    for role in ("limits", "key", "cost", "exempt"):
-        with pytest.raises(InvalidConfigurationError, match=f"{role} must not be async") as error:
+    for role in ("limits", "key", "cost", "when", "exempt"):
+        with pytest.raises(InvalidConfigurationError, match=f"{role} must be sync, as the server is") as error:
             kind(**dict[str, Any](limits="1/hour", key=peer_ip) | {role: never})
         assert error.value.field == role
 

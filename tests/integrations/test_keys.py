@@ -27,12 +27,12 @@ from ratelimit.integrations.http.keys import (
     combined,
     header,
     method,
-    name_of,
     route,
     user,
 )
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.keys import Key
+from ratelimit.policy.callables import name_of
 
 SECRET = "correct horse battery"
 ADDRESSES = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6))

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from ratelimit import (
-    AsyncProxyManager,
     BucketConfiguration,
-    InvalidArgumentError,
     InvalidConfigurationError,
     OnError,
     ProxyManager,
@@ -22,7 +20,6 @@ from ratelimit.integrations.http import (
     HttpRequest,
     Limiter,
     Missing,
-    Plans,
     Rule,
     client_ip,
     combined,
@@ -39,12 +36,6 @@ async def statuses(limited: Limits, *requests: HttpRequest) -> list[bool]:
 
 
 class TestRule:
-    def test_is_named_by_its_limits(self) -> None:
-        assert Rule("10/minute").name == "10/minute"
-        assert Rule("10 per minute").name == "10/minute"
-        assert Rule(lambda _: "10/minute").name == "default"
-        assert Rule("10/minute", name="login").name == "login"
-
     def test_takes_a_list_for_several_limits_and_a_limiter_for_one_rule_each(self) -> None:
         several = BucketConfiguration.parse("10/minute; 5/second")
         assert Rule(["10/minute", "5/second"]).limits == several
@@ -177,15 +168,6 @@ class TestRule:
         with pytest.raises(InvalidConfigurationError):
             Rule("1 per fortnight")
 
-    def test_two_of_one_name_have_the_same_limits(self) -> None:
-        Limiter(Rule("1/s", name="a", methods=["GET"]), Rule("1/s", name="a", methods=["POST"]))
-        with pytest.raises(InvalidConfigurationError, match="'a' has '1/second' and '2/second'"):
-            Limiter(Rule("1/s", name="a"), Rule("2/s", name="a"))
-        with pytest.raises(
-            InvalidConfigurationError, match="'a' has '1/second' of version 1 and '1/second' of version 2"
-        ):
-            Limiter(Rule("1/s", name="a", version=1), Rule("1/s", name="a", version=2))
-
     def test_two_without_a_name_differ_in_what_their_buckets_are_named_by(self) -> None:
         Limiter(Rule("1/s", methods=["GET"]), Rule("1/s", methods=["POST"]), Rule("1/s", key=route()), "1/s", "2/s")
         Limiter("1/s", Rule("1 per second"))
@@ -236,22 +218,6 @@ class TestLimiter:
         assert decision_about(asked[1]).retry_after == 6
         assert decision_about(asked[3]).retry_after is None
         assert limited.consumed("|10/minute|ip:192.0.2.1") == 10
-
-    @pytest.mark.parametrize("cost", [-1, True, 1.5, None])
-    async def test_a_cost_that_cannot_be_is_an_error(self, cost: Any, asynchronous: bool) -> None:
-        with pytest.raises(InvalidArgumentError, match="the cost of a request must be an int of 0 or more"):
-            await Limits(Rule("10/minute", cost=lambda _: cost), asynchronous=asynchronous).decide()
-
-    async def test_limits_may_depend_on_the_key(self, asynchronous: bool) -> None:
-        async def limits(key: Any) -> str | None:
-            return {"a": "1/minute", "b": "2/minute"}.get(key)
-
-        plain = {"a": "1/minute", "b": "2/minute"}
-        ask: Any = limits if asynchronous else plain.get
-        rule = Rule(ask, key=header("user"), name="plan")
-        limited = Limits(rule, asynchronous=asynchronous)
-        asked = [request_of(user=user) for user in "aabbbccc"]
-        assert await statuses(limited, *asked) == [True, False, True, True, False, True, True, True]
 
     async def test_a_request_without_a_key_is_an_error_or_not_limited(self, asynchronous: bool) -> None:
         limited = Limits(
@@ -310,27 +276,6 @@ def test_a_request_has_the_attributes_of_the_one_of_the_framework() -> None:
         request.headers  # noqa: B018
 
 
-async def async_answer(_: Any) -> Any:
-    return 1
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        Rule("5/minute", key=async_answer),
-        Rule("5/minute", cost=async_answer),
-        Rule("5/minute", when=async_answer),
-        Rule("5/minute", exempt=async_answer),
-        Rule(async_answer),
-        Rule(Plans({"free": "5/minute"}, async_answer)),
-        Rule(Plans({"free": "5/minute"}, async_answer, by=async_answer)),
-    ],
-)
-async def test_a_callable_that_has_to_be_awaited_is_refused_where_nobody_can(rule: Rule) -> None:
-    with pytest.raises(InvalidArgumentError, match="only an AsyncLimiter awaits"):
-        await Limits(rule).decide()
-
-
 class TestWithoutStore:
     async def test_a_manager_of_the_callers_decides_by_its_own_policy(self) -> None:
         store = ScriptedStore()
@@ -367,41 +312,8 @@ class TestWithoutStore:
         assert decision
         assert decision.degraded
 
-    async def test_tokens_that_cannot_be_given_back_are_told_of(self, caplog: pytest.LogCaptureFixture) -> None:
-        store = ScriptedStore()
-        manager = ProxyManager(store)
-
-        def cost(_: HttpRequest) -> int:
-            store.fail(times=2)
-            return 1
-
-        limiter = Limiter("5/minute", Rule("3/minute", cost=cost), manager=manager, on_error=lambda *_: OnError.DENY)
-        assert not limiter.decide(request_of())
-        assert manager.bucket("|5/minute|ip:192.0.2.1", "5/minute").available_tokens() == 4
-
-
-def test_a_wrong_manager_is_refused() -> None:
-    with pytest.raises(InvalidConfigurationError, match="is not valid"):
-        Limiter("5/minute", manager="http://localhost").decide(request_of())
-    sync: Any = ProxyManager.from_url("memory://")
-    asynchronous: Any = AsyncProxyManager.from_url("memory://")
-    with pytest.raises(InvalidArgumentError, match="manager must be a ProxyManager or a URL; got an AsyncProxyManager"):
-        Limiter("5/minute", manager=asynchronous)
-    with pytest.raises(InvalidArgumentError, match="manager must be an AsyncProxyManager or a URL; got a ProxyManager"):
-        AsyncLimiter("5/minute", manager=sync)
-
 
 def test_a_manager_by_url_is_shared() -> None:
     one, other = Limiter("5/minute", manager="memory://"), Limiter(Rule("5/minute", cost=5), manager="memory://")
     assert one.decide(request_of(peer="192.0.2.77"))
     assert not other.decide(request_of(peer="192.0.2.77"))
-
-
-def test_a_policy_of_several_bandwidths_is_named_by_each() -> None:
-    configuration = BucketConfiguration.parse("10/second burst 50; 1000/hour id hourly")
-    names = [Rule(configuration, name="api").policy_name(configuration, bandwidth) for bandwidth in configuration]
-    assert names == ["api: 10/second burst 50", "api: hourly"]
-    unnamed = Rule(configuration)
-    assert [unnamed.policy_name(configuration, bandwidth) for bandwidth in configuration] == [
-        *("10/second burst 50", "hourly")
-    ]

@@ -1,15 +1,14 @@
-"""The keys of buckets: no two limits share one unless they have one name, whatever names and clients contain."""
+"""The keys of buckets of HTTP: no two limits share one unless they have one name, whatever clients send."""
 
 from __future__ import annotations
 
-import string
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit import InvalidConfigurationError, MemoryStore, ProxyManager
+from ratelimit import MemoryStore, ProxyManager
 from ratelimit.integrations.http import (
     HttpRequest,
     Limiter,
@@ -20,36 +19,11 @@ from ratelimit.integrations.http import (
     first_of,
     header,
 )
-from ratelimit.integrations.managers import NAMESPACE_VARIABLE, async_manager_of, bucket_key, manager_of, namespace_of
+from ratelimit.policy.managers import NAMESPACE_VARIABLE, async_manager_of, manager_of
 from tests.integrations.requests_of import Limits, request_of
 
 # The characters that mean something in a key, and some that do not.
 tricky = st.text(alphabet=r":|\{}()ab /", max_size=6)
-names = st.text(alphabet=r":|\{}()ab /", min_size=1, max_size=6)
-several = st.one_of(st.tuples(names), st.tuples(tricky, names, names), st.tuples(tricky, names, names, names))
-namespaces = st.one_of(st.just(""), st.text(alphabet=r":|\{}()ab/", min_size=1, max_size=6))
-keys = st.one_of(st.none(), tricky)
-
-
-@given(st.tuples(several, keys, namespaces), st.tuples(several, keys, namespaces))
-@example((("tenant",), "login:1", ""), (("tenant:login",), "1", ""))
-@example((("a",), "b", "shop"), (("", "a", "x"), "b", ""))
-@example((("{",), "x", ""), (("(",), "x", ""))
-@example((("a",), None, ""), (("a",), "", ""))
-def test_different_limits_and_keys_have_different_buckets(one: Any, two: Any) -> None:
-    assert (bucket_key(*one) == bucket_key(*two)) is (one == two)
-
-
-@given(names, tricky)
-def test_a_key_of_bytes_is_stored_as_the_text_that_it_is_of(name: str, key: str) -> None:
-    text = bucket_key((name,), key)
-    assert isinstance(text, str)
-    assert bucket_key((name,), key.encode()) == text.encode()
-
-
-@given(names)
-def test_a_name_does_not_choose_the_slot_of_its_keys(name: str) -> None:
-    assert not set("{}") & set(str(bucket_key((name,), "key", name)))
 
 
 def test_a_value_that_a_client_sends_does_not_name_another_limit() -> None:
@@ -111,20 +85,6 @@ class TestNamespaces:
         other = Limits(Rule("1/minute", name="login"), asynchronous=asynchronous, over=one)
         assert [bool(await one.decide()), bool(await one.decide()), bool(await other.decide())] == [True, False, True]
         assert one.consumed("shop||login:192.0.2.1") == one.consumed("billing||login:192.0.2.1") == 1
-
-    @pytest.mark.parametrize("namespace", ["a b", "ü", "a" * 101, "\n", 1])
-    def test_what_is_not_a_namespace_is_refused(self, namespace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(InvalidConfigurationError, match="namespace must be 1 to 100 printable"):
-            Limiter("1/minute", namespace=namespace)
-        if isinstance(namespace, str):
-            monkeypatch.setenv(NAMESPACE_VARIABLE, namespace)
-            with pytest.raises(InvalidConfigurationError, match="RATELIMIT_NAMESPACE must be 1 to 100 printable"):
-                namespace_of(None)
-
-    def test_there_is_none_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv(NAMESPACE_VARIABLE, raising=False)
-        assert namespace_of(None) == namespace_of("") == ""
-        assert set(namespace_of(string.punctuation)) == set(string.punctuation)
 
 
 def test_the_managers_of_integrations_have_a_prefix_by_which_all_their_keys_are_found() -> None:

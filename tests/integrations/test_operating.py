@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from ratelimit import MemoryStore, OnError, ProxyManager
-from ratelimit.integrations import switch
 from ratelimit.integrations.http import (
     Answers,
     Assigned,
@@ -23,7 +22,8 @@ from ratelimit.integrations.http import (
     header,
     keys,
 )
-from ratelimit.integrations.logs import hashed
+from ratelimit.policy import switch
+from ratelimit.policy.logs import hashed
 from ratelimit.testing import ScriptedStore
 from tests.integrations.requests_of import Limits, request_of
 
@@ -152,7 +152,7 @@ class TestRefusals:
     ) -> None:
         caplog.set_level(logging.INFO, "ratelimit")
         now = 100.0
-        monkeypatch.setattr("ratelimit.integrations.logs.monotonic", lambda: now)
+        monkeypatch.setattr("ratelimit.policy.logs.monotonic", lambda: now)
         limited = Limits(Rule("1/hour", name="api"), asynchronous=asynchronous)
         await admitted(limited, *(request_of() for _ in range(51)))
         assert len(caplog.records) == 10

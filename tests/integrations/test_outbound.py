@@ -125,11 +125,26 @@ async def test_a_turn_that_is_too_far_off_is_refused_at_once_and_takes_nothing(f
     with pytest.raises(RateLimitExceeded) as refusal:
         await face.acquire(limit)
     assert (refusal.value.key, refusal.value.retry_after) == ("api", 3.0)
+    assert refusal.value.probe.nanos_to_wait_for_refill == 3 * SECOND
     assert await settled(face.manager.bucket(KEY, "1/second").available_tokens()) == -2
     assert face.clock.slept == []
     face.clock.advance(1)
     assert await face.acquire(limit)
     assert face.clock.slept == [2 * SECOND]
+
+
+async def test_without_a_wait_a_turn_is_now_or_never(face: Face) -> None:
+    limit = face.limit("2/second", max_wait=0)
+    assert [await face.acquire(limit) for _ in range(2)] == ["api"] * 2
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await face.acquire(limit)
+    assert (refusal.value.retry_after, refusal.value.probe.remaining_tokens) == (0.5, 0)
+    face.clock.advance(0.5)
+    await face.acquire(limit)
+    await face.learn(limit, 429, Retry_After="30")
+    with pytest.raises(RateLimitExceeded) as refusal:
+        await face.acquire(limit)
+    assert (refusal.value.retry_after, face.clock.slept) == (30, [])
 
 
 async def test_without_a_bound_any_wait_is_waited(face: Face) -> None:
@@ -221,7 +236,7 @@ async def test_first_come_is_first_served() -> None:
     [
         ({"key": 5}, "key must be"),
         ({"cost": 0}, "cost must be"),
-        ({"max_wait": 0}, "max_wait must be above 0"),
+        ({"max_wait": -1}, "max_wait must be 0 or more"),
         ({"max_hold": -1}, "max_hold must be above 0"),
         ({"max_hold": "5"}, "max_hold must be a timedelta"),
         ({"default_hold": float("nan")}, "default_hold must be"),

@@ -1,4 +1,4 @@
-"""The setting ``RATELIMIT``, read at its first use, and anew where a test overrides it.
+"""The setting ``RATELIMIT``, read at its first use, and again where a test overrides it.
 
 ========================= =========================================================================================
 ``URL``                   the store: ``redis://localhost:6379/0``, say. None: that in the variable ``RATELIMIT_URL``,
@@ -7,7 +7,7 @@
                           requests, by the client's address), and of dotted paths to either
 ``CLIENT_IP``             the key of rules without a key: ``client_ip(hops=1)`` behind a proxy. By default
                           ``client_ip()``, which is the peer
-``ANSWERS``               what clients are told: an ``Answers``, or a class of them
+``ANSWERS``               what clients are sent: an ``Answers``, or a class of them
 ``ON_ERROR``              what is decided where the store fails: an ``OnError``, a callable that gives one, or
                           ``"allow"``, ``"deny"`` or ``"raise"``. By default deny, which is answered with 503
 ``ON_REFUSED``            is called with the request and the decision for each request that is refused
@@ -44,10 +44,11 @@ from ratelimit.integrations.http import (
     Rule,
     client_ip,
 )
-from ratelimit.integrations.http.rules import Names, checked_rules
-from ratelimit.integrations.managers import namespace_of
+from ratelimit.integrations.http.rules import checked_rules
 from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.policy.managers import namespace_of
+from ratelimit.policy.rule import Names
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class RateLimitSettings:
 
     @property
     def answers(self) -> Answers:
-        """What clients are told."""
+        """Makes what clients are sent."""
         return self.limiters.get("answers") or Answers()
 
     def keyed(self, rule: Rule) -> Rule:
@@ -85,13 +86,13 @@ class RateLimitSettings:
 
 @lru_cache(maxsize=1)
 def current() -> RateLimitSettings:
-    """The setting as it is.
+    """Return the setting as it is now.
 
-    :raises ImproperlyConfigured: where it cannot be.
+    :raises ImproperlyConfigured: for a setting that is not valid.
     """
     given: Any = getattr(settings, SETTING, {})
     if not isinstance(given, Mapping):
-        raise ImproperlyConfigured(f"{SETTING} must be a dict, not {brief(given)}")
+        raise ImproperlyConfigured(f"{SETTING} must be a dict; got {brief(given)}")
     unknown = [name for name in given if name not in _KNOWN]
     if unknown:
         raise ImproperlyConfigured(f"{SETTING} knows {', '.join(_KNOWN)}, and not {brief(unknown[0])}")
@@ -113,7 +114,7 @@ def current() -> RateLimitSettings:
 
 @lru_cache(maxsize=1024)
 def limiter(rules: tuple[Rule, ...]) -> Limiter:
-    """The limiter for some rules, for sync code."""
+    """Return the limiter for some rules, for sync code."""
     now = current()
     if now.manager is None and now.async_manager is not None and now.url is None:
         _wrong("MANAGER", "is needed, or URL, because there is sync code too: ASYNC_MANAGER is not for that")
@@ -126,7 +127,7 @@ def limiter(rules: tuple[Rule, ...]) -> Limiter:
 
 @lru_cache(maxsize=1024)
 def async_limiter(rules: tuple[Rule, ...]) -> AsyncLimiter:
-    """The same for async code."""
+    """Return the limiter for some rules, for async code."""
     now = current()
     if now.async_manager is None and now.manager is not None and now.url is None:
         _wrong("ASYNC_MANAGER", "is needed, or URL, because there is async code too: MANAGER is not for that")
@@ -139,7 +140,7 @@ def async_limiter(rules: tuple[Rule, ...]) -> AsyncLimiter:
 
 @lru_cache(maxsize=1)
 def names() -> Names:
-    """The rules of views by their names, for as long as the setting is the same: a process has one project."""
+    """Return the rules of all views by their names; they last as long as the setting: a process has one project."""
     return Names()
 
 
@@ -157,7 +158,7 @@ def _wrong(name: str, what: str, cause: Exception | None = None) -> NoReturn:
 
 
 def _imported(name: str, value: Any) -> Any:
-    """What a dotted path leads to; everything else is itself."""
+    """Return what a dotted path leads to, and any other value itself."""
     if not isinstance(value, str) or "." not in value or not all(part.isidentifier() for part in value.split(".")):
         return value
     try:
@@ -172,20 +173,20 @@ def _of_type(given: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
         value = _imported(name, value)
     if value is None or isinstance(value, kind):
         return value
-    _wrong(name, f"must be a {kind.__name__}, not {brief(value)}")
+    _wrong(name, f"must be a {kind.__name__}; got {brief(value)}")
 
 
 def _enabled(given: Mapping[str, Any]) -> bool:
     enabled = given.get("ENABLED", True)
     if not isinstance(enabled, bool):  # "False" from an environment, say
-        _wrong("ENABLED", f"must be True or False, not {brief(enabled)}")
+        _wrong("ENABLED", f"must be True or False; got {brief(enabled)}")
     return enabled
 
 
 def _client_ip(given: Mapping[str, Any]) -> ClientKey:
     key: Any = _imported("CLIENT_IP", given.get("CLIENT_IP", _PEER))
     if not callable(key):
-        _wrong("CLIENT_IP", f"must be a key, client_ip(hops=1) say, not {brief(key)}")
+        _wrong("CLIENT_IP", f"must be a key such as client_ip(hops=1); got {brief(key)}")
     return key  # type: ignore[no-any-return]  # that much can be told of a callable
 
 
@@ -194,7 +195,7 @@ def _answers(given: Mapping[str, Any]) -> Answers:
     if isinstance(answers, type) and issubclass(answers, Answers):
         answers = answers()
     if not isinstance(answers, Answers):
-        _wrong("ANSWERS", f"must be an Answers, not {brief(answers)}")
+        _wrong("ANSWERS", f"must be an Answers; got {brief(answers)}")
     return answers
 
 
@@ -203,7 +204,7 @@ def _on_error(given: Mapping[str, Any]) -> ErrorPolicy | None:
     if policy in ("allow", "deny", "raise"):
         return OnError(policy)
     if policy is not None and not isinstance(policy, OnError) and not callable(policy):
-        _wrong("ON_ERROR", f"must be an OnError, 'allow', 'deny' or 'raise', not {brief(policy)}")
+        _wrong("ON_ERROR", f"must be an OnError, 'allow', 'deny' or 'raise'; got {brief(policy)}")
     return policy  # type: ignore[no-any-return]  # that much can be told of a callable
 
 
@@ -224,7 +225,7 @@ def _namespace(given: Mapping[str, Any]) -> str:
 def _rules(given: Any) -> tuple[Rule, ...]:
     given = _imported("RULES", given)
     if not isinstance(given, list | tuple):
-        _wrong("RULES", f"must be a list, not {brief(given)}")
+        _wrong("RULES", f"must be a list; got {brief(given)}")
     try:
         return checked_rules([_imported("RULES", one) for one in given])
     except (InvalidConfigurationError, InvalidArgumentError) as error:

@@ -18,7 +18,7 @@ def client(request: HttpRequest) -> Key | None:
 
 
 def user_or_client(request: HttpRequest) -> Key | Awaitable[Key | None] | None:
-    """Who has logged in (``user:42``), or the address of who has not (``ip:203.0.113.7``), as ``CLIENT_IP`` says."""
+    """Return the user (``user:42``), or for an anonymous request the address (``ip:203.0.113.7``) by ``CLIENT_IP``."""
     found = _USER(request)
     return _later(request, found) if isinstance(found, Awaitable) else _either(request, found)
 

@@ -18,7 +18,7 @@ from ratelimit.runtime.steps import arun, run
 
 
 class RateLimitMiddleware:
-    """Limits all requests by the rules of the setting ``RATELIMIT``, and tells all of them how much is left.
+    """Limits all requests by the rules of the setting ``RATELIMIT``, and shows all clients how much is left.
 
     It decides before the view is looked for, so that paths that do not exist count as well. ``request.ratelimit`` is
     the :class:`HttpDecision`. Rules by user need Django's ``AuthenticationMiddleware`` before this one.

@@ -27,17 +27,17 @@ exempted: Final[list[bool]] = []
 
 
 def native_of(request: object) -> HttpRequest:
-    """Django's own request, also where that of REST framework is around it."""
+    """Return Django's own request, also where that of REST framework is around it."""
     native = request if isinstance(request, HttpRequest) else getattr(request, "_request", None)
     if not isinstance(native, HttpRequest):
         raise InvalidArgumentError(
-            f"a view must be given a request first, not {brief(request)}; a method is limited by method_decorator"
+            f"a view must be given a request first; got {brief(request)}: a method is limited by method_decorator"
         )
     return native
 
 
 def http_request(request: HttpRequest, *, asynchronous: bool) -> http.HttpRequest:
-    """A request as the core sees it. The decision is kept as ``request.ratelimit``."""
+    """Return a request as rules see it. The decision is kept as ``request.ratelimit``."""
     return http.HttpRequest(
         method=request.method or "GET",
         path=request.path_info or "/",  # without SCRIPT_NAME, as in urlpatterns
@@ -72,12 +72,12 @@ def answered(
 
 
 def refusal(answer: HttpAnswer) -> HttpResponse:
-    """An answer as a response."""
+    """Return an answer as a response."""
     return HttpResponse(answer.body, status=answer.status, headers=dict(answer.headers))
 
 
 def tell(response: HttpResponseBase, headers: Headers) -> None:
-    """Set header fields; whoever comes last knows most."""
+    """Set header fields in place of earlier ones, which know less."""
     for name, value in headers:
         response[name] = value
 

@@ -6,9 +6,8 @@ this package do that for one framework each.
 """
 
 from ratelimit.integrations.http.answers import Answers, Headers, HttpAnswer
-from ratelimit.integrations.http.decision import HttpDecision, Outcome, Policy, ServiceLimit
+from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.keys import (
-    Missing,
     RequestKey,
     api_key,
     client_ip,
@@ -16,14 +15,14 @@ from ratelimit.integrations.http.keys import (
     first_of,
     header,
     method,
-    name_of,
     route,
     user,
 )
 from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, LimiterSettings, OnRefused, decision_about
-from ratelimit.integrations.http.plans import Assigned, Plans
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.integrations.http.rules import Rule, RuleSettings
+from ratelimit.policy import Assigned, Missing, Outcome, Plans, Policy, ServiceLimit
+from ratelimit.policy.callables import name_of
 
 __all__ = [
     "Answers",

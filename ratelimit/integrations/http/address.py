@@ -17,10 +17,10 @@ from typing import Final, TypeAlias
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 Hops: TypeAlias = Iterator[Address | None]
-"""The addresses that a header lists, from the right; None for an entry that is no address."""
+"""The addresses that a header lists, from the right; None for an entry that is not an address."""
 
 MOST_HOPS: Final = 100
-"""Entries of a header that are looked at; what comes after them counts as one that is no address."""
+"""Entries of a header that are looked at; what comes after them counts as one that is not an address."""
 
 _LONGEST: Final = 100  # characters: 45 of an address, the zone, brackets and port
 
@@ -44,7 +44,7 @@ _LOCAL_NAT64: Final = int(IPv6Address("64:ff9b:1::")) >> 80  # a /48
 
 
 def parse(text: str) -> Address | None:
-    """An address in any of its spellings, also with a port, in brackets, or with a zone; None for other text.
+    """Return an address that is written in any way, also with a port, in brackets, or with a zone; None for other text.
 
     The zone is left out: it names an interface of whoever wrote it. An IPv4-mapped address is the IPv4 address.
     """
@@ -67,7 +67,7 @@ def _parsed(text: str) -> Address | None:
 
 
 def parse_network(text: str) -> Network:
-    """A network like ``10.0.0.0/8``, or a single address. One of IPv4-mapped addresses is that of the IPv4 addresses.
+    """Return a network like ``10.0.0.0/8``, or that of a single address. One of IPv4-mapped addresses is of IPv4.
 
     :raises ValueError: for other text, for bits that are set after the prefix, and for a zone.
     """
@@ -82,7 +82,7 @@ def parse_network(text: str) -> Network:
 
 
 def x_forwarded_for(text: str) -> Hops:
-    """The entries of ``X-Forwarded-For``. Empty ones are none, as in every list of HTTP."""
+    """Yield the entries of ``X-Forwarded-For``. Empty ones do not count, as in every list of HTTP."""
     entries = text.rsplit(",", MOST_HOPS)
     more = len(entries) > MOST_HOPS
     for entry in reversed(entries[1:] if more else entries):
@@ -101,7 +101,7 @@ def single(text: str) -> Hops:
 
 
 def forwarded(text: str) -> Hops:
-    """The ``for=`` of each element of ``Forwarded`` (RFC 7239).
+    """Yield the ``for=`` of each element of ``Forwarded`` (RFC 7239).
 
     It is taken apart backwards, because a quotation mark on the left that is never closed would swallow, forwards, what
     the proxies have appended. A comma within a string that a proxy has quoted, of the client's ``host=`` say, does not
@@ -124,7 +124,7 @@ def forwarded(text: str) -> Hops:
 
 
 def _node(element: str) -> Address | None:
-    """The ``for=`` of an element; None where it is no address, not there, there twice, or in bad company."""
+    """Return the ``for=`` of an element; None where it is missing, double, or not an address, or the rest is broken."""
     nodes: list[str] = []
     position = 0
     while position < len(element):
@@ -141,9 +141,9 @@ def _node(element: str) -> Address | None:
 
 
 def first_untrusted(peer: Address, hops: Iterable[Address | None], trusted: Sequence[Network]) -> Address:
-    """Who is the first, from the peer on, that is not trusted; the last of all where all are.
+    """Return the first address, from the peer on, that is not trusted; the last of all where all are.
 
-    The peer, where something on the way to it is no address.
+    It is the peer where something on the way to it is not an address.
     """
     client = peer
     for hop in _path(peer, hops):
@@ -161,12 +161,12 @@ def _path(peer: Address, hops: Iterable[Address | None]) -> Hops:
 
 
 def nth(hops: Iterable[Address | None], count: int) -> Address | None:
-    """The hop before ``count`` proxies, 1 or more; None where there are fewer, or it is no address."""
+    """Return the hop before ``count`` proxies, 1 or more; None where there are fewer, or it is not an address."""
     return next(islice(hops, count - 1, None), None)
 
 
 def unwrapped(address: Address) -> Address:
-    """The IPv4 address that an IPv6 address stands for, else the address itself.
+    """Return the IPv4 address that an IPv6 address stands for, else the address itself.
 
     - NAT64, ``64:ff9b::/96`` (RFC 6052): the last 32 bits.
     - ``64:ff9b:1::/48`` (RFC 8215) is for local use. Where the IPv4 address stands there depends on the length of the
@@ -184,7 +184,7 @@ def unwrapped(address: Address) -> Address:
 
 @lru_cache(maxsize=4096)
 def cut(address: Address, ipv4_prefix: int, ipv6_prefix: int) -> str:
-    """The network of this length that an address is in; the address alone where it has the full length."""
+    """Return the network of this length that an address is in; the address alone where it has the full length."""
     if isinstance(address, IPv4Address):
         return str(address if ipv4_prefix == 32 else IPv4Network((int(address), ipv4_prefix), strict=False))
     return str(address if ipv6_prefix == 128 else IPv6Network((int(address), ipv6_prefix), strict=False))

@@ -1,4 +1,4 @@
-"""What clients are told: header fields of every answer, and the answer to a request that is refused.
+"""What clients are sent: header fields of every answer, and the answer to a request that is refused.
 
 The fields are those of draft-ietf-httpapi-ratelimit-headers-11, ``Retry-After`` is that of RFC 9110, and the body is a
 problem of RFC 9457.
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Literal, NamedTuple
 
+from ratelimit.checks import refusal
 from ratelimit.errors import InvalidConfigurationError
-from ratelimit.integrations.http.decision import HttpDecision, Policy, ServiceLimit
-from ratelimit.integrations.http.keys import name_of
-from ratelimit.keys import brief
+from ratelimit.integrations.http.decision import HttpDecision
+from ratelimit.policy import Policy, ServiceLimit
+from ratelimit.policy.callables import name_of
 
 QUOTA_EXCEEDED: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 TEMPORARY_REDUCED_CAPACITY: Final = "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity"
@@ -30,7 +31,7 @@ def _wall_clock() -> float:
 
 
 class HttpAnswer(NamedTuple):
-    """An answer in the place of the application's."""
+    """An answer in place of the application's."""
 
     status: int
     headers: Headers
@@ -56,26 +57,24 @@ class Answers:
 
     def __post_init__(self) -> None:
         if self.x_ratelimit not in (None, "epoch", "delta"):
-            raise InvalidConfigurationError(
-                f"x_ratelimit must be None, 'epoch' or 'delta', not {brief(self.x_ratelimit)}", "x_ratelimit"
-            )
+            raise refusal("x_ratelimit", "None, 'epoch' or 'delta'", self.x_ratelimit, InvalidConfigurationError)
 
     def headers(self, decision: HttpDecision) -> Headers:
-        """The fields of an answer to a request, whatever has become of it, and whoever answers it.
+        """Return the fields of an answer to a request, refused or not.
 
-        None where no limit was looked at. To a request that is refused they tell when to come back, and of that alone
-        which it was refused by, because a client waits for the last of what it is told.
+        There are none where no limit was looked at. The fields of a refusal say when to come back, and name only the
+        limits that refused: a client waits for the latest of all times that it is given.
         """
         headers: Headers = []
         if decision.retry_after is not None:
             headers.append(("Retry-After", str(decision.retry_after)))
         limits = [limit for outcome in decision.outcomes for limit in outcome.limits]
-        told = [limit for limit in limits if limit.violated] or limits
+        shown = [limit for limit in limits if limit.violated] or limits
         if self.standard and limits:
             headers.append(("RateLimit-Policy", ", ".join([_policy(limit.policy) for limit in limits])))
-            headers.append(("RateLimit", ", ".join([_limit(limit) for limit in told])))
+            headers.append(("RateLimit", ", ".join([_limit(limit) for limit in shown])))
         if self.x_ratelimit is not None and limits:
-            closest = min(told, key=lambda limit: (limit.remaining, -limit.reset_after))
+            closest = min(shown, key=lambda limit: (limit.remaining, -limit.reset_after))
             at = closest.reset_after + (int(self.clock()) if self.x_ratelimit == "epoch" else 0)
             headers.append(("X-RateLimit-Limit", str(closest.policy.quota)))
             headers.append(("X-RateLimit-Remaining", str(closest.remaining)))
@@ -83,7 +82,7 @@ class Answers:
         return headers
 
     def refusal(self, decision: HttpDecision) -> HttpAnswer:
-        """The answer to a request that is refused, with all its fields."""
+        """Return the answer to a request that is refused, with all its fields."""
         problem = self.problem(decision)
         body = self.body(problem)
         about_body: Headers = [("Content-Type", self.content_type), ("Content-Length", str(len(body)))]
@@ -92,11 +91,11 @@ class Answers:
     content_type = "application/problem+json"
 
     def body(self, problem: dict[str, Any]) -> bytes:
-        """What the problem is sent as; its type is ``content_type``."""
+        """Return the bytes that the problem is sent as; their type is ``content_type``."""
         return json.dumps(problem).encode()
 
     def problem(self, decision: HttpDecision) -> dict[str, Any]:
-        """What is wrong, and as ``status`` the status of the answer.
+        """Return what is wrong, and as ``status`` the status of the answer.
 
         429 for a limit that is exceeded, 503 for a store that fails, and 400 for a request without a key.
         """
@@ -105,11 +104,12 @@ class Answers:
                 "type": "about:blank",
                 "title": HTTPStatus.BAD_REQUEST.phrase,
                 "status": HTTPStatus.BAD_REQUEST.value,
-                "detail": f"The request has no {name_of(decision.missing.key)}, by which it would be limited.",
+                "detail": decision.fault
+                or f"The request has no {name_of(decision.missing.key)}, by which it would be limited.",
             }
         refused = decision.refused
         if refused is None:
-            raise ValueError("a request that may go on is no problem")
+            raise ValueError("there is no problem with a request that may go on")
         # A bucket of the process that stands in for the shared one has limits of its own, and refuses by them.
         if refused.probe.degraded and not refused.limits:
             return {

@@ -12,16 +12,17 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Final, TypeAlias
 from uuid import UUID
 
+from ratelimit.checks import refusal, whole_number
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.integrations.http import address
 from ratelimit.integrations.http.request import HttpRequest
-from ratelimit.integrations.managers import bucket_key
 from ratelimit.keys import Key, brief
+from ratelimit.policy.callables import name_of
+from ratelimit.policy.managers import bucket_key
 
 RequestKey: TypeAlias = Callable[[HttpRequest], Key | Awaitable[Key | None] | None]
 """Whose bucket a request draws on; None: the request has no such key. May be ``async`` where the limiter is."""
@@ -37,21 +38,6 @@ _READERS: Final = {"x-forwarded-for": address.x_forwarded_for, "forwarded": addr
 
 _logger = logging.getLogger("ratelimit")
 _warned_of_proxy: list[bool] = []
-
-
-class Missing(Enum):
-    """What becomes of a request that has no key."""
-
-    ERROR = "error"
-    """It is in error, and is not let through."""
-    UNLIMITED = "unlimited"
-    """It is let through, and counts for nobody."""
-
-
-def name_of(key: Callable[..., object]) -> str:
-    """The short name of a key for messages: its ``name``, else that of the function or class."""
-    name = getattr(key, "name", None) or getattr(key, "__name__", None)
-    return name if isinstance(name, str) else type(key).__name__
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -104,20 +90,21 @@ def client_ip(
     ipv6_prefix: int = 64,
     ipv4_prefix: int = 32,
 ) -> ClientIp:
-    """The address of the client: ``203.0.113.7``, ``2001:db8:1:2::/64``.
+    """Return the key of the client's address: ``203.0.113.7``, ``2001:db8:1:2::/64``.
 
     By default that is the peer, and headers, which anybody can send, are not looked at. Behind proxies say which are
-    yours, by one of two ways. Where they list something that is no address, or too little, the peer counts.
+    yours, in one of two ways. Where they list something that is not an address, or too little, the peer counts.
 
-    IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. A peer that is no address counts as the
-    text that it is; without a peer, as on a Unix socket, there is no key.
+    IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. A peer that is not an address counts as
+    the text that it is; without a peer, as on a Unix socket, there is no key.
 
     :param trusted_proxies: addresses and networks of your proxies: ``["10.0.0.0/8", "2001:db8::1"]``. As long as the
         peer is one of them, the header is read from the right to the first address that is not; where all are, the
         leftmost counts. At most 100 entries are read.
-    :param hops: how many proxies of yours there are, each of which appends who has connected to it; 0 to 100. The last
-        of them is the peer, and the client is the entry of this number from the right: with 2, the first address in
-        ``203.0.113.7, 198.51.100.1``. Whoever can connect past the proxies chooses its key. 0: the peer.
+    :param hops: how many proxies of yours there are, each of which appends the address that has connected to it; 0 to
+        100. The last of them is the peer, and the client is the entry of this number from the right: with 2, the first
+        address in ``203.0.113.7, 198.51.100.1``. A client that can connect past the proxies chooses its key. 0: the
+        peer.
     :param header: the one that your proxies write: ``x-forwarded-for``, ``forwarded``, or one that holds nothing but
         the address of the client, like ``cf-connecting-ip``, ``x-real-ip`` and ``fastly-client-ip``. Such a header is
         believed from trusted proxies only, so that it needs ``trusted_proxies``, or ``hops=1``.
@@ -128,7 +115,7 @@ def client_ip(
     """
     networks = _networks(trusted_proxies)
     if hops is not None:
-        _check_range("hops", hops, 0, address.MOST_HOPS)
+        whole_number(hops, "hops", least=0, most=address.MOST_HOPS, error=InvalidConfigurationError)
         if networks:
             raise InvalidConfigurationError("trusted_proxies and hops do not go together", "hops")
     _check_token("header", header)
@@ -138,8 +125,8 @@ def client_ip(
             f"header={lower!r} must come with trusted_proxies, the addresses of the proxies that set it, or hops=1",
             "header",
         )
-    _check_range("ipv6_prefix", ipv6_prefix, 1, 128)
-    _check_range("ipv4_prefix", ipv4_prefix, 1, 32)
+    whole_number(ipv6_prefix, "ipv6_prefix", least=1, most=128, error=InvalidConfigurationError)
+    whole_number(ipv4_prefix, "ipv4_prefix", least=1, most=32, error=InvalidConfigurationError)
     return ClientIp(networks, hops or None, lower, ipv6_prefix, ipv4_prefix)
 
 
@@ -169,18 +156,16 @@ def _warn_of_proxy(request: HttpRequest, peer: str) -> None:
 
 
 def _networks(texts: Collection[str]) -> tuple[address.Network, ...]:
-    """The networks in one order, so that the same ones are equal."""
+    """Return the networks in one order, so that equal ones compare equal."""
     if isinstance(texts, str | bytes) or not isinstance(texts, Collection):
-        raise InvalidConfigurationError(
-            f"trusted_proxies must be a list of addresses and networks, not {brief(texts)}", "trusted_proxies"
-        )
+        raise refusal("trusted_proxies", "a list of addresses and networks", texts, InvalidConfigurationError)
     return tuple(sorted({_network(text) for text in texts}, key=str))
 
 
 def _network(text: str) -> address.Network:
     wanted = "trusted_proxies must be addresses or networks like 10.0.0.0/8"
     if not isinstance(text, str):
-        raise InvalidConfigurationError(f"{wanted}, not {brief(text)}", "trusted_proxies")
+        raise InvalidConfigurationError(f"{wanted}; got {brief(text)}", "trusted_proxies")
     try:
         network = address.parse_network(text)
     except ValueError as error:
@@ -212,7 +197,7 @@ class ApiKey:
         return self.hashed(value) if value else None
 
     def hashed(self, value: str) -> str:
-        """What stands for an API key in the bucket's key, and in what a plan is looked up by: 32 hexadecimal digits."""
+        """Return what an API key is stored and looked up by: 32 hexadecimal digits."""
         return keyed_hash(self.secret, value.encode("utf-8", "surrogatepass"))
 
     def __repr__(self) -> str:
@@ -221,11 +206,11 @@ class ApiKey:
 
 
 def api_key(header: str | None = None, *, secret: str | bytes, scheme: str | None = None) -> ApiKey:
-    """The API key in a header, as a keyed hash (HMAC-SHA-256, 128 bits); the key itself is never stored.
+    """Return the key of the API key in a header, which is stored as a keyed hash only (HMAC-SHA-256, 128 bits).
 
-    It is not known here which keys exist: let the application refuse others, or a client invents a new one, with a new
-    bucket, for each request. A key ends at a comma, because several headers of one name come joined by commas, and the
-    application may look at the first only.
+    Which API keys exist is not known here: let the application refuse others, or a client invents a new one, with a
+    new bucket, for each request. A key ends at a comma, because several headers of one name come joined by commas, and
+    the application may look at the first only.
 
     :param header: its name; by default ``x-api-key``, and ``authorization`` with a scheme.
     :param secret: at least 16 bytes, the same in all processes. With another one all buckets are new.
@@ -255,7 +240,7 @@ def checked_secret(secret: str | bytes) -> bytes:
 
 
 def keyed_hash(secret: bytes, value: bytes) -> str:
-    """What stands for a value that is not to be stored: 32 hexadecimal digits of its HMAC-SHA-256."""
+    """Return what is stored in place of a secret value: 32 hexadecimal digits of its HMAC-SHA-256."""
     return hmac.digest(secret, value, "sha256")[:_HASH_BYTES].hex()
 
 
@@ -276,19 +261,19 @@ class User:
 
 
 def user(find: Callable[[Any], object] | None = None) -> User:
-    """Who has logged in; an anonymous request has no such key.
+    """Return the key of the user that has logged in; an anonymous request has no such key.
 
-    The id is a str, an int or a UUID, and counts as its text: 1 and "1" are one user, who may come by a session with a
-    number and by a token with the same number as text. Where numbers and names are different users, let ``find`` write
+    The id is a str, an int or a UUID, and counts as its text: 1 and "1" are one user, whose id may be a number in a
+    session and the same number as text in a token. Where numbers and names are different users, let ``find`` write
     them differently (``f"id:{user.id}"``).
 
     :param find: is given the framework's own request and answers with the id, or None for nobody; may be ``async``.
         None: as the framework knows it.
-    :raises InvalidConfigurationError: for what is no callable. The key raises ``InvalidArgumentError`` for an id of
-        another type, whose text may be a new one for each request.
+    :raises InvalidConfigurationError: for what is not a callable. The key raises ``InvalidArgumentError`` for an id
+        of another type, whose text may be a new one for each request.
     """
     if find is not None and not callable(find):
-        raise InvalidConfigurationError(f"find must be a callable, not {brief(find)}", "find")
+        raise refusal("find", "a callable", find, InvalidConfigurationError)
     return User(find)
 
 
@@ -297,7 +282,7 @@ def _id(found: object) -> str | None:
         return None
     if isinstance(found, bool) or not isinstance(found, str | int | UUID):
         raise InvalidArgumentError(
-            f"the id of a user must be a str, an int or a UUID, not of type {type(found).__name__}:"
+            f"the id of a user must be a str, an int or a UUID; got one of type {type(found).__name__}:"
             " let user(find) answer with an id"
         )
     text = str(found)
@@ -322,7 +307,7 @@ class Route:
 
 
 def route() -> Route:
-    """The template of the route: ``/users/{id}``, whatever the method.
+    """Return the key of the route, which is its template: ``/users/{id}``, whatever the method.
 
     A request whose route is not known has no such key. The path is never taken for it: clients could vary it endlessly.
     """
@@ -372,12 +357,14 @@ class Header:
 
 
 def header(name: str) -> Header:
-    """The value of a header as it is; a hash of it where it is longer than 128 characters. Empty: no such key.
+    """Return the key of a header, which is its value, or a hash of a value that is longer than 128 characters.
+
+    A request in which it is missing or empty has no such key.
 
     The client chooses it, and may choose another for each request. Take only a header that something in front of the
     application sets, and removes from what clients send.
 
-    :raises InvalidConfigurationError: for what is no name of a header.
+    :raises InvalidConfigurationError: for what is not the name of a header.
     """
     _check_token("name", name)
     return Header(name.lower())
@@ -420,12 +407,12 @@ class Combined:
 
 
 def combined(*keys: RequestKey) -> Combined:
-    """Several keys as one: ``203.0.113.7|/users/{id}``. It is missing where one of them is.
+    """Return several keys as one: ``203.0.113.7|/users/{id}``. It is missing where one of them is.
 
     Different parts never give the same text: a ``|`` and a backslash within a part have a backslash before them. Where
     a part is awaited, so is the whole. It is bytes where a part is.
 
-    :raises InvalidConfigurationError: without a key, or for what is no callable. The key raises
+    :raises InvalidConfigurationError: without a key, or for what is not a callable. The key raises
         ``InvalidArgumentError`` where a part is neither text nor bytes.
     """
     return Combined(_checked_keys("combined", keys))
@@ -495,7 +482,7 @@ def _checked_keys(function: str, keys: tuple[RequestKey, ...]) -> tuple[RequestK
 def _checked(key: RequestKey, part: object) -> Key:
     if not isinstance(part, str | bytes):
         raise InvalidArgumentError(
-            f"the key {brief(name_of(key))} must answer with a str, bytes or None, not {type(part).__name__}"
+            f"the answer of the key {brief(name_of(key))} must be a str, bytes or None; got {brief(part)}"
         )
     return part
 
@@ -510,18 +497,13 @@ def joined(parts: list[Key]) -> Key:
 
 
 def _bounded(text: str) -> str:
-    """Text that a stranger has chosen, as it is where it is short and has a form in UTF-8, else as a hash."""
+    """Return text that a stranger has chosen: as it is if it is short and has a form in UTF-8, else as a hash."""
     raw = text.encode("utf-8", "surrogatepass")
     if len(text) <= _LONGEST and (text.isascii() or raw == text.encode("utf-8", "replace")):
         return text
     return f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
-def _check_range(name: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InvalidConfigurationError(f"{name} must be an int from {least} to {most}, not {brief(value)}", name)
-
-
 def _check_token(name: str, value: object) -> None:
     if not isinstance(value, str) or not _TOKEN.fullmatch(value):
-        raise InvalidConfigurationError(f"{name} must be a token as HTTP has it, not {brief(value)}", name)
+        raise refusal(name, "a token as HTTP defines it", value, InvalidConfigurationError)

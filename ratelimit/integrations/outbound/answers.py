@@ -40,7 +40,7 @@ _DURATION: Final = rf"({_NUMBER})(ms|us|[dhms])"
 
 
 def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """The fields of an answer by their names in lower case; those that occur several times are one list."""
+    """Return the fields of an answer by their names in lower case; those that occur several times are one list."""
     fields: dict[str, str] = {}
     for name, value in headers.items():
         known = fields.get(name.lower())

@@ -1,9 +1,9 @@
 """One limit of somebody else's API: waiting for a turn under it, and learning from the answers.
 
 A turn is a reservation in the bucket, so that whoever comes first is served first, in whichever process. Where the
-server says that it has had enough, the bucket is brought to where nobody gets a token before the time that it named.
-Who has reserved before that, and sleeps, is not known to the bucket any more: those of this process find the hold when
-they wake up. The token that they were due falls into the time of the hold and is void; they reserve anew.
+server says that it has had enough, the bucket is held back, so that nobody gets a token before the time that the server
+named. The bucket no longer knows the callers that reserved before that and still sleep: those of this process find the
+hold when they wake up. The token that they were due falls into the time of the hold and is void; they reserve again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from typing import Any, Final, SupportsIndex, TypeAlias
 from urllib.parse import urlsplit
 
 from ratelimit.bucket import AsyncBucket, Bucket, reserving
-from ratelimit.checks import duration_nanos, token_count
+from ratelimit.checks import duration_nanos, instance, max_wait_nanos
+from ratelimit.core.algorithm import Configuration
+from ratelimit.core.limits import configuration_of
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration, to_seconds
-from ratelimit.core.results import VerboseResult
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
-from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.core.results import ConsumptionProbe
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidArgumentError, RateLimitError, RateLimitExceeded
-from ratelimit.integrations.managers import async_manager_of, manager_of
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
-from ratelimit.integrations.switch import is_enabled
-from ratelimit.keys import Key, brief, shown
+from ratelimit.keys import Key, shown
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.policy.callables import answered_cost, checked_cost
+from ratelimit.policy.managers import async_manager_of, manager_of
+from ratelimit.policy.switch import is_enabled
+from ratelimit.policy.waiting import consumed, probe_of
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
 from ratelimit.runtime.copies import OfThisProcess
@@ -57,7 +60,7 @@ class _MachineClock(MonotonicSleep):
 
 @dataclass(slots=True, eq=False)
 class _Hold:
-    """Until when nobody of this process is to go, and whether the bucket has it, too."""
+    """A time until which no caller of this process may go, and whether the bucket is held back as well."""
 
     until: int
     shared: bool = False
@@ -76,18 +79,19 @@ class OutboundLimit(OfThisProcess):
     :param key: of the bucket: whatever names what the provider counts by, a host or an account. Or a callable that is
         given each request (as its library has it) and answers with a key, or with None for one that is not limited.
     :param cost: tokens of a request, an int of 1 or more, or a callable that is given the request; for 0 it is free.
-    :param max_wait: the longest wait for a turn, a ``timedelta`` or seconds above 0; None: no bound.
-    :param max_hold: the longest time that a server may hold the fleet back, but for the jitter.
-    :param default_hold: how long a 429 that does not say does so; by default the shortest period of the limits, at
-        least a second and at most a minute.
-    :param prefix: stands before the key in the store, so that it is not the bucket of somebody who calls you.
+    :param max_wait: the longest wait for a turn that is accepted, a ``timedelta`` or seconds: a call that would have to
+        wait for longer is refused at once. 0: no call waits. None: calls wait as long as it takes.
+    :param max_hold: the longest time that a server may hold the fleet back; the jitter comes on top of it.
+    :param default_hold: for how long a 429 that does not say how long it counts holds the fleet back; by default the
+        shortest period of the limits, at least a second and at most a minute.
+    :param prefix: stands before the key in the store, so that it is not the bucket of a client that calls you.
     :param manager: a ``ProxyManager`` for sync code, an ``AsyncProxyManager`` for asyncio; or the URL of a store that
         the process shares, by default that in the variable ``RATELIMIT_URL``, or on this machine.
-    :param clock: by what holds are kept in this process, and slept out; the machine's by default.
+    :param clock: measures the holds that this process knows of, and sleeps until they end; the machine's by default.
     :param enabled: False: no call waits, as where ``RATELIMIT_ENABLED`` is ``false``.
     :param jitter: gives numbers from 0 to 1: the part of a tenth of a hold (at most ten seconds) that is added to it.
-    :raises InvalidConfigurationError: for limits that cannot be.
-    :raises InvalidArgumentError: for another argument that cannot be.
+    :raises InvalidConfigurationError: for limits that are not valid.
+    :raises InvalidArgumentError: for another argument that is not valid.
     """
 
     def __init__(
@@ -121,12 +125,12 @@ class OutboundLimit(OfThisProcess):
         self._made_by = partial(type(self), **arguments), (limits,)
         if not callable(key):
             _checked_key(key)
-        if manager is not None and not isinstance(manager, ProxyManager | AsyncProxyManager | str):
-            raise InvalidArgumentError(f"manager must be a manager, a URL or None, not {brief(manager)}")
-        self._limits = None if limits is None else BucketConfiguration.of(limits)
+        if manager is not None:
+            instance(manager, (ProxyManager, AsyncProxyManager, str), "manager", "a manager, a URL or None")
+        self._limits = None if limits is None else configuration_of(limits)
         self._key = key
-        self._cost = cost if callable(cost) else token_count(cost, "cost")
-        self._max_wait = None if max_wait is None else duration_nanos(max_wait, "max_wait")
+        self._cost = checked_cost(cost)
+        self._max_wait = None if max_wait is None else max_wait_nanos(max_wait)
         self._max_hold = duration_nanos(max_hold, "max_hold")
         self._default_hold = (
             _default_hold(self._limits) if default_hold is None else duration_nanos(default_hold, "default_hold")
@@ -144,7 +148,7 @@ class OutboundLimit(OfThisProcess):
         return self._made_by
 
     def acquire(self, request: Any = None) -> Key | None:
-        """Wait for the turn of a request; the key that it counts under, None where it is not limited.
+        """Wait for the turn of a request, and return the key that it counts under; None where it is not limited.
 
         :param request: what a callable ``key`` or ``cost`` is given.
         :raises RateLimitExceeded: at once, where the wait would be longer than ``max_wait``; nothing is taken then.
@@ -159,11 +163,11 @@ class OutboundLimit(OfThisProcess):
         return await arun(self._admitted(request, asynchronous=True))
 
     def learn(self, key: Key | None, status: int, headers: Mapping[str, str]) -> None:
-        """Hold everybody back if the answer to a request says so.
+        """Hold all callers back if the answer to a request says so.
 
-        :param key: what :meth:`acquire` has given.
+        :param key: what :meth:`acquire` has returned.
 
-        No error of the store comes of it: where the bucket cannot be told, this process alone is held back.
+        It raises no error of the store: where the bucket cannot be held back, only this process is.
         """
         run(self._learned(key, status, headers, asynchronous=False))
 
@@ -172,7 +176,7 @@ class OutboundLimit(OfThisProcess):
         await arun(self._learned(key, status, headers, asynchronous=True))
 
     def hold_back(self, key: Key, duration: Duration) -> None:
-        """Let nobody go before this long from now, as if a server had said so; at most ``max_hold``.
+        """Let no caller go for this long from now, as if a server had said so; at most ``max_hold``.
 
         :param duration: a ``timedelta`` or seconds, above 0.
         """
@@ -183,26 +187,28 @@ class OutboundLimit(OfThisProcess):
         await arun(self._held_back(_checked_key(key), duration_nanos(duration, "duration"), asynchronous=True))
 
     def reserve(self, request: Any = None) -> float:
-        """Take the tokens of a request on credit, and do not wait: the seconds until its turn, for who waits elsewhere.
+        """Take the tokens of a request on credit, and return the seconds until its turn without waiting for it.
 
         :raises RateLimitExceeded: where that is longer than ``max_wait``; nothing is taken then.
         """
         return run(self._reserved(request))
 
     def remaining_hold(self, request: Any = None) -> float:
-        """Seconds for which this process knows that nobody is to go; 0 where it knows of nothing."""
+        """Return for how many seconds this process knows that no caller may go; 0 where it knows of no hold."""
         key = self.key_of(request)
         return 0 if key is None else self._rest(self._holds.get(key)) / NANOS_PER_SECOND
 
     def check_face(self, *, asynchronous: bool) -> None:
         """Refuse a manager of the other kind, for a transport that is made with this limit.
 
-        :raises InvalidArgumentError: if it is one.
+        :raises InvalidArgumentError: for such a manager.
         """
         wrong = ProxyManager if asynchronous else AsyncProxyManager
         if isinstance(self._manager, wrong):
             wanted = "AsyncProxyManager" if asynchronous else "ProxyManager"
-            raise InvalidArgumentError(f"manager must be of the kind {wanted} here, not {type(self._manager).__name__}")
+            raise InvalidArgumentError(
+                f"manager must be of the kind {wanted} here; got one of the kind {type(self._manager).__name__}"
+            )
 
     def _admitted(self, request: Any, *, asynchronous: bool) -> Steps[Key | None]:
         key, cost = self.key_of(request), self._cost_of(request)
@@ -214,13 +220,14 @@ class OutboundLimit(OfThisProcess):
             hold = self._holds.get(key)
             if hold is not None and not hold.shared:
                 yield from self._sit_out(key, hold, deadline, asynchronous=asynchronous)
-            result = yield bucket.verbose.consume(cost, timeout=self._left(key, deadline))
+            result = yield from consumed(bucket, cost, self._left(key, deadline))
             if not result.value:
-                raise RateLimitExceeded(key, to_seconds(_wait_of(result, cost)))
+                raise _exceeded(key, result.value)
             newest = self._holds.get(key)
             if newest is None or newest is hold or not self._rest(newest):
                 break
-        if hold is not None:  # for the case that tokens were put in, or given back, since the bucket has it
+        # Tokens that were put in or given back end the hold of the bucket early, but not that of this process.
+        if hold is not None:
             yield from self._sit_out(key, hold, deadline, asynchronous=asynchronous)
         return key
 
@@ -233,14 +240,14 @@ class OutboundLimit(OfThisProcess):
         sleep: Callable[[int], Any] = self._clock.asleep if asynchronous else self._clock.sleep
         yield sleep(rest)
 
-    def _left(self, key: Key, deadline: int) -> Fraction | None:
-        """What is left of the longest wait, in seconds; None: it has no bound."""
-        if deadline == NEVER:
-            return None
+    def _left(self, key: Key, deadline: int) -> int | None:
+        """Return what is left of the longest wait, in nanoseconds; None: it has no bound."""
+        if not self._max_wait:
+            return self._max_wait
         nanos = deadline - self._clock.now_nanos()
         if nanos <= 0:
             raise RateLimitExceeded(key, to_seconds(self._rest(self._holds.get(key))))
-        return Fraction(nanos, NANOS_PER_SECOND)
+        return nanos
 
     def _reserved(self, request: Any) -> Steps[float]:
         key, cost = self.key_of(request), self._cost_of(request)
@@ -253,7 +260,7 @@ class OutboundLimit(OfThisProcess):
             raise RateLimitExceeded(key, to_seconds(rest))
         result = yield from reserving(bucket, cost, longest)
         if result.value.wait == NEVER:
-            raise RateLimitExceeded(key, to_seconds(_wait_of(result, cost)))
+            raise _exceeded(key, probe_of(result, result.value.refused_wait, consumed=False))
         return to_seconds(max(result.value.wait, rest)) or 0
 
     def _learned(self, key: Key | None, status: int, headers: Mapping[str, str], *, asynchronous: bool) -> Steps[None]:
@@ -280,7 +287,7 @@ class OutboundLimit(OfThisProcess):
             hold.shared = True
 
     def _noted(self, key: Key, nanos: int) -> _Hold:
-        """The hold of a key after one that begins now: that one, or another that is longer."""
+        """Note a hold of a key that begins now, and return it, or a longer one that is there already."""
         fork_safety.check()
         with self._lock:
             now = self._clock.now_nanos()
@@ -302,7 +309,7 @@ class OutboundLimit(OfThisProcess):
         return manager.bucket(stored, self._limits)  # type: ignore[no-any-return]
 
     def key_of(self, request: Any) -> Key | None:
-        """The key that a request counts under; None where it is not limited."""
+        """Return the key that a request counts under; None where it is not limited."""
         if not self._enabled or not is_enabled():
             return None
         key = self._key(request) if callable(self._key) else self._key
@@ -310,33 +317,28 @@ class OutboundLimit(OfThisProcess):
 
     def _cost_of(self, request: Any) -> int:
         if not callable(self._cost):
-            return self._cost
-        cost = self._cost(request)
-        return 0 if cost == 0 and type(cost) is int else token_count(cost, "cost")
+            return self._cost  # type: ignore[no-any-return]  # an int was checked
+        return answered_cost(self._cost(request))
 
 
 def host_of(request: Any) -> str:
-    """The host that a request goes to, in lower case, for a limit of each host: ``key=host_of``.
+    """Return the host that a request goes to, in lower case, for a limit of each host: ``key=host_of``.
 
-    For requests of httpx, requests and aiohttp, or whatever has a ``url``.
+    It is for requests of httpx, requests and aiohttp, and for whatever has a ``url``.
     """
     return urlsplit(str(request.url)).hostname or ""
 
 
 def _checked_key(key: object) -> Key:
-    if not isinstance(key, str | bytes):
-        raise InvalidArgumentError(f"key must be a str or bytes, not {brief(key)}")
-    return key
+    return instance(key, (str, bytes), "key", "a str or bytes")  # type: ignore[return-value]  # what it has checked
 
 
-def _default_hold(limits: BucketConfiguration | None) -> int:
-    shortest = min((one.refill_period_nanos for one in limits), default=0) if limits is not None else 0
+def _default_hold(limits: Configuration | None) -> int:
+    """Return the shortest period of the limits, or their shortest window where they have no periods."""
+    periods = [getattr(limit, "refill_period_nanos", limit.window_nanos) for limit in limits or ()]
+    shortest = min(periods, default=0)
     return max(_SHORTEST_DEFAULT_HOLD, min(shortest, _LONGEST_DEFAULT_HOLD))
 
 
-def _wait_of(result: VerboseResult[Any], cost: int) -> int:
-    """How long the wait would have been that was refused."""
-    if result.configuration is None:  # by who decides where the store fails
-        return result.full_refilling_time_nanos
-    state = BucketState(result.configuration, None, 0, result.bandwidth_states)
-    return state.nanos_until(cost, result.operation_time_nanos, check_capacity=False)
+def _exceeded(key: Key, probe: ConsumptionProbe) -> RateLimitExceeded:
+    return RateLimitExceeded(key, probe.retry_after, probe)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from typing import Final
 
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.algorithm import Configuration
 from ratelimit.keys import Key
 from ratelimit.runtime.clock import monotonic
 
@@ -25,11 +25,12 @@ class RefusalLog:
         self._lines = 0
         self._left_out = 0
 
-    def log(self, name: str, key: Key, limits: BucketConfiguration | None) -> None:
+    def log(self, name: str, key: Key | None, limits: Configuration | None) -> None:
         """Log a refusal.
 
         :param name: of the rule, or the limit.
-        :param key: whose tokens there were not enough of; its hash is logged, the same for the same key.
+        :param key: whose tokens there were not enough of; its hash is logged, the same for the same key. None where the
+            rule has one bucket for all.
         :param limits: of the bucket; None where the store has failed and they are not known.
         """
         if not _logger.isEnabledFor(logging.INFO):
@@ -43,7 +44,8 @@ class RefusalLog:
         self._lines += 1
         left_out, self._left_out = self._left_out, 0
         more = f"; {left_out} refusals before it were not logged" if left_out else ""
-        _logger.info("refused by %r: key %s, limits %s%s", name, hashed(key), limits or "unknown", more)
+        whose = "" if key is None else f"key {hashed(key)}, "
+        _logger.info("refused by %r: %slimits %s%s", name, whose, limits or "unknown", more)
 
 
 class OtherLimits:
@@ -52,7 +54,7 @@ class OtherLimits:
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
-    def compare(self, name: str, wanted: BucketConfiguration, stored: BucketConfiguration) -> None:
+    def compare(self, name: str, wanted: Configuration, stored: Configuration) -> None:
         """Compare what a bucket was decided by with what the code says."""
         if stored is wanted or stored == wanted or name in self._warned or len(self._warned) >= _MOST_NAMES:
             return

@@ -1,4 +1,4 @@
-"""Plans: which limits a customer has, looked up elsewhere, and in force on live buckets when they change."""
+"""Plans: which limits a customer has, looked up elsewhere, and applied to live buckets when they change."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 
+from ratelimit.checks import instance, nanos_from_zero, refusal, whole_number
+from ratelimit.core.algorithm import Configuration
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.numbers import NANOS_PER_SECOND, Duration, to_nanos
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.limits import configuration_of
+from ratelimit.core.numbers import NANOS_PER_SECOND, Duration
+from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidConfigurationError
-from ratelimit.integrations.http.callables import answer_of
-from ratelimit.integrations.http.keys import RequestKey
-from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.keys import Key, brief
+from ratelimit.policy.callables import answer_of
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps
 
-_RENEWAL_SECONDS: Final = 5.0  # for which others go on with what is known, while one looks it up anew
+# For this long other callers go on with what is known, while one of them looks it up again.
+_RENEWAL_SECONDS: Final = 5.0
 
 _logger = logging.getLogger("ratelimit")
 
@@ -43,9 +45,9 @@ PlanOf: TypeAlias = Callable[[Key], PlanAnswer | Awaitable[PlanAnswer]]
 
 
 class PlanLimits(NamedTuple):
-    """What a plan comes to for a bucket; a configuration of None: not limited."""
+    """The limits that a plan means for a bucket, and their version; a configuration of None: not limited."""
 
-    configuration: BucketConfiguration | None
+    configuration: Configuration | None
     version: int | None
 
 
@@ -56,7 +58,7 @@ class _Entry:
 
 
 class Plans(OfThisProcess):
-    """The limits of each plan, and who has which.
+    """The limits of each plan, and which customer has which plan.
 
     ::
 
@@ -67,18 +69,20 @@ class Plans(OfThisProcess):
 
     :param plans: limits by the name of the plan; None: not limited.
     :param plan_of: the look-up: is called with the key, without the rule's name; plain, or ``async`` where the limiter
-        is. What it raises is raised, unless an older answer is there: then that one counts on, and a warning is logged.
-    :param by: the key that is looked up; by default that of the rule. To be named where that one is a hash, or has a
-        route in it: ``by=header("x-api-key")``. A request without it has the default plan.
-    :param default: the plan of those of whom the look-up knows none. None: then that is an error.
-    :param version: of the plans themselves: raise it with every change of their limits.
-    :param inheritance: what becomes of the tokens of a live bucket. By default its fill level is kept, so that there is
-        nothing to be gained by changing plans to and fro.
-    :param ttl: for how long an answer of the look-up counts, in seconds or as a ``timedelta``; 0: not at all. For as
-        long processes may be behind when a plan changes.
-    :param size: answers kept, the least recently used go first.
+        is. What it raises is raised, unless an older answer is known: then that one stays valid, and a warning is
+        logged.
+    :param by: a callable that is given the request, and answers with the key that is looked up; by default that is the
+        key of the rule. It is needed where that one is a hash, or has a route in it: ``by=header("x-api-key")``. A
+        request without this key has the default plan.
+    :param default: the plan of customers that the look-up does not know. None: then that is an error.
+    :param version: the version of the plans themselves: raise it with every change of their limits.
+    :param inheritance: how the tokens of a live bucket pass to other limits. By default its fill level is kept, so that
+        nobody gains anything by changing plans and changing back.
+    :param ttl: how long an answer of the look-up is valid, in seconds or as a ``timedelta``; 0: not at all. When a plan
+        changes, processes may go by the old one for this long.
+    :param size: the number of answers that are kept; the least recently used go first.
     :param clock: seconds of a clock that only goes forward.
-    :raises InvalidConfigurationError: for limits, a default, or numbers that cannot be.
+    :raises InvalidConfigurationError: for limits, a default, or numbers that are not valid.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class Plans(OfThisProcess):
         plans: Mapping[str, Limits | None],
         plan_of: PlanOf,
         *,
-        by: RequestKey | None = None,
+        by: Callable[[Any], Key | Awaitable[Key | None] | None] | None = None,
         default: str | None = None,
         version: int = 0,
         inheritance: TokensInheritance = TokensInheritance.PROPORTIONALLY,
@@ -94,24 +98,18 @@ class Plans(OfThisProcess):
         size: int = 10_000,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._plans = {name: None if one is None else BucketConfiguration.of(one) for name, one in plans.items()}
+        self._plans = {name: None if one is None else configuration_of(one) for name, one in plans.items()}
         if default is not None and default not in self._plans:
-            raise InvalidConfigurationError(f"default must be one of the plans, not {brief(default)}", "default")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-            raise InvalidConfigurationError(f"version must be an int of 0 or more, not {brief(version)}", "version")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InvalidConfigurationError(f"size must be an int of 1 or more, not {brief(size)}", "size")
-        if not isinstance(inheritance, TokensInheritance):
-            raise InvalidConfigurationError(
-                f"inheritance must be a TokensInheritance, not {brief(inheritance)}", "inheritance"
-            )
-        self.inheritance = inheritance
+            raise refusal("default", "one of the plans", default, InvalidConfigurationError)
+        self.inheritance = instance(
+            inheritance, TokensInheritance, "inheritance", "a TokensInheritance", InvalidConfigurationError
+        )
         self._by = by
         self._plan_of = plan_of
         self._default = default
-        self._version = version
-        self._ttl = _seconds(ttl)
-        self._size = size
+        self._version = whole_number(version, "version", least=0, error=InvalidConfigurationError)
+        self._ttl = nanos_from_zero(ttl, "ttl", InvalidConfigurationError) / NANOS_PER_SECOND
+        self._size = whole_number(size, "size", error=InvalidConfigurationError)
         self._clock = clock
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
         self._lock = fork_safety.lock()
@@ -122,13 +120,13 @@ class Plans(OfThisProcess):
         return _restored, (type(self), kept)
 
     def forget(self, key: Key) -> None:
-        """Look a key up anew at its next use, in this process."""
+        """Drop what this process knows of a key, so that it is looked up at its next use."""
         fork_safety.check()
         with self._lock:
             self._entries.pop(key, None)
 
-    def limits_of(self, request: HttpRequest, key: Key) -> Steps[PlanLimits]:
-        """The limits of a request that has this key by its rule: by the look-up, or by its last answer."""
+    def limits_of(self, request: object, key: Key) -> Steps[PlanLimits]:
+        """Return the limits of a request that has this key by its rule: by the look-up, or by its last answer."""
         fork_safety.check()
         if self._by is not None:
             looked_up: Any = yield from answer_of(self._by(request))
@@ -145,7 +143,7 @@ class Plans(OfThisProcess):
         except Exception as error:
             if known is None:
                 raise
-            _logger.warning("a plan could not be looked up, the last one known counts on: %s", brief(error))
+            _logger.warning("a plan could not be looked up, the last one known stays valid: %s", brief(error))
             return known.found
         found = self._limits(answer)
         self._keep(key, _Entry(found, self._clock() + self._ttl))
@@ -171,14 +169,16 @@ class Plans(OfThisProcess):
         name, version = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
         name = self._default if name is None else name
         if not isinstance(name, str) or name not in self._plans:
-            raise InvalidConfigurationError(f"the look-up must give a plan that there is, not {brief(name)}", "plan_of")
+            raise InvalidConfigurationError(
+                f"the answer of plan_of must be one of the plans; got {brief(name)}", "plan_of"
+            )
         if version is None:
             return PlanLimits(self._plans[name], self._version or None)
-        if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise InvalidConfigurationError(
-                f"the version of a plan must be an int of 0 or more, not {brief(version)}", "plan_of"
+                f"the version of a plan must be an int of 0 or more; got {brief(version)}", "plan_of"
             )
-        # Each only ever grows, hence the sum grows with either.
+        # Both versions only grow, hence their sum grows with each of them.
         return PlanLimits(self._plans[name], self._version + version)
 
 
@@ -186,13 +186,3 @@ def _restored(cls: type[Plans], kept: dict[str, Any]) -> Plans:
     plans = cls.__new__(cls)
     vars(plans).update(kept, _entries=OrderedDict(), _lock=fork_safety.lock())
     return plans
-
-
-def _seconds(ttl: Duration) -> float:
-    try:
-        nanos = to_nanos(ttl)
-    except (TypeError, ValueError) as error:
-        raise InvalidConfigurationError(f"ttl {error}", "ttl") from None
-    if nanos < 0:
-        raise InvalidConfigurationError(f"ttl must be 0 or more, not {brief(ttl)}", "ttl")
-    return nanos / NANOS_PER_SECOND

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Final
 from weakref import WeakSet
 
+from ratelimit.checks import refusal
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
@@ -59,7 +60,7 @@ def async_manager_of(manager: AsyncProxyManager | str | None) -> AsyncProxyManag
 
 @contextmanager
 def replaced(manager: ProxyManager, async_manager: AsyncProxyManager) -> Generator[None]:
-    """Put these managers in the place of those by URL, in all integrations, for as long as the block runs."""
+    """Put these managers in place of those by URL, in all integrations, for as long as the block runs."""
     _replacements.append((manager, async_manager))
     try:
         yield
@@ -101,7 +102,7 @@ def checked_version(version: int | None) -> int | None:
     :raises InvalidConfigurationError: for what is neither None nor an int of 0 or more.
     """
     if version is not None and (isinstance(version, bool) or not isinstance(version, int) or version < 0):
-        raise InvalidConfigurationError(f"version must be None or an int of 0 or more; got {brief(version)}", "version")
+        raise refusal("version", "None or an int of 0 or more", version, InvalidConfigurationError)
     return version
 
 
@@ -113,8 +114,8 @@ def bucket_key(names: tuple[str, ...], key: Key | None, namespace: str = "") -> 
     namespace. Braces become ``\(`` and ``\)``: a Redis cluster would put all keys with ``{id}`` in their name on one
     node.
 
-    :param names: one that was given to a limit, or several that tell a limit without a name from others, of which none
-        but the first may be empty.
+    :param names: one that was given to a limit, or several that distinguish a limit without a name; only the first of
+        them may be empty.
     :param key: whose bucket it is; None where a limit has one bucket for all.
     """
     beginning = _beginning(names, namespace)

@@ -1,0 +1,168 @@
+"""What limiters decide about requests, and what clients may be shown of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.core.algorithm import Configuration, Level, levels
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER
+from ratelimit.core.results import ConsumptionProbe, VerboseResult
+from ratelimit.keys import Key
+from ratelimit.policy.rule import Rule
+
+R = TypeVar("R")
+
+LARGEST_INTEGER: Final = 10**15 - 1
+"""Clients are shown no larger number: it is the largest that a structured field (RFC 9651) holds."""
+
+
+class Policy(NamedTuple):
+    """One of the limits of a bucket, as clients see it.
+
+    :param name: of the policy.
+    :param quota: the capacity.
+    :param window: in how many seconds the capacity comes back, rounded up.
+    """
+
+    name: str
+    quota: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimit:
+    """What is left of a policy.
+
+    :param remaining: tokens, 0 at least.
+    :param effective_window: seconds, rounded up, until the next token comes; until then no more than the remaining ones
+        can be used. None where no token will come: the limit is at its capacity.
+    :param reset_after: seconds, rounded up, until it is at its capacity again.
+    :param violated: whether this is what the request was refused by.
+    """
+
+    policy: Policy
+    remaining: int
+    effective_window: int | None
+    reset_after: int
+    violated: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What one rule has decided about a request.
+
+    :param key: the key of the request, as the rule's key has found it; None where the rule has no key.
+    :param bucket: the bucket that was asked.
+    :param tokens: the cost.
+    :param result: the answer of the bucket.
+    """
+
+    rule: Rule[Any]
+    key: Key | None = field(repr=False)
+    bucket: Bucket | AsyncBucket = field(repr=False)
+    tokens: int
+    result: VerboseResult[ConsumptionProbe] = field(repr=False)
+    _limits: list[tuple[ServiceLimit, ...]] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def probe(self) -> ConsumptionProbe:
+        """The answer of the bucket, without its state."""
+        return self.result.value
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """The limits of the bucket; None where the store has failed and nobody knows."""
+        return self.result.configuration
+
+    @property
+    def limits(self) -> tuple[ServiceLimit, ...]:
+        """What is left by each limit of the bucket; empty where the store has failed and nobody knows."""
+        if not self._limits:
+            self._limits.append(service_limits(self.rule, self.tokens, self.result))
+        return self._limits[0]
+
+    @property
+    def consumed(self) -> bool:
+        """Whether the tokens were there."""
+        return self.result.value.consumed
+
+    @property
+    def violated_policies(self) -> list[str]:
+        """The names of the policies by which the request was refused."""
+        violated = [limit.policy.name for limit in self.limits if limit.violated]
+        return violated or ([] if self.consumed else [self.rule.name])
+
+
+@dataclass(frozen=True, slots=True)
+class Decision(Generic[R]):
+    """What was decided about a request, by all rules that have looked at it so far; true where it may go on.
+
+    :param outcomes: one for each bucket, in the order of the rules; after a refusal there are no more.
+    :param missing: the rule whose key the request does not have, where that is an error.
+    :param request: the request; None where no rule has looked at it.
+    :param fault: says what is wrong with the key, where it is not missing but ambiguous.
+    """
+
+    outcomes: tuple[Outcome, ...] = ()
+    missing: Rule[R] | None = None
+    request: R | None = field(default=None, repr=False, compare=False)
+    fault: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.missing is None and (not self.outcomes or self.outcomes[-1].result.value.consumed)
+
+    @property
+    def refused(self) -> Outcome | None:
+        """The outcome that the request was refused by."""
+        last = self.outcomes[-1] if self.outcomes else None
+        return None if last is None or last.consumed else last
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the store has failed, and a policy has decided for it."""
+        return any(outcome.probe.degraded for outcome in self.outcomes)
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds until a refused request may be sent again; None for never, and for one that was not refused."""
+        return None if self.refused is None else self.refused.probe.retry_after
+
+
+def service_limits(rule: Rule[Any], tokens: int, result: VerboseResult[ConsumptionProbe]) -> tuple[ServiceLimit, ...]:
+    """Return what is left by each limit of a bucket."""
+    if result.configuration is None:
+        return ()
+    is_refused = not result.value.consumed
+    return tuple(
+        _service_limit(policy, level, violated=is_refused and tokens > level.tokens)
+        for policy, level in zip(
+            _policies(rule, result.configuration), levels(result, result.operation_time_nanos), strict=True
+        )
+    )
+
+
+def _service_limit(policy: Policy, level: Level, *, violated: bool) -> ServiceLimit:
+    remaining = min(max(0, level.tokens), LARGEST_INTEGER)
+    reset_after = whole_seconds(level.nanos_until_full) or 0
+    return ServiceLimit(policy, remaining, whole_seconds(level.nanos_until_next), reset_after, violated)
+
+
+@lru_cache(maxsize=4096)
+def _policies(rule: Rule[Any], configuration: Configuration) -> tuple[Policy, ...]:
+    return tuple(
+        Policy(rule.policy_name(configuration, limit), min(limit.capacity, LARGEST_INTEGER), _window(limit))
+        for limit in configuration
+    )
+
+
+def _window(limit: Any) -> int:
+    nanos: int = limit.window_nanos
+    return min(-(-nanos // NANOS_PER_SECOND), LARGEST_INTEGER)
+
+
+def whole_seconds(nanos: int) -> int | None:
+    """Return whole seconds, rounded up; None for never."""
+    return None if nanos >= NEVER else -(-nanos // NANOS_PER_SECOND)

@@ -1,0 +1,284 @@
+"""The limiters: decisions about requests of any type by rules, as steps that the sync and the asyncio face run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from typing import Any, ClassVar, Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
+
+from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.checks import function
+from ratelimit.core.algorithm import Configuration
+from ratelimit.core.inheritance import TokensInheritance
+from ratelimit.core.results import ConsumptionProbe, VerboseResult
+from ratelimit.engine.on_error import ErrorPolicy
+from ratelimit.errors import InvalidConfigurationError, RateLimitError
+from ratelimit.keys import Key
+from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.policy.callables import answer_of, answered_cost, answered_key
+from ratelimit.policy.decision import Decision, Outcome
+from ratelimit.policy.logs import OtherLimits, RefusalLog
+from ratelimit.policy.managers import async_manager_of, bucket_key, manager_of, namespace_of
+from ratelimit.policy.recording import record, recorders
+from ratelimit.policy.rule import AmbiguousKeyError, Missing, Rule, RuleLimits, checked_rules
+from ratelimit.policy.switch import is_enabled
+from ratelimit.policy.waiting import consumed
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import Steps, arun, run
+from ratelimit.stores.urls import without_secrets
+
+R = TypeVar("R")
+
+OnRefused: TypeAlias = Callable[[R, Decision[R]], Awaitable[object] | object]
+"""Is called for each request that is refused; what it returns is dropped. May be async where the limiter is."""
+
+
+class LimiterSettings(TypedDict, Generic[R], total=False):
+    """What limiters take beside their rules and their manager."""
+
+    on_error: ErrorPolicy | None
+    """What is decided where the store fails. None: what the manager decides then."""
+    on_refused: OnRefused[R] | None
+    """Is called with the request and the decision for each request that is refused."""
+    namespace: str | None
+    """Separates services that share a Redis, by their keys. None: that of the variable ``RATELIMIT_NAMESPACE``."""
+    enabled: bool
+    """False: every request goes on, and nothing is counted, as where ``RATELIMIT_ENABLED`` is ``false``."""
+
+
+# Handles of buckets take a while to make.
+_KEPT_BUCKETS: Final = 10_000
+_LONGEST_KEPT_KEY: Final = 1_024
+
+_NOTHING_DECIDED: Final[Decision[Any]] = Decision()
+
+_logger = logging.getLogger("ratelimit")
+
+
+class BaseLimiter(OfThisProcess, Generic[R]):
+    """Decides about requests by rules; :class:`Limiter` and :class:`AsyncLimiter` are its two faces."""
+
+    _advice = "pickle its rules, and make it in each process"
+
+    _face: ClassVar[type[Bucket | AsyncBucket]]
+    _rule_type: ClassVar[type[Rule[Any]]] = Rule
+    """What limits alone are made into."""
+
+    def __init__(
+        self,
+        *rules: Rule[R] | RuleLimits[R],
+        manager: ProxyManager | AsyncProxyManager | str | None,
+        on_error: ErrorPolicy | None = None,
+        on_refused: OnRefused[R] | None = None,
+        namespace: str | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.rules = checked_rules([self._rule_type.of(rule) for rule in rules])
+        self._shown_manager = without_secrets(manager) if isinstance(manager, str) else manager
+        self._on_error = on_error
+        self._on_refused = None if on_refused is None else function(on_refused, "on_refused", InvalidConfigurationError)
+        self._namespace = namespace_of(namespace)
+        self._enabled = enabled
+        self._kept_bucket = lru_cache(_KEPT_BUCKETS)(self._bucket_of)
+        self._refusals = RefusalLog()
+        self._other_limits = OtherLimits()
+
+    def __repr__(self) -> str:
+        shown = [*map(repr, self.rules)]
+        if self._shown_manager is not None:
+            shown.append(f"manager={self._shown_manager!r}")
+        if self._namespace:
+            shown.append(f"namespace={self._namespace!r}")
+        if not self._enabled:
+            shown.append("enabled=False")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    @property
+    def _buckets(self) -> ProxyManager | AsyncProxyManager:
+        raise NotImplementedError
+
+    def _decided_before(self, request: R) -> Decision[R]:
+        """Return what has been decided about a request already, by other limiters or by this one."""
+        return _NOTHING_DECIDED
+
+    def _keep(self, request: R, decision: Decision[R]) -> None:
+        """Keep a decision for whoever asks what has been decided about the request."""
+
+    def _decide(self, request: R, place: str) -> Steps[Decision[R]]:
+        """Ask one rule after another, until one refuses: then what the request has paid so far is given back."""
+        decision = self._decided_before(request)
+        if not self._enabled or not is_enabled():
+            return decision
+        if decision:
+            for rule in self.rules:
+                if not rule.is_about(request):
+                    continue
+                decision = yield from self._asked(rule, place, request, decision)
+                if not decision:
+                    yield from self._refused(request, decision)
+                    break
+        self._keep(request, decision)
+        return decision
+
+    def _asked(self, rule: Rule[R], place: str, request: R, decision: Decision[R]) -> Steps[Decision[R]]:
+        """Ask one rule, and return the decision as it is then."""
+        if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
+            return decision
+        key: Any = rule.key
+        if callable(key):
+            try:
+                key = yield from answer_of(key(request))
+            except AmbiguousKeyError as error:
+                return type(decision)(decision.outcomes, rule, request, str(error))
+            if key is None:
+                is_free = rule.missing is Missing.UNLIMITED
+                return decision if is_free else type(decision)(decision.outcomes, rule, request)
+            if type(key) is not str:
+                answered_key(key)
+        return (yield from self._charged(rule, place, key, request, decision))
+
+    def _charged(
+        self, rule: Rule[R], place: str, key: Key | None, request: R, decision: Decision[R]
+    ) -> Steps[Decision[R]]:
+        """Take the tokens of a request that has this key by a rule, unless it has paid for their bucket already."""
+        counted_by = None if key is None else rule.counted_by(request, key)
+        stored_key = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
+        for paid in decision.outcomes:
+            if paid.bucket.key == stored_key:
+                if rule.named and not rule.is_looked_up:
+                    self._compare(rule, rule.limits, paid.result)
+                return decision
+        tokens: Any = rule.cost
+        if callable(tokens):
+            tokens = answered_cost((yield from answer_of(tokens(request))))
+            if tokens == 0:
+                return decision
+        configuration, version = rule.limits, rule.version
+        if rule.is_looked_up:
+            configuration, version = yield from rule.limits_of(request, rule.name if key is None else key)
+            if configuration is None:
+                return decision
+        is_kept = configuration is rule.limits and len(stored_key) <= _LONGEST_KEPT_KEY
+        bucket_of = self._kept_bucket if is_kept else self._bucket_of
+        bucket = bucket_of(self._buckets, stored_key, configuration, version, rule.inheritance)
+        if rule.max_wait_nanos == 0:
+            result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
+        else:
+            result = yield from consumed(bucket, tokens, rule.max_wait_nanos)
+        self._note(rule, key, configuration, result)
+        outcome = Outcome(rule, key, bucket, tokens, result)
+        return type(decision)((*decision.outcomes, outcome), None, request)
+
+    def _note(
+        self,
+        rule: Rule[R],
+        key: Key | None,
+        configuration: Configuration,
+        result: VerboseResult[ConsumptionProbe],
+    ) -> None:
+        """Log where a bucket has other limits than its rule, and report the decision to recorders."""
+        if rule.named:
+            self._compare(rule, configuration, result)
+        if recorders:
+            record(rule.name, key, admitted=result.value.consumed)
+
+    def _compare(self, rule: Rule[R], wanted: Configuration, result: VerboseResult[ConsumptionProbe]) -> None:
+        """Log where a bucket has other limits than its rule; a local bucket that stands in for it has them rightly."""
+        if result.configuration is not None and not result.degraded:
+            self._other_limits.compare(rule.name, wanted, result.configuration)
+
+    def _bucket_of(
+        self,
+        manager: ProxyManager | AsyncProxyManager,
+        stored_key: Key,
+        configuration: Configuration,
+        version: int | None,
+        inheritance: TokensInheritance,
+    ) -> Bucket | AsyncBucket:
+        return manager.bucket(
+            stored_key,
+            configuration,
+            configuration_version=version,
+            inheritance=inheritance,
+            on_error=self._on_error,
+        )
+
+    def _refused(self, request: R, decision: Decision[R]) -> Steps[None]:
+        """Do what a refusal entails: give back what the request has paid, log it, and call the hook."""
+        yield from self._give_back(decision)
+        refused = decision.refused
+        if refused is not None:
+            self._refusals.log(refused.rule.name, refused.key, refused.configuration)
+        if self._on_refused is not None:
+            yield from answer_of(self._on_refused(request, decision))
+
+    def _give_back(self, decision: Decision[R]) -> Steps[None]:
+        """Undo what a request has paid that is refused in the end."""
+        for outcome in decision.outcomes:
+            if not outcome.consumed or outcome.probe.degraded:
+                continue
+            bucket = outcome.bucket
+            # A limiter of the other face may have paid: an async middleware, say, around a sync view.
+            if not isinstance(bucket, self._face):
+                bucket = self._buckets.bucket(bucket.key, outcome.configuration)
+            try:
+                yield bucket.give_back(outcome.tokens)
+            except RateLimitError as error:  # the client must be shown the refusal, not this error
+                _logger.warning("%d tokens of a refused request could not be given back: %s", outcome.tokens, error)
+
+
+class Limiter(BaseLimiter[R]):
+    """Rules, and the buckets that they are kept in, for one request after another.
+
+    :param rules: are asked in this order; limits alone stand for a rule for all requests. After a refusal no further
+        rule is asked, and what the request has paid for the rules before is given back.
+    :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
+    :param settings: those of every limiter, see :class:`LimiterSettings`.
+    """
+
+    _face = Bucket
+
+    def __init__(
+        self,
+        *rules: Rule[R] | RuleLimits[R],
+        manager: ProxyManager | str | None = None,
+        **settings: Unpack[LimiterSettings[R]],
+    ) -> None:
+        super().__init__(*rules, manager=manager, **settings)
+        self._manager = manager if isinstance(manager, str | None) else manager_of(manager)
+
+    @property
+    def _buckets(self) -> ProxyManager:
+        return manager_of(self._manager)
+
+    def decide(self, request: R, place: str = "") -> Decision[R]:
+        """Decide whether a request may go on.
+
+        :param place: where the rules stand: what rules without a name count for; empty for a whole application.
+        :raises RateLimitError: where the store fails, and the policy is to raise.
+        """
+        return run(self._decide(request, place))
+
+
+class AsyncLimiter(BaseLimiter[R]):
+    """A :class:`Limiter` for asyncio, whose callables may be ``async``."""
+
+    _face = AsyncBucket
+
+    def __init__(
+        self,
+        *rules: Rule[R] | RuleLimits[R],
+        manager: AsyncProxyManager | str | None = None,
+        **settings: Unpack[LimiterSettings[R]],
+    ) -> None:
+        super().__init__(*rules, manager=manager, **settings)
+        self._manager = manager if isinstance(manager, str | None) else async_manager_of(manager)
+
+    @property
+    def _buckets(self) -> AsyncProxyManager:
+        return async_manager_of(self._manager)
+
+    async def decide(self, request: R, place: str = "") -> Decision[R]:
+        """See :meth:`Limiter.decide`."""
+        return await arun(self._decide(request, place))
