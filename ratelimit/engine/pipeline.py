@@ -183,13 +183,14 @@ class Pipeline:
             )
         layer, shielded, ask_at_once = layers
         terms: Terms | None = None
-        if not callable(limits):
-            terms = Terms(limits, version, inheritance)
-        else:
+        if callable(limits):
+            of_key: Any = limits
             look_up = partial(
-                looking_up, limits=limits, version=version, inheritance=inheritance, monotonic=self.monotonic
+                looking_up, limits=of_key, version=version, inheritance=inheritance, monotonic=self.monotonic
             )
             layer, shielded, ask_at_once = look_up(layer), look_up(shielded), None
+        else:
+            terms = Terms(limits, version, inheritance)
         return BucketProxy(self, target, terms, timeout, layer, shielded, ask_at_once)
 
     def deadline(self, seconds: float) -> float:

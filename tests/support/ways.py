@@ -51,7 +51,8 @@ def decide_by(by: By) -> None:
     """Let all managers that are made from now on in this process decide so."""
     losses, trips = by.value
     decided = DEFAULT_TUNING._replace(losses_before_delegation=losses, trips_before_delegation=trips)
-    vars(ratelimit.manager)["DEFAULT_TUNING"] = decided
+    manager: Any = ratelimit.manager
+    manager.DEFAULT_TUNING = decided
 
 
 @contextmanager
