@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from ratelimit.bucket import Bucket
-from ratelimit.checks import stored_key
+from ratelimit.checks import max_wait_nanos, stored_key
 from ratelimit.core.algorithm import Level, State, decode, levels, out_of_range
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe
@@ -68,6 +68,7 @@ def _try(bucket: Bucket, tokens: int, max_wait: float | None) -> _Trial:
     if max_wait is None:
         result = bucket.verbose.try_consume_and_return_remaining(tokens)
         return _Trial(result.value, None, result.configuration)
+    max_wait_nanos(max_wait, "--wait")
     begin = time.monotonic_ns()
     admitted = bucket.consume(tokens, max_wait=None if max_wait == float("inf") else max_wait)
     waited = time.monotonic_ns() - begin

@@ -107,8 +107,8 @@ class TestTry:
         ("arguments", "fault"),
         [
             (("--limit", "1/s", "--tokens", "0"), "tokens must be an int from 1"),
-            (("--limit", "1/s", "--wait=0"), "timeout must be above 0"),
-            (("--limit", "1/s", "--wait=nan"), "timeout must be a timedelta or a number of seconds"),
+            (("--limit", "1/s", "--wait=-1"), "--wait must be 0 or more"),
+            (("--limit", "1/s", "--wait=nan"), "--wait must be a timedelta or a number of seconds"),
         ],
     )
     def test_what_cannot_be_is_told_in_a_line(
