@@ -24,10 +24,9 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import configuration_of
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.core.numbers import MAX, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
-from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.keys import Key, shown
 from ratelimit.runtime.copies import OfThisProcess

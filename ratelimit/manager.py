@@ -14,10 +14,10 @@ from ratelimit.checks import refusal, stored_key, timeout_seconds
 from ratelimit.core.algorithm import Configuration
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import configuration_of
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.core.numbers import Duration
 from ratelimit.core.results import ConsumptionProbe, Snapshot
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration, Limits
+from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.engine.face import ASYNCIO, SYNC, Face
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization

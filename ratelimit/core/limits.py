@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from ratelimit.core.algorithm import Algorithm, Configuration
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.token_bucket.bandwidth import Limits as TokenBucketLimits
+
+
+class _OfAnAlgorithm(Protocol):
+    """A configuration, as type checkers see it."""
+
+    algorithm: ClassVar[Algorithm]
+
+
+Limits: TypeAlias = TokenBucketLimits | _OfAnAlgorithm
+"""Whatever callers may give for limits: those of a token bucket, or a configuration of any other algorithm."""
 
 
 def configuration_of(limits: Any) -> Configuration:

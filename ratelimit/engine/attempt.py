@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ratelimit.core.algorithm import State, decode
+from ratelimit.core.algorithm import State, decode, out_of_range
+from ratelimit.core.commands import Transition, execute
 from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
-from ratelimit.engine.lost_reply import repeated
 from ratelimit.engine.question import Question, new_tuple
 from ratelimit.engine.store_requests import Requests
-from ratelimit.errors import BucketNotFoundError, ContentionError, StoreTimeoutError
+from ratelimit.errors import BucketNotFoundError, ContentionError, StoreError, StoreTimeoutError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Lost
@@ -33,6 +33,7 @@ class Attempt:
     :ivar should_delegate: whether the store is to decide by itself.
     :ivar has_delegated: whether it was asked to, which it is once.
     :ivar new: the bytes that the last swap was to store.
+    :ivar ttl: the time to live that it was to give them, in milliseconds.
     """
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
@@ -43,6 +44,7 @@ class Attempt:
     should_delegate: bool = False
     has_delegated: bool = False
     new: bytes = b""
+    ttl: int = 0
 
     def __init__(self, requests: Requests, question: Question) -> None:
         self.requests = requests
@@ -71,40 +73,57 @@ class Attempt:
         """Swaps under the key that were lost in a row."""
         return self.seen.losses + self.swaps
 
-    def prepare(self) -> Steps[None]:
-        """Learn what is not known yet: what is stored, what time it is."""
-        if self.must_read:
-            yield from self.read()
-        if self.now is None:
-            key = self.target.stored_key
-            now = self.requests.now(key)
-            if now is None:
-                # A reply to a read would have brought the time along.
-                now = self.requests.now_nanos(key, deadline=self.question.deadline)
-            self.now = yield now
-        if self.state is None and self.before is not None and not self.should_delegate:
-            self.state = decode(self.before, self.target.key)
-        self.is_ready = not self.should_delegate
-
     def read(self) -> Steps[None]:
         """Read what is stored."""
         self.must_read = False
         self.question.course.round_trips += 1
         self.shown((yield self.requests.get(self.target.stored_key, deadline=self.question.deadline)))
 
+    def read_clock(self) -> Steps[None]:
+        """Learn the time."""
+        key = self.target.stored_key
+        now = self.requests.now(key)
+        if now is None:
+            # A reply to a read would have brought the time along.
+            now = self.requests.now_nanos(key, deadline=self.question.deadline)
+        self.now = yield now
+
+    def decode(self) -> None:
+        """Make a state of the bytes that are stored, which is all that was missing."""
+        if self.state is None and self.before is not None:
+            self.state = decode(self.before, self.target.key)
+        self.is_ready = True
+
+    def compute(self) -> Transition[Any]:
+        """Return the state to store (None: nothing), and the answer."""
+        try:
+            return execute(self.command, self.terms, self.state, self.now)
+        except ArithmeticError as error:
+            raise out_of_range(self.before or b"", self.target.key) from error
+
     def swap(self, after: State) -> Steps[Lost | None]:
-        """Put a state in the place of ``before``; None where that is done, else what is stored instead."""
+        """Return the steps that put a state in the place of ``before``; nothing is sent before the first of them."""
         requests, question, target = self.requests, self.question, self.target
         self.new = new = after.configuration.algorithm.encode(after)
-        ttl = target.expiration.ttl_millis(after, self.now)
+        self.ttl = ttl = target.expiration.ttl_millis(after, self.now)
         question.course.round_trips += 1
-        try:
-            if question.holds:
-                swap = requests.swap(target.stored_key, self.before, new, ttl, deadline=question.deadline)
-                return (yield from seen_through(swap, question.course))  # type: ignore[no-any-return]
-            return (yield from requests.swapping(target.stored_key, self.before, new, ttl, question.deadline))
-        except BaseException as error:  # noqa: BLE001  # it is raised again unless the outcome can be found out
-            return (yield from repeated(self, after, ttl, error))
+        if question.holds:
+            return self._swap_seen_through()
+        return requests.swapping(target.stored_key, self.before, new, ttl, question.deadline)
+
+    def _swap_seen_through(self) -> Steps[Lost | None]:
+        question = self.question
+        swap = self.requests.swap(self.target.stored_key, self.before, self.new, self.ttl, deadline=question.deadline)
+        return (yield from seen_through(swap, question.course))  # type: ignore[no-any-return]
+
+    def may_repeat(self, failure: BaseException) -> bool:
+        """Return whether a swap that ended so may be sent again.
+
+        It may not where it was surely not carried out, nor where nobody is left to wait for another reply.
+        """
+        if isinstance(failure, StoreError):
+            return failure.in_doubt and not self.is_late()
+        return self.question.holds and not isinstance(failure, GeneratorExit)
 
     def remembered(self, answer: Any) -> Any:
         """Return the answer of a command that stores nothing, after noting what was shown."""

@@ -1,4 +1,4 @@
-"""Decisions that the store makes by itself, because swaps would be lost: see the third rule of ``swapping``."""
+"""What precedes a swap: reading, and letting the store decide where swaps would be lost (rule 3 of ``swapping``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,24 @@ _UNDISTURBED_BEFORE_SWAPS: Final = 16
 """Decisions of the store without another writer in between, after which this process swaps again."""
 
 
-def delegated(attempt: Attempt) -> Steps[Any]:
+def prepared(attempt: Attempt) -> Steps[Any]:
+    """Make an attempt ready to be computed: learn what is stored and what time it is, or let the store decide.
+
+    :returns: the answer of the store, or ``NOT_DECIDED``.
+    """
+    while not attempt.is_ready:
+        if attempt.must_read:
+            yield from attempt.read()
+        if attempt.now is None:
+            yield from attempt.read_clock()
+        if not attempt.should_delegate:
+            attempt.decode()
+        elif (answer := (yield from _delegated(attempt))) is not NOT_DECIDED:
+            return answer
+    return NOT_DECIDED
+
+
+def _delegated(attempt: Attempt) -> Steps[Any]:
     """Let the store decide, once in an attempt; ``NOT_DECIDED`` where it cannot decide this command, or this bucket."""
     attempt.should_delegate, attempt.has_delegated = False, True
     question, requests = attempt.question, attempt.requests

@@ -14,26 +14,22 @@ if TYPE_CHECKING:
     from ratelimit.engine.attempt import Attempt
 
 
-def repeated(attempt: Attempt, after: State, ttl: int, failure: BaseException) -> Steps[Lost | None]:
+def repeated(attempt: Attempt, after: State, failure: BaseException) -> Steps[Lost | None]:
     """Swap once more, after a swap whose reply was lost.
 
-    :param failure: what has come in place of the reply. It is raised again where the swap was not carried out for sure,
-        and where there is nobody left to wait for another reply.
+    :param failure: what has come in place of the reply.
     :raises StoreUnavailableError: where nobody can say whether the first swap was carried out.
     """
     question, requests = attempt.question, attempt.requests
     course, key = question.course, attempt.target.stored_key
-    if isinstance(failure, StoreError):
-        if not failure.in_doubt or attempt.is_late():
-            raise failure
-    elif not question.holds or isinstance(failure, GeneratorExit):
-        raise failure
-    else:
+    if not isinstance(failure, StoreError):
         # Sync code was interrupted, or the event loop is closing: no reply will come any more.
         course.interruption = failure
     course.round_trips += 1
     try:
-        loss: Lost | None = yield requests.swap(key, attempt.before, attempt.new, ttl, deadline=question.deadline)
+        loss: Lost | None = yield requests.swap(
+            key, attempt.before, attempt.new, attempt.ttl, deadline=question.deadline
+        )
     except StoreError as error:
         error.in_doubt = True
         raise

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from ratelimit.core.algorithm import Configuration, decode
 from ratelimit.core.commands import Terms
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import configuration_of
-from ratelimit.core.token_bucket.bandwidth import Limits
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
 from ratelimit.engine.coalescing.threads import ThreadCoalescing
@@ -40,7 +39,7 @@ from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
 from ratelimit.engine.shield import shielding
 from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning, now_of, requests_to
-from ratelimit.engine.swapping import swapping
+from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
@@ -133,7 +132,7 @@ class Pipeline:
             if not self.face.asynchronous:
                 self._ask_at_once = in_process.ask
             return in_process.decide
-        deciding = swapping(self.requests)
+        deciding = Swapping(self.requests).decide
         if not coalesces:
             return deciding
         if self.face.asynchronous:

@@ -22,48 +22,48 @@ The loop is about contention; the one failure that it repairs is a reply that wa
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from ratelimit.core.algorithm import out_of_range
-from ratelimit.core.commands import execute
 from ratelimit.engine.attempt import Attempt
-from ratelimit.engine.delegation import NOT_DECIDED, delegated
-from ratelimit.engine.question import Layer, Question
+from ratelimit.engine.delegation import NOT_DECIDED, prepared
+from ratelimit.engine.lost_reply import repeated
+from ratelimit.engine.question import Question
 from ratelimit.engine.store_requests import Requests
 from ratelimit.errors import CorruptStateError, StoreError
 from ratelimit.runtime.steps import Steps
 
 
-def swapping(requests: Requests) -> Layer:
-    """Return the layer that decides a command for a bucket, and stores what it changes."""
-    return partial(_decide, requests)
+class Swapping:
+    """The layer that decides a command for a bucket, and stores what it changes."""
 
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
 
-def _decide(requests: Requests, question: Question) -> Steps[Any]:
-    attempt = Attempt(requests, question)
-    try:
-        while True:
-            if not attempt.is_ready:
-                yield from attempt.prepare()
-                if attempt.should_delegate:
-                    answer = yield from delegated(attempt)
+    def decide(self, question: Question) -> Steps[Any]:
+        """Answer a question."""
+        attempt = Attempt(self._requests, question)
+        try:
+            while True:
+                if not attempt.is_ready:
+                    answer = yield from prepared(attempt)
                     if answer is not NOT_DECIDED:
                         return answer
+                after, answer = attempt.compute()
+                if after is None:
+                    if attempt.is_fresh:
+                        return attempt.remembered(answer)
+                    attempt.must_read_again()
                     continue
-            try:
-                after, answer = execute(attempt.command, attempt.terms, attempt.state, attempt.now)
-            except ArithmeticError as error:
-                raise out_of_range(attempt.before or b"", attempt.target.key) from error
-            if after is None:
-                if attempt.is_fresh:
-                    return attempt.remembered(answer)
-                attempt.must_read_again()
-                continue
-            loss = yield from attempt.swap(after)
-            if loss is None:
-                return attempt.won(after, answer)
-            yield from attempt.lost(loss)
-    except (StoreError, CorruptStateError) as error:
-        error.key = attempt.target.key
-        raise
+                swap = attempt.swap(after)
+                try:
+                    loss = yield from swap
+                except BaseException as error:
+                    if not attempt.may_repeat(error):
+                        raise
+                    loss = yield from repeated(attempt, after, error)
+                if loss is None:
+                    return attempt.won(after, answer)
+                yield from attempt.lost(loss)
+        except (StoreError, CorruptStateError) as error:
+            error.key = attempt.target.key
+            raise

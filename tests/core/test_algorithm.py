@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import ratelimit
 from ratelimit import (
     NEVER,
+    Bandwidth,
     BucketConfiguration,
     CorruptStateError,
     Expiration,
@@ -48,7 +50,7 @@ from ratelimit.core.commands import (
     execute,
 )
 from ratelimit.core.token_bucket import TOKEN_BUCKET
-from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.core.token_bucket.state import BandwidthState, BucketState
 from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support.fixed_window import FIXED_WINDOW, FORMAT, FixedWindow, WindowState
 from tests.support.strategies import anything_64_bit, states
@@ -299,10 +301,20 @@ def test_nothing_but_its_own_room_speaks_of_token_buckets() -> None:
         *(package / "core").glob("*.py"),
         *(package / "engine").rglob("*.py"),
         *(package / "stores").rglob("*.py"),
+        *(package / "telemetry").rglob("*.py"),
+        *(package / f"{name}.py" for name in ("bucket", "manager", "settings", "testing")),
     ]
+    parts = {each.name for each in (*fields(Bandwidth), *fields(BucketConfiguration)) if each.name != "capacity"}
+    parts |= {*BandwidthState._fields} - {"current_size"}
     for path in [*shared, package / "cli" / "buckets.py"]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 room = "ratelimit.core.token_bucket"
                 assert node.module not in (room, f"{room}.codec", f"{room}.share"), path
                 assert not any(alias.name == BucketState.__name__ for alias in node.names), path
+            elif path.name == "script_arguments.py":
+                continue  # speaks to the script of token buckets
+            elif isinstance(node, ast.Attribute):
+                assert node.attr not in parts, f"{path}:{node.lineno}"
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                assert BucketConfiguration.__name__ not in ast.unparse(node.args[1]), f"{path}:{node.lineno}"

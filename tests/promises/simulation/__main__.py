@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 
-from tests.promises.simulation.schedules import simulate
+from tests.promises.simulation.schedules import LIMITS, WINDOWS, simulate
 from tests.promises.simulation.world import ViolationError
 
 _PROGRESS_EVERY = 10_000
@@ -20,14 +20,15 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=100_000, help="how many, with consecutive seeds")
     parser.add_argument("--seed", type=int, default=0, help="the first of them, or the one to replay")
     parser.add_argument("--replay", action="store_true", help="run one schedule, and print all that happens in it")
+    parser.add_argument("--windows", action="store_true", help="limit by the second algorithm, that of the tests")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first violation")
     arguments = parser.parse_args()
-    return _replay(arguments.seed) if arguments.replay else _run(arguments)
+    return _replay(arguments) if arguments.replay else _run(arguments)
 
 
-def _replay(seed: int) -> int:
+def _replay(arguments: argparse.Namespace) -> int:
     try:
-        world = simulate(seed, tracing=True)
+        world = simulate(arguments.seed, WINDOWS if arguments.windows else LIMITS, tracing=True)
     except ViolationError as error:
         print(*error.lines, sep="\n")
         print(f"violation: {error}")
@@ -38,13 +39,14 @@ def _replay(seed: int) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     begin, violations = time.monotonic(), 0
+    limits, option = (WINDOWS, " --windows") if arguments.windows else (LIMITS, "")
     for count in range(1, arguments.schedules + 1):
         seed = arguments.seed + count - 1
         try:
-            simulate(seed)
+            simulate(seed, limits)
         except ViolationError as error:
             violations += 1
-            print(f"seed {seed}: {error}\n  python -m tests.promises.simulation --seed {seed} --replay")
+            print(f"seed {seed}: {error}\n  python -m tests.promises.simulation --seed {seed} --replay{option}")
             if not arguments.keep_going:
                 return 1
         if count % _PROGRESS_EVERY == 0 or count == arguments.schedules:

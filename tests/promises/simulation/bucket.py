@@ -1,8 +1,8 @@
-"""A token bucket, as its definition has it: the simulation's own, to hold the library's against."""
+"""Buckets as the definitions of their algorithms have them: the simulation's own, to hold the library's against."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.core.commands import (
     AddTokens,
@@ -22,7 +22,12 @@ from ratelimit.core.commands import (
 )
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from tests.promises.simulation.window import WindowLevel
 from tests.promises.simulation.world import MILLISECOND
+from tests.support.fixed_window import FixedWindow
+
+Limits: TypeAlias = BucketConfiguration | FixedWindow
+"""The limits that a schedule may have."""
 
 
 class Level(NamedTuple):
@@ -56,8 +61,13 @@ class Level(NamedTuple):
     def less(self, tokens: int) -> Level:
         return Level(self.limit, self.at, self.amount - tokens * self.limit.refill_period_nanos)
 
-    def due_after(self, tokens: int, wait: int, now: int) -> Level:
-        """The level from which no more is there at the end of the wait than a bucket holds that has lost the tokens."""
+    def due_after(self, tokens: int, wait: int, now: int, *, alone: bool) -> Level:
+        """The level from which no more is there at the end of the wait than a bucket holds that has lost the tokens.
+
+        One that is alone stays as it is: it has those who wait to itself.
+        """
+        if alone:
+            return self
         limit, at, amount = self
         elapsed = max(0, now + wait - (at if limit.refill_intervally else max(at, now)))
         if limit.refill_intervally:
@@ -74,9 +84,23 @@ class Level(NamedTuple):
         """The level with tokens put in, up to what can be there beside those that were consumed later."""
         return self.raised(tokens * self.limit.refill_period_nanos, self.limit.capacity - later)
 
+    def with_surplus(self, whole: int, unfinished: int) -> Level:
+        """The level with what a reservation had taken beside its tokens put in."""
+        return self.raised(whole * self.limit.refill_period_nanos + unfinished, self.limit.capacity)
+
     def added(self, tokens: int) -> Level:
         period = self.limit.refill_period_nanos
         return Level(self.limit, self.at, min(self.amount + tokens * period, self.limit.capacity * period))
+
+    def full(self) -> Level:
+        return self._replace(amount=self.limit.capacity * self.limit.refill_period_nanos)
+
+    def most(self, nanos: int) -> int:
+        """The most tokens that are there at some time within so many nanoseconds of the beginning."""
+        limit = self.limit
+        steps = nanos // limit.refill_period_nanos + 1 if limit.refill_intervally else 0
+        come = steps * limit.refill_tokens or nanos * limit.refill_tokens // limit.refill_period_nanos
+        return max(limit.capacity, limit.initial_tokens) + come
 
     def wait(self, tokens: int, now: int) -> int:
         """How long until so many tokens are there, in nanoseconds, rounded down."""
@@ -99,13 +123,15 @@ class Outcome(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """All the bandwidths of a bucket, and what it has counted as consumed."""
+    """All the limits of a bucket, and what it has counted as consumed."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[Level | WindowLevel, ...]
     counted: int = 0
 
     @classmethod
-    def initial(cls, limits: BucketConfiguration, now: int) -> Bucket:
+    def initial(cls, limits: Limits, now: int) -> Bucket:
+        if isinstance(limits, FixedWindow):
+            return cls((WindowLevel.initial(limits, now),))
         return cls(tuple([Level.initial(limit, now) for limit in limits.bandwidths]))
 
     @property
@@ -116,7 +142,7 @@ class Bucket(NamedTuple):
         return self._replace(levels=tuple([level.refilled(now) for level in self.levels]))
 
     def missing(self) -> int:
-        """Tokens to the capacity, of the bandwidth that misses most."""
+        """Tokens to the capacity, of the limit that misses most."""
         return max([level.limit.capacity - level.tokens for level in self.levels])
 
     def after(self, command: Command[Any], now: int) -> Outcome:
@@ -147,8 +173,8 @@ class Bucket(NamedTuple):
                 levels = tuple([level.added(tokens) for level in self.levels])
                 return Outcome(self._replace(levels=levels), 0, None, True)
             case Reset():
-                full = [level._replace(amount=0).added(level.limit.capacity) for level in self.levels]
-                return Outcome(self._replace(levels=tuple(full)), 0, None, True)
+                full = tuple([level.full() for level in self.levels])
+                return Outcome(self._replace(levels=full), 0, None, True)
             case GetAvailableTokens():
                 return Outcome(self, 0, available, False)
             case TakeSnapshot():
@@ -177,9 +203,10 @@ class Bucket(NamedTuple):
 
     def _reserved(self, tokens: int, wait: int, now: int) -> Outcome:
         outcome = self._consumed(tokens, wait)
-        if not wait or len(self.levels) == 1:
+        if not wait:
             return outcome
-        levels = tuple([level.due_after(tokens, wait, now) for level in outcome.bucket.levels])
+        alone = len(self.levels) == 1
+        levels = tuple([level.due_after(tokens, wait, now, alone=alone) for level in outcome.bucket.levels])
         return outcome._replace(bucket=outcome.bucket._replace(levels=levels))
 
     def _cancelled(self, tokens: int, noted: int, surplus: tuple[tuple[int, int], ...]) -> Outcome:
@@ -189,7 +216,7 @@ class Bucket(NamedTuple):
         levels = [level.given_back(tokens, later) for level in self.levels]
         if surplus and not later:
             levels = [
-                level.raised(whole * level.limit.refill_period_nanos + unfinished, level.limit.capacity)
+                level.with_surplus(whole, unfinished)
                 for level, (whole, unfinished) in zip(levels, surplus, strict=True)
             ]
         return Outcome(Bucket(tuple(levels), self.counted - tokens), -tokens, True, True)

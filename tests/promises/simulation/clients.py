@@ -19,15 +19,15 @@ from ratelimit.core.commands import (
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.engine.face import Face
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.pipeline import Pipeline
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Layer, Question, Target
-from ratelimit.engine.swapping import swapping
+from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime.steps import Steps, run
+from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.promises.simulation.network import Network, Request, SimulatedStore
 from tests.promises.simulation.world import APART, SECOND, ViolationError, World
@@ -53,7 +53,7 @@ class Settings(NamedTuple):
     :param timeout: of a call, in seconds.
     """
 
-    limits: BucketConfiguration
+    limits: Limits
     expiration: Expiration
     must_exist: bool
     optimization: Optimization | None
@@ -91,7 +91,7 @@ class Witnessed(Pipeline):
         super().__init__(*arguments, **settings)
 
     def _decider(self, *_: Any, **__: Any) -> Layer:
-        decide = swapping(self.requests)
+        decide = Swapping(self.requests).decide
         return lambda question: self._witnessed(question, decide(question))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
-from ratelimit.core.algorithm import State
+from ratelimit.core.algorithm import State, decode
 from ratelimit.core.commands import (
     AddTokens,
     Command,
@@ -25,11 +25,9 @@ from ratelimit.core.commands import (
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import ConsumptionProbe, Snapshot, VerboseResult
-from ratelimit.core.token_bucket import codec
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.engine.question import Question
 from ratelimit.errors import BucketNotFoundError, ContentionError, CorruptStateError, StoreError
-from tests.promises.simulation.bucket import Bucket
+from tests.promises.simulation.bucket import Bucket, Limits
 from tests.promises.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
 
 
@@ -128,7 +126,7 @@ class Ledger:
     def __init__(
         self,
         world: World,
-        limits: BucketConfiguration,
+        limits: Limits,
         expiration: Expiration,
         *,
         delegating: bool,
@@ -173,7 +171,7 @@ class Ledger:
         decision.written.append(write)
         writes = (*writes, write)
         try:
-            decoded = codec.decode(state)
+            decoded = decode(state)
         except CorruptStateError as error:
             self.fail(decision, f"has stored what cannot be read: {error}")
         consumed = sum([write.charge for write in writes])
@@ -191,7 +189,7 @@ class Ledger:
         """A record has been kept for as long as it was to be."""
         assert record.expires_at is not None
         missing = record.bucket.refilled(EPOCH + record.expires_at - self.oldest_reading).missing()
-        if self.expiration.kind == "automatic" and (missing or not self.limits.starts_full):
+        if self.expiration.kind == "automatic" and (missing or Bucket.initial(self.limits, EPOCH).missing()):
             raise ViolationError(f"{key!r} expires with {missing} tokens missing")
         self.account(key).lost += max(0, missing)
 
@@ -296,7 +294,7 @@ class Ledger:
 
     def _check_consumed(self, key: bytes, record: Record) -> None:
         """All that was told is stored once; beside it there is only what is in doubt."""
-        stored = codec.decode(record.state).consumed_tokens
+        stored = decode(record.state).consumed_tokens
         told = doubtful_taken = doubtful_given = 0
         there = {write.decision for write in record.writes}
         for decision in self.decisions:
@@ -318,10 +316,8 @@ class Ledger:
     def _check_admitted(self, key: bytes, account: Account) -> None:
         """No more is admitted than was there at first, has come in by the server's clock, was added, or was lost."""
         nanos = max(account.until, self.world.now) + self.oldest_reading
-        for limit in self.limits:
-            steps = nanos // limit.refill_period_nanos + 1 if limit.refill_intervally else 0
-            come = steps * limit.refill_tokens or nanos * limit.refill_tokens // limit.refill_period_nanos
-            there = max(limit.capacity, limit.initial_tokens) + come + account.added + account.lost + self.ahead
+        for level in Bucket.initial(self.limits, EPOCH).levels:
+            there = level.most(nanos) + account.added + account.lost + self.ahead
             if account.admitted > there:
                 raise ViolationError(f"{account.admitted} tokens of {key!r} are admitted, where there were {there}")
 

@@ -24,17 +24,19 @@ from ratelimit.core.commands import (
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.engine.optimization import Optimization
+from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.clients import Process, Settings
 from tests.promises.simulation.ledger import Ledger, Remove
 from tests.promises.simulation.network import FAULTS, SOCKET_TIMEOUT, Faults, Network
 from tests.promises.simulation.server import Server
 from tests.promises.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
+from tests.support.fixed_window import FixedWindow
 from tests.support.ways import By, deciding_by
 
 _GREEDY: Final = Bandwidth.greedy(7, 0.03)
 _INTERVALLY: Final = Bandwidth.intervally(6, 0.02)
 
-LIMITS: Final = (
+LIMITS: Final[tuple[Limits, ...]] = (
     BucketConfiguration(_GREEDY),
     BucketConfiguration(Bandwidth.greedy(9, 2, initial_tokens=4)),
     BucketConfiguration(_INTERVALLY),
@@ -44,6 +46,13 @@ LIMITS: Final = (
     BucketConfiguration(_GREEDY, Bandwidth.intervally(20, 0.4)),
     BucketConfiguration(_GREEDY, Bandwidth.greedy(30, 3)),
 )
+
+WINDOWS: Final[tuple[Limits, ...]] = (
+    FixedWindow(6, 20 * MILLISECOND),
+    FixedWindow(5, 33 * MILLISECOND),
+    FixedWindow(9, 2 * SECOND),
+)
+"""Limits of the second algorithm, which no server decides about alone."""
 
 _EXPIRATIONS: Final = (
     Expiration.automatic(),
@@ -109,11 +118,11 @@ class Terms(NamedTuple):
     failovers: int
 
     @classmethod
-    def drawn(cls, random: Random) -> Terms:
+    def drawn(cls, random: Random, limits: tuple[Limits, ...]) -> Terms:
         calm = random.random() < 0.25
         faults = {} if calm else {name: random.choice((0, 0.03, 0.15)) for name in FAULTS}
         settings = Settings(
-            limits=random.choice(LIMITS),
+            limits=random.choice(limits),
             expiration=random.choice(_EXPIRATIONS),
             must_exist=random.random() < 0.15,
             optimization=random.choice(_OPTIMIZATIONS),
@@ -137,13 +146,14 @@ class Terms(NamedTuple):
         )
 
 
-def simulate(seed: int, *, tracing: bool = False) -> World:
+def simulate(seed: int, limits: tuple[Limits, ...] = LIMITS, *, tracing: bool = False) -> World:
     """Run the schedule of a seed.
 
+    :param limits: those that it draws from.
     :raises ViolationError: where a rule is broken; it carries the trace.
     """
     world = World(seed, tracing=tracing)
-    plan = Terms.drawn(world.random)
+    plan = Terms.drawn(world.random, limits)
     with deciding_by(plan.by), _silenced():
         try:
             _run(world, plan)
@@ -166,7 +176,7 @@ def _run(world: World, plan: Terms) -> None:
         world,
         settings.limits,
         settings.expiration,
-        delegating=plan.by is not By.SWAPS,
+        delegating=plan.by is not By.SWAPS and settings.limits.algorithm.script is not None,
         attempts=settings.attempts,
         oldest_reading=settings.skew + settings.grain + _OLDEST_IN_FLIGHT,
         ahead=ahead * (plan.clients + plan.stops),

@@ -21,7 +21,7 @@ from ratelimit.engine.face import Face
 from ratelimit.engine.last_seen import LastSeen
 from ratelimit.engine.question import Question, Target
 from ratelimit.engine.store_requests import DEFAULT_TUNING, requests_to
-from ratelimit.engine.swapping import swapping
+from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime.steps import Steps, run
 from ratelimit.stores.memory import MemoryStore
@@ -61,7 +61,7 @@ class Client:
         held: Any = Held(stored)
         face = Face(False, pause=int, spawn=run, finish=run, monotonic=float)
         requests = requests_to(held, Own(EPOCH + 1 + index), face, LastSeen(1 << 20), DEFAULT_TUNING)
-        self._decide = swapping(requests)
+        self._decide = Swapping(requests).decide
 
     def begin(self, command: Command[Any]) -> tuple[Steps[Any], Swap]:
         """A decision, and its first request."""

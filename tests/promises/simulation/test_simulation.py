@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,26 +11,30 @@ import pytest
 from ratelimit.core.commands import TryConsume, execute
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine import attempt, delegation, lost_reply, swapping
+from ratelimit.engine import delegation, lost_reply, swapping
 from ratelimit.engine.attempt import Attempt
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
 from ratelimit.engine.local_decisions import LocalDecisions
 from ratelimit.engine.proxy import BucketProxy
-from ratelimit.engine.question import Layer, Question
+from ratelimit.engine.question import Question
 from ratelimit.engine.store_requests import Requests
+from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import StoreError
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from tests.promises.simulation import clients, script
+from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.clients import Process
 from tests.promises.simulation.ledger import Decision
 from tests.promises.simulation.network import FAULTS, Network, Request
-from tests.promises.simulation.schedules import simulate
+from tests.promises.simulation.schedules import LIMITS, WINDOWS, simulate
 from tests.promises.simulation.server import Server
 from tests.promises.simulation.world import MILLISECOND, ViolationError
+from tests.support.fixed_window import WindowState
 
 SCHEDULES = 20_000
 PART = 2_500
+SCHEDULES_OVER_WINDOWS = 5_000
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
 
@@ -43,20 +48,32 @@ def test_every_rule_is_kept_whatever_happens(first: int) -> None:
             pytest.fail(f"{error}\nreplay it: python -m tests.promises.simulation --seed {seed} --replay")
 
 
+@pytest.mark.parametrize("first", range(0, SCHEDULES_OVER_WINDOWS, PART))
+def test_every_rule_is_kept_over_a_second_algorithm(first: int) -> None:
+    for seed in range(first, first + PART):
+        try:
+            simulate(seed, WINDOWS)
+        except ViolationError as error:
+            pytest.fail(f"{error}\nreplay it: python -m tests.promises.simulation --seed {seed} --replay --windows")
+
+
 def test_a_seed_stands_for_one_schedule() -> None:
     for seed in range(30):
         assert simulate(seed, tracing=True).lines == simulate(seed, tracing=True).lines
 
 
-def test_everything_does_go_wrong() -> None:
-    told = "\n".join(line for seed in range(400) for line in simulate(seed, tracing=True).lines)
+@pytest.mark.parametrize("limits", [LIMITS, WINDOWS], ids=["token buckets", "windows"])
+def test_everything_does_go_wrong(limits: tuple[Limits, ...]) -> None:
+    told = "\n".join(line for seed in range(400) for line in simulate(seed, limits, tracing=True).lines)
     for fault in FAULTS:
         assert f", {fault}" in told
     for event in (
-        *("and has lost", "and is done", "and is decided", "is stopped", "is interrupted", "expires", "fails over"),
-        *("Cancel(", "ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
+        *("and has lost", "and is done", "is stopped", "is interrupted", "expires", "fails over", "Cancel("),
+        *("ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
     ):
         assert event in told
+    # A server decides only about what it has a script for.
+    assert ("and is decided" in told) is (": decide" in told) is (limits is LIMITS)
 
 
 # Mutants: each breaks one thing, and is to be noticed soon.
@@ -91,7 +108,7 @@ def a_store_that_lets_clients_wait(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
-    def repeating(requests: Requests) -> Layer:
+    def repeating(requests: Requests) -> Swapping:
         decide: Any = requests.decide
 
         def deciding(key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
@@ -103,9 +120,9 @@ def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) 
             return (yield decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]
 
         requests.deciding = deciding
-        return swapping.swapping(requests)
+        return Swapping(requests)
 
-    patch.setattr(clients, "swapping", repeating)
+    patch.setattr(clients, "Swapping", repeating)
 
 
 def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
@@ -129,8 +146,8 @@ def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
-    def admitting(requests: Requests) -> Layer:
-        decide = swapping.swapping(requests)
+    def admitting(requests: Requests) -> Any:
+        decide = Swapping(requests).decide
 
         def admit(question: Question) -> Steps[Any]:
             ((target, terms, command),) = question.parts
@@ -142,14 +159,14 @@ def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
                     return answer
             return (yield from decide(question))
 
-        return admit
+        return SimpleNamespace(decide=admit)
 
-    patch.setattr(clients, "swapping", admitting)
+    patch.setattr(clients, "Swapping", admitting)
 
 
 def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
     """Put something else in the place of what follows a swap whose reply was lost."""
-    patch.setattr(attempt, "repeated", repeat)
+    patch.setattr(swapping, "repeated", repeat)
 
 
 def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None:
@@ -167,24 +184,35 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
 
 
 def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BucketState, "shows", lambda *_: True)
+    for state in (BucketState, WindowState):
+        patch.setattr(state, "shows", lambda *_: True)
+
+
+def a_state_that_claims_to_show_a_reading_and_does_not(patch: pytest.MonkeyPatch) -> None:
+    refilled = WindowState.refilled
+
+    def unchanged(state: WindowState, now: int) -> WindowState:
+        return refilled(state, now)._replace(changed_at=state.changed_at)
+
+    patch.setattr(WindowState, "refilled", unchanged)
+    patch.setattr(WindowState, "shows", lambda *_: True)
 
 
 def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
-    def trusting(requests: Requests) -> Layer:
-        decide = swapping.swapping(requests)
+    def trusting(requests: Requests) -> Any:
+        decide = Swapping(requests).decide
 
         def trust(question: Question) -> Steps[Any]:
             requests.unique_readings = True
             return (yield from decide(question))
 
-        return trust
+        return SimpleNamespace(decide=trust)
 
-    patch.setattr(clients, "swapping", trusting)
+    patch.setattr(clients, "Swapping", trusting)
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
-    def repeat(attempt: Attempt, _after: Any, _ttl: int, failure: BaseException) -> Steps[Lost | None]:
+    def repeat(attempt: Attempt, _after: Any, failure: BaseException) -> Steps[Lost | None]:
         if not isinstance(failure, StoreError) or not failure.in_doubt:
             raise failure
         return Lost((yield attempt.requests.get(attempt.target.stored_key, deadline=attempt.question.deadline)))
@@ -214,11 +242,16 @@ def a_client_that_gives_nothing_back(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_wait_that_is_cancelled_at_the_expense_of_those_behind_it(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(BucketState, "cancelled", lambda state, tokens, *_: state.given_back(tokens))
+    for state in (BucketState, WindowState):
+        patch.setattr(state, "cancelled", lambda state, tokens, *_: state.given_back(tokens))
 
 
 def a_wait_under_several_limits_during_which_the_others_recover(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BucketState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ()))
+
+
+def a_wait_that_leaves_the_tokens_of_earlier_windows(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WindowState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ()))
 
 
 def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
@@ -262,3 +295,31 @@ def test_a_mutant_is_caught(mutant: Mutant, violation: str, monkeypatch: pytest.
     with pytest.raises(ViolationError, match=violation):
         for seed in range(2_000):
             simulate(seed)
+
+
+MUTANTS_OVER_WINDOWS: list[tuple[Mutant, str]] = [
+    (a_state_that_claims_to_show_a_reading_and_does_not, "is told"),
+    (a_store_that_swaps_whatever_is_there, "has stored"),
+    (a_client_that_admits_from_memory, "is told"),
+    (a_client_that_takes_any_bytes_for_its_own, "is told"),
+    (a_client_that_ignores_that_others_write_the_same_bytes, "is told"),
+    (a_client_that_trusts_a_coarse_clock, "is told"),
+    (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
+    (a_client_that_gives_nothing_back, "are not given back"),
+    (a_wait_that_is_cancelled_at_the_expense_of_those_behind_it, "has stored"),
+    (a_wait_that_leaves_the_tokens_of_earlier_windows, "has stored"),
+    (a_client_that_forgets_what_it_could_not_book, "has handed out"),
+    (an_expiration_that_is_too_short, "tokens missing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "violation"), MUTANTS_OVER_WINDOWS, ids=[mutant.__name__ for mutant, _ in MUTANTS_OVER_WINDOWS]
+)
+def test_a_mutant_is_caught_over_a_second_algorithm(
+    mutant: Mutant, violation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(ViolationError, match=violation):
+        for seed in range(2_000):
+            simulate(seed, WINDOWS)
