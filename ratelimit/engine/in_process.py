@@ -6,9 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ratelimit.core.commands import execute
-from ratelimit.engine.question import Question
+from ratelimit.core.commands import Command, Terms, execute
+from ratelimit.engine.question import Question, Target
 from ratelimit.errors import BucketNotFoundError, CorruptStateError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import UpdatingStore
 
@@ -17,20 +18,22 @@ class InProcess:
     """Decides at once.
 
     :param now: gives the time for a stored key; None: the store has a time of its own.
+    :ivar check: is called where a decision begins; once the manager is closed, it raises.
     """
 
     def __init__(self, store: UpdatingStore, now: Callable[[bytes], int] | None) -> None:
+        self.check: Callable[[], Any] = fork_safety.check
         self._update = store.update
         self._now = now
 
     def decide(self, question: Question) -> Steps[Any]:
         """Answer a question without a step: the layer."""
         yield from ()
-        return self.ask(question)
-
-    def ask(self, question: Question) -> Any:
-        """Answer a question."""
         ((target, terms, command),) = question.parts
+        return self.decided(target, terms, command)
+
+    def decided(self, target: Target, terms: Terms, command: Command[Any]) -> Any:
+        """Return the answer to a command."""
         key, now = target.stored_key, self._now
         try:
             done = self._update(

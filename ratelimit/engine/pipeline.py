@@ -35,7 +35,7 @@ from ratelimit.engine.observing import Listener, observing
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.outage_log import OutageLog
-from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.proxy import BucketProxy, asking_in_process, asking_in_steps, asking_in_tasks
 from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
 from ratelimit.engine.shield import shielding
 from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning, now_of, requests_to
@@ -57,12 +57,12 @@ class _Layers(NamedTuple):
 
     :param layer: the outermost.
     :param shielded: the outermost of those for waits in sync code.
-    :param ask_at_once: asks without steps; None: there is more to do than that.
+    :param asking: makes what answers the commands about a bucket.
     """
 
     layer: Layer
     shielded: Layer
-    ask_at_once: Callable[[Question], Any] | None
+    asking: Callable[[BucketProxy], Any]
 
 
 class Pipeline:
@@ -107,7 +107,8 @@ class Pipeline:
         self.requests = requests_to(store, clock, face, self.last_seen, tuning)
         self.cancelled_waits = CancelledWaits()
         self.coalescing: ThreadCoalescing | TaskCoalescing | None = None
-        self._ask_at_once: Callable[[Question], Any] | None = None
+        self._asking: Callable[[BucketProxy], Any] = asking_in_steps
+        self._in_process: InProcess | None = None
         self._innermost = self._decider(store, now_of_clock, coalesces=coalesces)
         self.local_decisions = LocalDecisions(self._innermost, self.requests.now, self.own_deadline, memory_limit_bytes)
         steady = steady_clock()
@@ -126,18 +127,18 @@ class Pipeline:
         self.begin = self.monotonic
 
     def _decider(self, store: Any, now_of_clock: Callable[[bytes], int] | None, *, coalesces: bool) -> Layer:
-        """Return the innermost layers, and note how they are asked without steps."""
+        """Return the innermost layers, and note how they are asked where there is no other layer."""
         if isinstance(store, UpdatingStore):
-            in_process = InProcess(store, now_of_clock)
+            self._in_process = InProcess(store, now_of_clock)
             if not self.face.asynchronous:
-                self._ask_at_once = in_process.ask
-            return in_process.decide
+                self._asking = partial(asking_in_process, self._in_process)
+            return self._in_process.decide
         deciding = Swapping(self.requests).decide
         if not coalesces:
             return deciding
         if self.face.asynchronous:
             self.coalescing = TaskCoalescing(deciding, self.monotonic)
-            self._ask_at_once = self.coalescing.ask
+            self._asking = partial(asking_in_tasks, self.coalescing)
         else:
             self.coalescing = ThreadCoalescing(deciding, self.monotonic)
         return self.coalescing.decide
@@ -149,7 +150,7 @@ class Pipeline:
         beneath = self._beneath(optimization)
         layer = self._around(beneath, on_error)
         shielded = layer if self.face.asynchronous else self._around(shielding(beneath, self.monotonic), on_error)
-        return _Layers(layer, shielded, self._ask_at_once if layer is self._innermost else None)
+        return _Layers(layer, shielded, self._asking if layer is self._innermost else asking_in_steps)
 
     def _around(self, layer: Layer, on_error: ErrorPolicy) -> Layer:
         if on_error != OnError.RAISE:
@@ -180,17 +181,17 @@ class Pipeline:
                 self._on_error if on_error is None else on_error,
                 self._optimization if optimization is None else optimization,
             )
-        layer, shielded, ask_at_once = layers
+        layer, shielded, asking = layers
         terms: Terms | None = None
         if callable(limits):
             of_key: Any = limits
             look_up = partial(
                 looking_up, limits=of_key, version=version, inheritance=inheritance, monotonic=self.monotonic
             )
-            layer, shielded, ask_at_once = look_up(layer), look_up(shielded), None
+            layer, shielded, asking = look_up(layer), look_up(shielded), asking_in_steps
         else:
             terms = Terms(limits, version, inheritance)
-        return BucketProxy(self, target, terms, timeout, layer, shielded, ask_at_once)
+        return BucketProxy(self, target, terms, timeout, layer, shielded, asking)
 
     def deadline(self, seconds: float) -> float:
         """Return the deadline of a question that begins now.
@@ -211,6 +212,8 @@ class Pipeline:
         What a question begins with is replaced, so that none has to ask whether the manager is closed.
         """
         self.begin = _closed
+        if self._in_process is not None:
+            self._in_process.check = _closed
 
     def settled(self) -> Steps[None]:
         """Tell the store of all that was handed out without asking it."""

@@ -14,6 +14,8 @@ from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration
 from ratelimit.core.results import Snapshot, VerboseResult
 from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.cancelled_waits import Place
+from ratelimit.engine.coalescing.tasks import TaskCoalescing
+from ratelimit.engine.in_process import InProcess
 from ratelimit.engine.observing import report_interruption
 from ratelimit.engine.question import Course, Layer, Part, Question, Target, new_tuple
 from ratelimit.engine.shield import Shield
@@ -47,7 +49,7 @@ class BucketProxy:
     :param timeout: how long a question may take, in seconds.
     :param layer: answers questions.
     :param shielded: answers the reservations of waits in sync code.
-    :param ask_at_once: answers questions without steps; None: there is more to do than that.
+    :param asking: makes ``ask``; one of the functions below.
     :ivar ask: answers a command, within a timeout of its own or that of the bucket.
     :ivar aask: the function of ``ask``, as it is where the manager is asyncio's.
     """
@@ -58,12 +60,12 @@ class BucketProxy:
     timeout: float
     layer: Layer
     shielded: Layer
-    ask_at_once: Callable[[Question], Any] | None
+    asking: Callable[[BucketProxy], Any]
     ask: Ask = field(init=False)
     aask: AsyncAsk = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ask = self.aask = _asking(self)
+        self.ask = self.aask = self.asking(self)
 
     def question(self, command: Command[Any], timeout: Duration | None = None, *, holds: bool = False) -> Question:
         """Return a question that begins now, within its own timeout or that of the bucket."""
@@ -220,27 +222,45 @@ class BucketProxy:
         return result  # type: ignore[return-value]  # the value is not None
 
 
-def _asking(proxy: BucketProxy) -> Any:
-    """Return what answers a command about a bucket. It is written out twice, because every decision passes through."""
+# The three ways to answer a command about a bucket. Each is written out, because every decision passes through one.
+
+
+def asking_in_steps(proxy: BucketProxy) -> Any:
+    """Return what answers a command by the steps of a bucket's layers."""
     pipeline, target, terms, timeout = proxy.pipeline, proxy.target, proxy.terms, proxy.timeout
-    at_once, layer, finish = proxy.ask_at_once, proxy.layer, pipeline.face.finish
-    if at_once is None:
+    layer, finish = proxy.layer, pipeline.face.finish
 
-        def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
-            fork_safety.check()
-            deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
-            part = new_tuple(Part, (target, terms, command))
-            return finish(layer(new_tuple(Question, ((part,), deadline, False, Course()))))
-
-        return ask
-
-    def ask_at_once(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+    def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
         fork_safety.check()
         deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
         part = new_tuple(Part, (target, terms, command))
-        return at_once(new_tuple(Question, ((part,), deadline, False, Course())))
+        return finish(layer(new_tuple(Question, ((part,), deadline, False, Course()))))
 
-    return ask_at_once
+    return ask
+
+
+def asking_in_tasks(coalescing: TaskCoalescing, proxy: BucketProxy) -> Any:
+    """Return what answers a command in asyncio where coalescing is the outermost layer."""
+    pipeline, target, terms, timeout = proxy.pipeline, proxy.target, proxy.terms, proxy.timeout
+
+    def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:
+        fork_safety.check()
+        deadline = pipeline.begin() + (timeout if own_timeout is None else timeout_seconds(own_timeout))
+        part = new_tuple(Part, (target, terms, command))
+        return coalescing.ask(new_tuple(Question, ((part,), deadline, False, Course())))
+
+    return ask
+
+
+def asking_in_process(in_process: InProcess, proxy: BucketProxy) -> Any:
+    """Return what answers a command in sync code where there is no other layer: nothing there waits for a deadline."""
+    target, terms = proxy.target, proxy.terms
+
+    def ask(command: Command[Any], _: Duration | None = None) -> Any:
+        in_process.check()
+        return in_process.decided(target, terms, command)  # type: ignore[arg-type]  # a layer would look terms up
+
+    return ask
 
 
 def _reservation(tokens: int, max_wait: Duration | None) -> Reserve:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ratelimit.manager
 from ratelimit import OnError
 from ratelimit.core.commands import Batch
+from ratelimit.engine.proxy import asking_in_steps
 from ratelimit.engine.question import Layer, Question
 from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning
 from ratelimit.runtime.steps import Steps
@@ -84,7 +85,7 @@ def batched(manager: Any) -> None:
 
         return decide
 
-    pipeline._ask_at_once = None
+    pipeline._asking = asking_in_steps
     pipeline._innermost = in_batch(pipeline._innermost)
     pipeline._layers = pipeline._composed(OnError.RAISE, None)
 
