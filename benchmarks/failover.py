@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
-from tests.support.ledgers import Load
+from tests.support.audited_load import Load
 from tests.support.servers import find_server
 from tests.support.topologies import (
     ReplicatedCluster,

@@ -12,8 +12,8 @@ from hypothesis import settings
 
 from ratelimit import AsyncProxyManager, ProxyManager
 from tests.support import servers
-from tests.support.faces import Face
-from tests.support.ways import Way
+from tests.support.both_faces import Face
+from tests.support.decision_paths import Way
 from tests.support.workers import Workers, patient
 
 # An example has no deadline: a busy machine is slow, which proves nothing.

@@ -19,7 +19,7 @@ from ratelimit import (
     StoreUnavailableError,
     TokensInheritance,
 )
-from tests.support.faces import Face, closing, settled
+from tests.support.both_faces import Face, closing, settled
 from tests.support.servers import RedisServer
 from tests.support.verbs import KEY, LIMITS, TOKEN_VERBS, nothing_written
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ratelimit import InvalidConfigurationError
-from tests.support.faces import Face
+from tests.support.both_faces import Face
 from tests.support.verbs import LIMITS
 
 

@@ -31,7 +31,7 @@ from ratelimit import (
 )
 from ratelimit.core.token_bucket import codec
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
-from tests.support.faces import Settled, settled
+from tests.support.both_faces import Settled, settled
 
 NOW = 1_700_000_000 * 10**9
 

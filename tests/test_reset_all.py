@@ -23,7 +23,7 @@ from ratelimit import (
 from ratelimit.integrations.http import AsyncLimiter, HttpRequest, Limiter, Rule
 from ratelimit.policy import managers
 from ratelimit.testing import ManualClock, areset_all, reset_all
-from tests.support.faces import Manager, closing, settled
+from tests.support.both_faces import Manager, closing, settled
 
 STRANGE = r"a*b?[c-e]\:"
 """A prefix in which every character that a pattern of Redis has means itself."""

@@ -6,7 +6,7 @@ import pytest
 
 from ratelimit import AsyncProxyManager, ProxyManager
 from ratelimit.testing import ManualClock, SwappingMemoryStore
-from tests.support.faces import Settled, for_asyncio
+from tests.support.both_faces import Settled, for_asyncio
 
 NOW = 1_700_000_000 * 10**9
 SECOND = 10**9

@@ -29,7 +29,7 @@ from ratelimit.errors import RateLimitError
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
-from tests.support.faces import Settled, for_asyncio, settled
+from tests.support.both_faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 from tests.support.servers import wait_until
 

@@ -23,7 +23,7 @@ from ratelimit import (
 )
 from ratelimit.keys import Key
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
-from tests.support.faces import Settled, for_asyncio, settled
+from tests.support.both_faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9

@@ -31,9 +31,9 @@ from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import Terms
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
 from tests.engine.conftest import NOW, SECOND, Make
-from tests.support.faces import Settled, settled
+from tests.support.both_faces import Settled, settled
+from tests.support.decision_paths import By, deciding_by
 from tests.support.fixed_window import FORMAT, FixedWindow, Window, WindowState
-from tests.support.ways import By, deciding_by
 
 LIMITS = FixedWindow(10, 10 * SECOND)
 TOKEN_BUCKET = BucketConfiguration.parse("5/second burst 20")

@@ -28,11 +28,11 @@ from ratelimit.engine.coalescing.threads import ThreadCoalescing
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
 from tests.engine.conftest import NOW
-from tests.support.faces import Settled
+from tests.support.both_faces import Settled
+from tests.support.decision_paths import By, Tap, deciding_by
 from tests.support.fixed_window import FIXED_WINDOW, FixedWindow
 from tests.support.inside import coalescing_of, pipeline_of
 from tests.support.servers import wait_until
-from tests.support.ways import By, Tap, deciding_by
 
 LONG = 10**18
 """Nanoseconds of a window that does not end while a test runs."""

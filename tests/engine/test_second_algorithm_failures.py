@@ -27,11 +27,11 @@ from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
 from tests.engine.conftest import NOW, SECOND, Make
-from tests.support.faces import Settled, closing, settled
+from tests.support.both_faces import Settled, closing, settled
 from tests.support.fixed_window import FixedWindow
 from tests.support.inside import pipeline_of
-from tests.support.monitors import monitored
 from tests.support.proxies import Proxy
+from tests.support.redis_monitor import monitored
 from tests.support.servers import wait_until
 
 LIMITS = FixedWindow(8, 3600 * SECOND)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ratelimit import Expiration, MemoryStore, Optimization, ProxyManager, TokensInheritance
 from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
 from tests.engine.conftest import NOW, SECOND, Make
-from tests.support.faces import closing, settled
+from tests.support.both_faces import closing, settled
 from tests.support.fixed_window import FixedWindow
 from tests.support.inside import local_decisions_of
 

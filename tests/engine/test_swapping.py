@@ -31,7 +31,7 @@ from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Settled, for_asyncio, settled
+from tests.support.both_faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9

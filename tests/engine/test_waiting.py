@@ -25,7 +25,7 @@ from ratelimit import (
 )
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore, SwappingMemoryStore
-from tests.support.faces import Settled, for_asyncio
+from tests.support.both_faces import Settled, for_asyncio
 from tests.support.servers import wait_until
 
 NOW = 1_700_000_000 * 10**9

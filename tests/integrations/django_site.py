@@ -17,7 +17,7 @@ from django.urls import path
 
 from ratelimit import AsyncProxyManager, MemoryStore, ProxyManager
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import for_asyncio
+from tests.support.both_faces import for_asyncio
 
 NOW: Final = 1_700_000_000_000_000_000
 

@@ -34,7 +34,7 @@ from ratelimit.integrations.http import Answers, AsyncLimiter, HttpDecision, Rul
 from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
 from tests.integrations.uvicorns import serving
-from tests.support.faces import for_asyncio
+from tests.support.both_faces import for_asyncio
 
 
 async def hello(_scope: Scope, _receive: Receive, send: Send) -> None:

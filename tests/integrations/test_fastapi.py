@@ -30,7 +30,7 @@ from ratelimit.testing import ScriptedStore
 from tests.integrations.asgi_parts import PEER, Stored, parsed
 from tests.integrations.gunicorns import statuses
 from tests.integrations.uvicorns import serving, workers
-from tests.support.faces import for_asyncio
+from tests.support.both_faces import for_asyncio
 
 
 @pytest.fixture
@@ -654,7 +654,7 @@ from fastapi.responses import PlainTextResponse
 
 from ratelimit.integrations.asgi import RateLimitMiddleware
 from ratelimit.integrations.fastapi import RateLimit
-from tests.support.faces import for_asyncio
+from tests.support.both_faces import for_asyncio
 
 app = FastAPI(dependencies=[Depends(RateLimit("40/hour"))])
 app.add_middleware(RateLimitMiddleware, "20/hour")

@@ -25,7 +25,7 @@ from ratelimit import (
 from ratelimit.integrations.functions import limited
 from ratelimit.policy import Plans
 from ratelimit.testing import ManualClock, ScriptedStore
-from tests.support.faces import Manager, for_asyncio, settled
+from tests.support.both_faces import Manager, for_asyncio, settled
 
 HOUR = 3600 * 10**9
 

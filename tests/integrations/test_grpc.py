@@ -41,7 +41,7 @@ from ratelimit.policy import Assigned, Decision, Missing, Plans
 from ratelimit.policy.logs import hashed
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
-from tests.support.faces import Manager, for_asyncio
+from tests.support.both_faces import Manager, for_asyncio
 
 Behaviors = dict[str, Callable[..., Any]]
 

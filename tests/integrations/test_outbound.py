@@ -25,7 +25,7 @@ from ratelimit import (
     StoreUnavailableError,
 )
 from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
-from tests.support.faces import closing, for_asyncio, settled
+from tests.support.both_faces import closing, for_asyncio, settled
 
 pytest.importorskip("http_sf")
 

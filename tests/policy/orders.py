@@ -8,7 +8,7 @@ from typing import Any
 from ratelimit import AsyncMemoryStore, AsyncProxyManager, MemoryStore, ProxyManager
 from ratelimit.policy import AsyncLimiter, Decision, Limiter
 from ratelimit.testing import ManualClock
-from tests.support.faces import settled
+from tests.support.both_faces import settled
 
 NOW = 1_700_000_000_000_000_000
 

@@ -28,11 +28,11 @@ from ratelimit import (
 )
 from ratelimit.stores.redis.shared_connection import SharedConnection
 from tests.support import servers
-from tests.support.faces import Face, Settled, closing, settled
-from tests.support.fronts import Front
+from tests.support.audited_load import CLUSTER_DOWN, LONGEST_CALL, Load
+from tests.support.both_faces import Face, Settled, closing, settled
 from tests.support.inside import pipeline_of
-from tests.support.ledgers import CLUSTER_DOWN, LONGEST_CALL, Load
 from tests.support.proxies import Proxy
+from tests.support.scripted_proxy import ScriptedProxy
 from tests.support.servers import SLOTS, Cluster, RedisServer, ServerBinary
 from tests.support.topologies import ask, begin_to_move, end_move, move_keys, role, settled_by
 from tests.support.workers import patient
@@ -185,7 +185,7 @@ async def test_client_errors_are_store_errors_and_obey_on_error(
         raise error
 
     ask(server, "FLUSHALL")
-    with Front(server) as front:
+    with ScriptedProxy(server) as front:
         url = patient(f"{topology}://127.0.0.1:{front.port}")
         for connection in (redis.Connection, redis.asyncio.Connection):
             monkeypatch.setattr(connection, "on_connect", fail)
@@ -212,7 +212,7 @@ async def test_a_client_that_cannot_find_nodes_is_a_store_error(
     face: Face, server: RedisServer, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     ask(server, "FLUSHALL")
-    with Front(server) as front:
+    with ScriptedProxy(server) as front:
         async with managing(face, patient(f"redis+cluster://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key")
 
@@ -241,7 +241,7 @@ def test_a_client_that_cannot_follow_redirections_is_a_store_error(
         return b"-MOVED 12539 127.0.0.1:%d\r\n" % front.port
 
     ask(server, "FLUSHALL")
-    with Front(server) as front, ExitStack() as stack:
+    with ScriptedProxy(server) as front, ExitStack() as stack:
         url = patient(f"redis+cluster://127.0.0.1:{front.port}")
         manager = stack.enter_context(ProxyManager.from_url(url, LIMITS, timeout=5))
         assert manager.try_consume("key")
@@ -275,7 +275,7 @@ async def test_nodes_that_redirect_without_end_cost_the_timeout_and_no_storm(
     face: Face, server: RedisServer, storm: str
 ) -> None:
     ask(server, "FLUSHALL")
-    with Front(server) as front:
+    with ScriptedProxy(server) as front:
         async with managing(face, patient(f"redis+cluster://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key")
             slot = 12_539  # of the key
@@ -307,7 +307,7 @@ async def test_nodes_that_redirect_without_end_cost_the_timeout_and_no_storm(
 
 async def test_to_find_a_cluster_may_take_longer_than_a_decision(face: Face, server: RedisServer) -> None:
     ask(server, "FLUSHALL")
-    with Front(server) as front, Proxy(front.port) as proxy, proxy.slow(delay=0.15):
+    with ScriptedProxy(server) as front, Proxy(front.port) as proxy, proxy.slow(delay=0.15):
         async with managing(face, f"redis+cluster://127.0.0.1:{proxy.port}", timeout=0.1) as manager:
             with pytest.raises(StoreTimeoutError):
                 await manager.try_consume("key")
@@ -386,8 +386,8 @@ async def test_a_cluster_whose_nodes_are_all_elsewhere_is_found_by_its_name(
     resolver = Resolver(monkeypatch)
     asynchronous = face is AsyncProxyManager
     async with contextlib.AsyncExitStack() as stack:
-        after = stack.enter_context(Front(server))
-        before = Front(server)
+        after = stack.enter_context(ScriptedProxy(server))
+        before = ScriptedProxy(server)
         resolver.port = before.port
         if form == "a client":
             api: Any = redis.asyncio if asynchronous else redis
@@ -446,7 +446,7 @@ async def test_the_time_of_one_node_is_never_taken_for_that_of_another(server_bi
     """The first node is an hour ahead; its slots move while its time is asked for along with each command."""
     with servers.cluster(server_binary) as cluster, ExitStack() as stack:
         source, target = cluster.nodes
-        fronts = [stack.enter_context(Front(node, alone=False)) for node in cluster.nodes]
+        fronts = [stack.enter_context(ScriptedProxy(node, alone=False)) for node in cluster.nodes]
         fronts[0].answer = an_hour_ahead
         for node, front in zip(cluster.nodes, fronts, strict=True):
             node.restart("--cluster-announce-port", str(front.port))  # Redis 6 heeds it only from the beginning

@@ -18,8 +18,8 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.core.token_bucket import codec
+from tests.support.decision_paths import WAYS, By, Way
 from tests.support.servers import RedisServer, ServerBinary, wait_until
-from tests.support.ways import WAYS, By, Way
 from tests.support.workers import (
     CALLERS,
     PATIENCE,

@@ -59,11 +59,11 @@ from ratelimit.engine.last_seen import NOTHING_SEEN
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Decided, Lost
 from ratelimit.testing import ManualClock
-from tests.support.faces import settled
+from tests.support.both_faces import settled
+from tests.support.decision_paths import By, Tap, Way, deciding_by
 from tests.support.inside import pipeline_of
-from tests.support.monitors import Monitor, monitored
+from tests.support.redis_monitor import Monitor, monitored
 from tests.support.servers import RedisServer
-from tests.support.ways import By, Tap, Way, deciding_by
 from tests.support.workers import (
     CALLERS,
     PROCESSES,

@@ -34,7 +34,7 @@ from ratelimit.engine.cancelled_waits import CancelledWaits, Place
 from ratelimit.runtime.clock import monotonic
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
-from tests.support.faces import for_asyncio
+from tests.support.both_faces import for_asyncio
 from tests.support.inside import pipeline_of
 
 SECOND = 10**9

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.ledgers import LONGEST_CALL, Load
+from tests.support.audited_load import LONGEST_CALL, Load
 from tests.support.servers import RedisServer, ServerBinary
 from tests.support.topologies import (
     ReplicatedCluster,

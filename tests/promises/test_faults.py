@@ -37,10 +37,10 @@ from ratelimit import (
 )
 from ratelimit.keys import Key
 from tests.support import servers
-from tests.support.faces import Manager, closing, settled
+from tests.support.both_faces import Manager, closing, settled
+from tests.support.decision_paths import By, deciding_by
 from tests.support.proxies import CLOSE, RESET, SILENCE, Proxy
 from tests.support.servers import RedisServer, ServerBinary, TlsServer
-from tests.support.ways import By, deciding_by
 
 pytestmark = pytest.mark.redis
 

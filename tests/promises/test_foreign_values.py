@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from ratelimit import CorruptStateError, StoreError, UnsupportedStateError
-from tests.support.faces import Face, Manager, closing, settled
+from tests.support.both_faces import Face, Manager, closing, settled
 from tests.support.servers import RedisServer
 from tests.support.verbs import KEY, LIMITS, READING_VERBS, VERBS, check_failure, nothing_written
 

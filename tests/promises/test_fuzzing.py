@@ -22,9 +22,9 @@ from ratelimit import Bandwidth, BucketConfiguration, CorruptStateError, Invalid
 from ratelimit.core.numbers import to_nanos
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
+from tests.support.decision_paths import By, deciding_by
 from tests.support.fuzzing import KEY, NOW, VERBS, check_limits, check_message, check_state, check_url, check_verbs
 from tests.support.strategies import configurations, states
-from tests.support.ways import By, deciding_by
 
 ONE = codec.encode(BucketState.initial(BucketConfiguration.parse("10/minute id abc; 5/s"), None, 0))
 HALF_A_MEGABYTE = 2**19

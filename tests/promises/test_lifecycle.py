@@ -22,9 +22,9 @@ import pytest
 from ratelimit import AsyncProxyManager, CountingListener, OnError, Optimization, ProxyManager, StoreError
 from ratelimit.runtime import fork_safety
 from tests.support import lifecycle
+from tests.support.decision_paths import Tap
 from tests.support.lifecycle import FORKS, forked
 from tests.support.servers import RedisServer, wait_until
-from tests.support.ways import Tap
 
 pytestmark = pytest.mark.redis
 

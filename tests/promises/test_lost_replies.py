@@ -15,10 +15,10 @@ from redis.retry import Retry
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreUnavailableError
 from ratelimit.stores.redis.scripts import load
-from tests.support.faces import Settled
-from tests.support.monitors import monitored
+from tests.support.both_faces import Settled
+from tests.support.decision_paths import By, deciding_by
 from tests.support.proxies import Proxy
-from tests.support.ways import By, deciding_by
+from tests.support.redis_monitor import monitored
 
 pytestmark = pytest.mark.redis
 

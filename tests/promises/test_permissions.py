@@ -12,7 +12,7 @@ import redis
 
 from ratelimit import StoreError, SystemClock
 from tests.support import servers
-from tests.support.faces import Face, closing, settled
+from tests.support.both_faces import Face, closing, settled
 from tests.support.permissions import (
     ACL_COMMANDS,
     ACL_COMMANDS_FOR_A_CLUSTER,

@@ -9,8 +9,8 @@ import redis
 
 from ratelimit import AsyncProxyManager, ProxyManager
 from ratelimit.stores.redis.server_time import FIRST_REPLIES
-from tests.support.faces import Settled
-from tests.support.monitors import Monitor, monitored
+from tests.support.both_faces import Settled
+from tests.support.redis_monitor import Monitor, monitored
 
 pytestmark = pytest.mark.redis
 

@@ -20,11 +20,11 @@ from redis.exceptions import RedisClusterException
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, Expiration, ProxyManager, StoreError, StoreUnavailableError
 from tests.support import servers
-from tests.support.faces import Face, Settled, closing
-from tests.support.fronts import Front
+from tests.support.both_faces import Face, Settled, closing
+from tests.support.decision_paths import By, deciding_by
+from tests.support.scripted_proxy import ScriptedProxy
 from tests.support.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, wait_until
 from tests.support.topologies import ask, begin_to_move, end_move, move_keys
-from tests.support.ways import By, deciding_by
 from tests.support.workers import patient
 
 pytestmark = pytest.mark.redis
@@ -236,7 +236,7 @@ async def test_an_error_in_the_place_of_a_reply_is_told_and_over_with_it(
 ) -> None:
     ask(server, "FLUSHALL")
     kind = StoreError if match == "Redis refused" else StoreUnavailableError
-    with Front(server) as front, deciding_by(By.SCRIPT):
+    with ScriptedProxy(server) as front, deciding_by(By.SCRIPT):
         async with managing(face, patient(f"{topology}://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key", 5)
             front.answer = lambda command: b"-%s\r\n" % error.encode() if command[0].startswith(b"EVAL") else None
@@ -326,7 +326,7 @@ async def test_several_connections_follow_a_bucket_to_its_new_node(
 async def test_a_bucket_that_is_in_between_is_asked_for_again(face: Face, server: RedisServer) -> None:
     """TRYAGAIN, which servers answer to commands of several keys: never to ours, but proxies may."""
     ask(server, "FLUSHALL")
-    with Front(server) as front:
+    with ScriptedProxy(server) as front:
         async with managing(face, patient(f"redis+cluster://127.0.0.1:{front.port}")) as manager:
             assert await manager.try_consume("key")
             left = 3

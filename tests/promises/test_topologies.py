@@ -27,7 +27,7 @@ from ratelimit import (
 )
 from ratelimit.testing import areset_all, reset_all
 from tests.support import servers
-from tests.support.faces import Manager, closing, settled
+from tests.support.both_faces import Manager, closing, settled
 from tests.support.servers import Cluster, RedisServer, SentinelSetup, ServerBinary, TlsServer, wait_until
 
 pytestmark = pytest.mark.redis

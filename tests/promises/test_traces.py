@@ -38,10 +38,10 @@ from ratelimit.runtime.steps import arun, run
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support import vectors
-from tests.support.faces import for_asyncio, settled
+from tests.support.both_faces import for_asyncio, settled
+from tests.support.decision_paths import WAYS, By, Tap, Way, batched, deciding_by
 from tests.support.inside import steps_of
 from tests.support.raw_commands import Sync, run_raw
-from tests.support.ways import WAYS, By, Tap, Way, batched, deciding_by
 
 KEY = "bucket"
 ERRORS = {

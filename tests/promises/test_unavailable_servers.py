@@ -12,7 +12,7 @@ import redis
 
 from ratelimit import StoreTimeoutError, StoreUnavailableError
 from tests.support import servers
-from tests.support.faces import Face, Manager, closing, settled
+from tests.support.both_faces import Face, Manager, closing, settled
 from tests.support.servers import RedisServer, ServerBinary, wait_until
 from tests.support.verbs import KEY, LIMITS, PREFIX, VERBS, check_failure, every_verb, nothing_written
 

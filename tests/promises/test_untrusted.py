@@ -34,9 +34,9 @@ from ratelimit import (
 from ratelimit.stores.protocol import Lost
 from ratelimit.stores.redis.errors import translated
 from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
+from tests.support.decision_paths import By, deciding_by
 from tests.support.permissions import ACL_COMMANDS
 from tests.support.servers import RedisServer, ServerBinary
-from tests.support.ways import By, deciding_by
 
 PAGE = Path(__file__).parents[2] / "docs" / "SECURITY.md"
 MEGABYTE = 2**20

@@ -29,10 +29,10 @@ from ratelimit import (
 from ratelimit.runtime.clock import MonotonicSleep
 from ratelimit.stores.redis.server_time import FIRST_REPLIES, STALE_NANOS, UNUSABLE_NANOS
 from ratelimit.testing import ManualClock
-from tests.support.faces import Settled, closing, settled
-from tests.support.fronts import Front
+from tests.support.both_faces import Settled, closing, settled
 from tests.support.inside import pipeline_of
-from tests.support.monitors import monitored
+from tests.support.redis_monitor import monitored
+from tests.support.scripted_proxy import ScriptedProxy
 from tests.support.servers import RedisServer
 
 SECOND = 10**9
@@ -197,7 +197,7 @@ async def test_with_a_clock_of_ones_own_the_server_is_never_asked_for_its_time(r
 async def test_where_the_time_is_refused_the_error_says_to_give_a_clock(
     server: RedisServer, face: Any, refusal: str
 ) -> None:
-    with Front(server) as front:
+    with ScriptedProxy(server) as front:
         front.answer = lambda command: f"-{refusal}\r\n".encode() if command[0].upper() == b"TIME" else None
         url = f"redis://127.0.0.1:{front.port}"
         async with (

@@ -16,7 +16,7 @@ from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import Command, GiveBack, HoldBack, Reserve, Terms, TryConsume, execute
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import AsyncSwappingMemoryStore, SwappingMemoryStore
-from tests.support.faces import Settled
+from tests.support.both_faces import Settled
 from tests.support.fixed_window import FixedWindow
 
 SECOND = 10**9

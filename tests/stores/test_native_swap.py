@@ -16,8 +16,8 @@ from ratelimit.stores.redis.channel import Command, Replies
 from ratelimit.stores.redis.circuit import CircuitStatus
 from ratelimit.stores.redis.pool import PoolChannel
 from tests.support import servers
-from tests.support.monitors import monitored
 from tests.support.proxies import Proxy
+from tests.support.redis_monitor import monitored
 from tests.support.servers import RedisServer, ServerBinary
 
 KEY = b"key"

@@ -11,7 +11,7 @@ import redis
 from redis.exceptions import RedisClusterException
 
 from ratelimit import BucketConfiguration, CorruptStateError, StoreError, TokensInheritance
-from tests.support.faces import Manager, settled
+from tests.support.both_faces import Manager, settled
 
 LIMITS = BucketConfiguration.parse("10/minute")
 KEY = "user:42"

@@ -28,8 +28,8 @@ from ratelimit import (
     TokensInheritance,
 )
 from ratelimit.settings import SettingsByName
-from tests.support.faces import Manager, settled
-from tests.support.ways import By, Tap, Way, decide_by
+from tests.support.both_faces import Manager, settled
+from tests.support.decision_paths import By, Tap, Way, decide_by
 
 T = TypeVar("T")
 

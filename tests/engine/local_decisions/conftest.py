@@ -9,7 +9,7 @@ import pytest
 from ratelimit import AsyncProxyManager, Optimization, ProxyManager
 from ratelimit.testing import ManualClock
 from tests.engine.local_decisions.doubles import LIMITS, NOW, CountingStore, Make
-from tests.support.faces import Settled, for_asyncio
+from tests.support.both_faces import Settled, for_asyncio
 
 
 @pytest.fixture

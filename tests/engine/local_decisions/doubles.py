@@ -12,7 +12,7 @@ from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
 from ratelimit.testing import ManualClock, ScriptedStore, SwappingMemoryStore
-from tests.support.faces import Settled, settled
+from tests.support.both_faces import Settled, settled
 from tests.support.inside import local_decisions_of
 
 NOW = 1_700_000_000 * 10**9

@@ -21,7 +21,7 @@ from tests.engine.local_decisions.doubles import (
     stored,
     unsynchronized,
 )
-from tests.support.faces import settled
+from tests.support.both_faces import settled
 
 
 async def test_tokens_are_handed_out_and_told_later(make: Make, store: CountingStore, clock: ManualClock) -> None:

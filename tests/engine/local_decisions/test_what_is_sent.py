@@ -6,7 +6,7 @@ import pytest
 
 from ratelimit import AsyncProxyManager, Optimization, ProxyManager
 from tests.engine.local_decisions.doubles import MANUAL, SKIP
-from tests.support.monitors import monitored
+from tests.support.redis_monitor import monitored
 
 
 @pytest.mark.redis

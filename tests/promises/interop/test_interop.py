@@ -26,8 +26,8 @@ from tests.promises.interop.peer import JavaError, Peer
 from tests.promises.test_concurrency import AGES, QUOTA, RATE, SMALL_QUOTA, both_faces, bound, every_way, few_ways
 from tests.promises.test_traces import KEY, TRACES, Replay, as_due, each_category
 from tests.support import vectors
+from tests.support.decision_paths import By, deciding_by
 from tests.support.servers import SharedServer, wait_until
-from tests.support.ways import By, deciding_by
 from tests.support.workers import PATIENCE, Access, Workers, by_tasks, by_threads, consume_until_the_sign, redis_nanos
 
 pytestmark = pytest.mark.redis

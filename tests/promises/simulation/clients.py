@@ -31,7 +31,7 @@ from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
 from tests.promises.simulation.network import Network, Request, SimulatedStore
 from tests.promises.simulation.world import APART, SECOND, ViolationError, World
-from tests.support.ways import tuning
+from tests.support.decision_paths import tuning
 
 _NEW_READING: Final = 0.2  # how often a reply changes what its client makes of the server's clock
 

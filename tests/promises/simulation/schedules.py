@@ -30,8 +30,8 @@ from tests.promises.simulation.ledger import Ledger, Remove
 from tests.promises.simulation.network import FAULTS, SOCKET_TIMEOUT, Faults, Network
 from tests.promises.simulation.server import Server
 from tests.promises.simulation.world import EPOCH, MILLISECOND, SECOND, ViolationError, World
+from tests.support.decision_paths import By, deciding_by
 from tests.support.fixed_window import FixedWindow
-from tests.support.ways import By, deciding_by
 
 _GREEDY: Final = Bandwidth.greedy(7, 0.03)
 _INTERVALLY: Final = Bandwidth.intervally(6, 0.02)

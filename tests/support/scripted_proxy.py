@@ -16,7 +16,7 @@ from tests.support.servers import SLOTS, RedisServer
 _INCOMPLETE = object()
 
 
-class Front:
+class ScriptedProxy:
     """A proxy that hands commands on to a server, and its replies back, one by one.
 
     A client that asks for the nodes of the cluster learns that the proxy is the only one.
