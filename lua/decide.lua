@@ -27,7 +27,7 @@
 -- the arguments: the state with all operations applied, if one of them has changed it or if the bucket is new, and
 -- else still `before`.
 --
--- A line `include` stands for a file of parts/, or for a text that is made of the list of operations; it is replaced
+-- A line `include` stands for a file beside this one, or for a text that is made of the list of operations; it is replaced
 -- when the script is loaded. The everyday case comes before all else and makes no function, as making the functions
 -- takes longer than deciding.
 

@@ -275,6 +275,12 @@ class ProxyManager(_Manager[Store, Bucket]):
         """See :meth:`Bucket.try_consume_and_return_remaining`."""
         return self._own_bucket(key).try_consume_and_return_remaining(tokens, timeout=timeout)
 
+    def try_consume_as_much_as_possible(
+        self, key: Key, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> int:
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
+        return self._own_bucket(key).try_consume_as_much_as_possible(limit, timeout=timeout)
+
     def consume(
         self, key: Key, tokens: int = 1, *, max_wait: Duration | None = None, timeout: Duration | None = None
     ) -> bool:
@@ -374,6 +380,12 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     ) -> ConsumptionProbe:
         """See :meth:`AsyncBucket.try_consume_and_return_remaining`."""
         return await self._own_bucket(key).try_consume_and_return_remaining(tokens, timeout=timeout)
+
+    async def try_consume_as_much_as_possible(
+        self, key: Key, limit: int | None = None, *, timeout: Duration | None = None
+    ) -> int:
+        """See :meth:`AsyncBucket.try_consume_as_much_as_possible`."""
+        return await self._own_bucket(key).try_consume_as_much_as_possible(limit, timeout=timeout)
 
     async def consume(
         self, key: Key, tokens: int = 1, *, max_wait: Duration | None = None, timeout: Duration | None = None

@@ -81,7 +81,8 @@ VERBS: dict[str, tuple[Any, ...]] = {
 
 
 EVERY_DAY = {
-    *("try_consume", "try_consume_and_return_remaining", "consume", "available_tokens"),
+    *("try_consume", "try_consume_and_return_remaining", "try_consume_as_much_as_possible", "consume"),
+    "available_tokens",
     *("reset", "replace_configuration", "snapshot"),
 }
 """The verbs that a manager has as well."""

@@ -1,7 +1,7 @@
 """The Lua scripts of ``lua/``, put together from their parts when they are loaded.
 
 The files are inside the package in a wheel, and beside it in a checkout; either may be in a zip file. A server knows no
-``require``, so a line ``-- include: NAME`` of a script or a part stands for the text of ``lua/parts/NAME.lua``, or for
+``require``, so a line ``-- include: NAME`` of a script or a part stands for the text of ``lua/NAME.lua``, or for
 what ``_GENERATED`` makes under that name. It may stand within a function, and a part that is included twice is there
 twice. Mind the limits of Lua 5.1: 200 local variables for a function, which a script itself is, and 60 that a function
 takes from outside itself.
@@ -52,7 +52,7 @@ def _assembled(text: str) -> str:
 
 def _part(name: str) -> str:
     generated = _GENERATED.get(name)
-    return _read(f"parts/{name}") if generated is None else generated()
+    return _read(name) if generated is None else generated()
 
 
 def _read(name: str) -> str:
