@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import CodeType
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -31,9 +32,13 @@ from ratelimit.settings import Settings, SettingsByName
 from ratelimit.stores.urls import _DEFAULTS, _POOL_DEFAULTS, FORMS, URL_VARIABLE
 from tests.support.permissions import ACL_COMMANDS, ACL_COMMANDS_FOR_A_CLUSTER, ACL_COMMANDS_FOR_A_DATABASE
 from tests.support.servers import RedisServer, ServerBinary
+from tests.test_packaging import FLOORS
 
 ROOT = Path(__file__).parents[1]
-README, OPERATIONS, LIMITS = ROOT / "README.md", ROOT / "docs/operations.md", ROOT / "docs/choosing-limits.md"
+README = ROOT / "README.md"
+OPERATIONS, LIMITS = ROOT / "docs/operations.md", ROOT / "docs/choosing-limits.md"
+START, VERBS, INDEX = ROOT / "docs/getting-started.md", ROOT / "docs/verbs.md", ROOT / "docs/index.md"
+CONTRIBUTING = ROOT / "docs/CONTRIBUTING.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 URL = "redis://localhost:6379/0"
 
@@ -233,6 +238,43 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not fragment or fragment in slugs(target), link
 
 
+def test_the_readme_can_be_read_at_once() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_the_index_leads_to_every_page() -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", INDEX.read_text())
+    linked = {(INDEX.parent / link).resolve() for link in links}
+    assert linked >= {page for page in PAGES if page not in (README, INDEX)}
+
+
+def test_the_picture_of_a_decision_names_the_layers_in_their_order() -> None:
+    picture = ET.parse(ROOT / "docs/decision.svg")
+    names = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "name"]
+    assert names[:7] == ["manager", "listener", "on_error", "local decisions", "coalescing", "swapping", "Redis"]
+
+
+def additions() -> dict[str, list[str]]:
+    """Return the files that each kind of addition touches, as the page for contributors lists them."""
+    sections = re.split(r"(?m)^## (Add .*)\n", CONTRIBUTING.read_text())[1:]
+    tables = [section.split("\n## ")[0] for section in sections[1::2]]
+    return {title: re.findall(r"(?m)^\| `(.*?)` \|", table) for title, table in zip(sections[::2], tables, strict=True)}
+
+
+def test_an_addition_touches_six_files_at_most_and_they_exist() -> None:
+    listed = additions()
+    assert len(listed) == 5
+    for title, paths in listed.items():
+        assert 1 <= len(paths) <= 6, title
+        assert all((ROOT / path).is_file() or "<name>" in path for path in paths), title
+        assert all((ROOT / path).parent.is_dir() for path in paths), title
+
+
+def test_the_order_of_the_rooms_is_that_of_the_imports() -> None:
+    rooms = "\n".join(", ".join(floor) for floor in FLOORS)
+    assert f"```text\n{rooms}\n```" in CONTRIBUTING.read_text()
+
+
 def test_the_grammar_is_that_of_the_parser() -> None:
     assert limit_text.__doc__
     _, grammar, words = re.split(r"::\n\n|\n\n(?=Words)", limit_text.__doc__)
@@ -256,7 +298,7 @@ def test_what_other_libraries_write_is_read_or_refused_as_the_page_says() -> Non
 def test_the_errors_are_those_of_the_library() -> None:
     assert errors.__doc__
     tree = errors.__doc__.split("::\n\n")[1].split("\n\n")[0]
-    assert f"```text\n{textwrap.dedent(tree)}\n```" in README.read_text()
+    assert f"```text\n{textwrap.dedent(tree)}\n```" in VERBS.read_text()
     names = re.findall(r"\w+Error", tree)
     rows = set(re.findall(r"(?m)^\| `(\w+Error)`", OPERATIONS.read_text()))
     assert rows == set(names) - {"RateLimitError", "ValueError"}
@@ -265,11 +307,11 @@ def test_the_errors_are_those_of_the_library() -> None:
 def test_the_error_about_the_other_distribution_is_that_of_the_tripwire() -> None:
     with pytest.raises(ImportError) as caught:
         importlib.import_module("ratelimit.decorators")
-    assert f"```text\nImportError: {caught.value}\n```" in README.read_text()
+    assert f"```text\nImportError: {caught.value}\n```" in START.read_text()
 
 
 def test_the_verbs_are_those_of_a_bucket() -> None:
-    rows = re.findall(r"(?m)^\| `(\w+)(\(.*?\))` \|", README.read_text())
+    rows = re.findall(r"(?m)^\| `(\w+)(\(.*?\))` \|", VERBS.read_text())
     verbs = inspect.getmembers(Bucket, inspect.isfunction)
     assert dict(rows) == {name: signature(verb) for name, verb in verbs if not name.startswith("_")}
 
@@ -301,7 +343,7 @@ def test_the_permissions_are_those_that_are_tested() -> None:
     assert match
     permissions = match[1]
     assert set(permissions.split()) == {f"+{command}" for command in ACL_COMMANDS}
-    assert f"`{permissions}`" in README.read_text()
+    assert f"`{permissions}`" in START.read_text()
     (example,) = [arguments for arguments in shell_commands() if "ACL" in arguments]
     assert [argument for argument in example if argument.startswith("+")] == permissions.split()
     for commands in (ACL_COMMANDS_FOR_A_DATABASE, ACL_COMMANDS_FOR_A_CLUSTER):
