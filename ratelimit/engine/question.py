@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from ratelimit.core.commands import Command, Terms
 from ratelimit.core.expiration import Expiration
 from ratelimit.errors import CorruptStateError, StoreError
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import Steps
-
-if TYPE_CHECKING:
-    from ratelimit.engine.shield import Shield
 
 
 @dataclass(slots=True)
@@ -59,7 +56,7 @@ class Course:
     :ivar degraded: whether the answer is that of ``on_error``.
     :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
     :ivar local_answer: the answer of a local bucket that has decided in place of the store.
-    :ivar shield: keeps the tokens of a wait in sync code.
+    :ivar shield: the ``Shield`` that keeps the tokens of a wait in sync code; None: there is none.
     """
 
     # The class holds the defaults, because each decision makes an object, and most of them set nothing but round_trips.
@@ -70,7 +67,7 @@ class Course:
     degraded: bool = False
     charged: bool = True
     local_answer: Any = None
-    shield: Shield | None = None
+    shield: Any = None
 
 
 class Question(NamedTuple):

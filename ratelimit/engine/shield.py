@@ -73,6 +73,6 @@ def shielding(inner: Layer, monotonic: Callable[[], float]) -> Layer:
     def decide(question: Question) -> Steps[Any]:
         yield from ()
         shield = question.course.shield
-        return shield.ask(inner, question, monotonic)  # type: ignore[union-attr]  # it is asked where there is one
+        return shield.ask(inner, question, monotonic)
 
     return decide
