@@ -6,6 +6,7 @@ import asyncio
 import gc
 from inspect import iscoroutinefunction
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -23,6 +24,7 @@ from ratelimit import (
     Lost,
     MemoryStore,
     OnError,
+    Optimization,
     ProxyManager,
     RateLimitError,
     Recovery,
@@ -32,6 +34,7 @@ from ratelimit import (
 from ratelimit.core.token_bucket import codec
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
 from tests.support.both_faces import Settled, settled
+from tests.support.inside import pipeline_of
 
 NOW = 1_700_000_000 * 10**9
 
@@ -374,3 +377,30 @@ async def test_probes_offer_seconds() -> None:
     assert probe.reset_after == 1.0
     clock.advance(probe.retry_after)
     assert await face.try_consume("key")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"merging": False},
+        {"listener": CountingListener()},
+        {"on_error": OnError.local(1)},
+        {"optimization": Optimization.delaying(5, 60)},
+        {"listener": CountingListener(), "on_error": OnError.ALLOW, "clock": ManualClock(NOW)},
+    ],
+    ids=lambda settings: " ".join(settings) or "no settings",
+)
+@pytest.mark.parametrize("store", [MemoryStore, SwappingMemoryStore])
+def test_a_dropped_manager_is_gone_at_once(store: Any, settings: dict[str, Any]) -> None:
+    """Its connections go back at once, and not when the garbage collector comes by."""
+    manager = ProxyManager(store(), "5/minute", **settings)
+    assert manager.try_consume("key")
+    assert manager.consume("key")
+    inside: list[Any] = [ref(pipeline_of(manager)), ref(manager)]
+    gc.disable()
+    try:
+        del manager
+        assert [reference() for reference in inside] == [None, None]
+    finally:
+        gc.enable()

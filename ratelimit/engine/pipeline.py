@@ -74,6 +74,7 @@ class Pipeline:
     :param described: the manager, as logs name it.
     :param coalesces: whether questions that want the same bucket at the same time go together.
     :param timeout: how long a question of the manager's own may take, in seconds.
+    :ivar own_deadline: gives the deadline of a question of the manager's own, also once it is closed.
     :ivar begin: gives the time on the clock of deadlines for a question that begins; once closed, it raises.
     :ivar sleep: waits for a number of nanoseconds by the clock of the buckets.
     :ivar monotonic: the clock of deadlines, in seconds.
@@ -99,7 +100,8 @@ class Pipeline:
         self.face = face
         self.listener = listener
         self.monotonic = face.monotonic
-        self._timeout = timeout
+        # Not a method: layers that referred to the pipeline would keep a dropped manager, and its connections, alive.
+        self.own_deadline = partial(_own_deadline, self.monotonic, timeout)
         sleeper = MonotonicSleep() if clock is None else clock
         self.sleep: Callable[[int], Any] = sleeper.asleep if face.asynchronous else sleeper.sleep
         now_of_clock = None if clock is None else now_of(clock)
@@ -201,11 +203,6 @@ class Pipeline:
         fork_safety.check()
         return self.begin() + seconds
 
-    def own_deadline(self, seconds: float | None = None) -> float:
-        """Return the deadline of a question of the manager's own, also once it is closed."""
-        fork_safety.check()
-        return self.monotonic() + (self._timeout if seconds is None else seconds)
-
     def close(self) -> None:
         """Refuse every question that begins from now on; those that are under way go on.
 
@@ -266,6 +263,11 @@ def looking_up(
         return (yield from inner(question._replace(parts=(Part(target, terms, command),), deadline=deadline)))
 
     return decide
+
+
+def _own_deadline(monotonic: Callable[[], float], timeout: float, seconds: float | None = None) -> float:
+    fork_safety.check()
+    return monotonic() + (timeout if seconds is None else seconds)
 
 
 def _closed() -> float:
