@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 EXAMPLES = fastapi plans flask django outbound
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo examples test test-core servers interop soak lint format bench bench-quick bench-failover clean
+.PHONY: help demo examples test test-core servers interop soak docs lint format bench bench-quick bench-failover clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -41,11 +41,16 @@ soak: $(VENV)/installed-soak ## run storms of interruptions, a mixed load over a
 	$(if $(ARGS),,RATELIMIT_STORM_SECONDS=60 $(VENV)/bin/pytest -q tests/promises/test_interruptions.py)
 	$(PY) -m tests.promises.soak $(ARGS)
 
+docs: $(VENV)/installed-docs ## make a site of the pages and of the reference in build/docs/, a quarter of a minute
+	$(VENV)/bin/sphinx-build -q -W --keep-going -c docs -d build/docs-cache . build/docs $(ARGS)
+	@echo build/docs/index.html
+
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict $(CODE)
 	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(PY) .ci/prose.py ratelimit lua tests benchmarks examples Makefile .ci
 
 format: $(VENV)/installed-dev ## repair style
 	$(VENV)/bin/ruff check --fix

@@ -1,9 +1,9 @@
 """The floor: what a decision costs where there is no limiter, only its command.
 
 The command is the one with which a state is replaced: ``EVALSHA`` of ``compare_and_swap_px.lua`` with two states of 107
-bytes, the size of a bucket with one bandwidth. A client swaps two states to and fro. Where all clients of a scenario
-share one key, each has a key of its own, so that its swaps succeed; where they share many, a swap that another client
-has overtaken counts as well.
+bytes, the size of a bucket with one bandwidth. Each client swaps the first state for the second and back. Where all
+clients of a scenario share one key, each has a key of its own, so that its swaps succeed; where they share many, a swap
+that another client has overtaken counts as well.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def loop(hit: Hit, keys: Iterable[str], end: int, latencies: array[int]) -> int:
 
 
 async def aloop(hit: AsyncHit, keys: Iterable[str], end: int, latencies: array[int]) -> int:
-    """The same for a task."""
+    """Do in a task what :func:`loop` does in a thread."""
     clock, note, granted = time.perf_counter_ns, latencies.append, 0
     before = clock()
     for key in cycle(keys):
@@ -135,7 +135,7 @@ def _in_threads(hit: Hit, keys: Sequence[str], threads: int, seconds: float, *, 
 async def async_slice(
     contender: Contender, setup: Setup, keys: Sequence[str], tasks: int, seconds: float, *, granted: bool = True
 ) -> Sample:
-    """The same for tasks of one event loop."""
+    """Measure a contender in tasks of one event loop."""
     assert contender.asyncio is not None
     async with contender.asyncio(setup) as hit:
 

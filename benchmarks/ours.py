@@ -39,7 +39,7 @@ def sync(*, skip_sync: bool = False) -> Callable[[Setup], AbstractContextManager
 
 
 def asyncio(*, skip_sync: bool = False) -> Callable[[Setup], Any]:
-    """The same for asyncio."""
+    """Return how to open a manager for asyncio."""
 
     @asynccontextmanager
     async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:

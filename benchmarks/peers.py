@@ -160,7 +160,7 @@ def pyrate(*, log: bool) -> Callable[[Setup], Opened]:
 
 @asynccontextmanager
 async def pyrate_asyncio(setup: Setup) -> AsyncGenerator[AsyncHit]:
-    """The same over redis.asyncio. Its log bucket has to be awaited when it is made, and is left out."""
+    """Open pyrate-limiter over redis.asyncio. Its log bucket has to be awaited when it is made, and is left out."""
     async with redis.asyncio.Redis.from_url(setup.url, max_connections=setup.connections + 1) as client:
         hit: Any = _pyrate_hit(client, setup, log=False)
         yield hit

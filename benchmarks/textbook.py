@@ -69,7 +69,7 @@ def sync(script: str) -> Callable[[Setup], AbstractContextManager[Hit]]:
 
 
 def asyncio(script: str) -> Callable[[Setup], AbstractAsyncContextManager[AsyncHit]]:
-    """The same for asyncio."""
+    """Return how to open a script for asyncio."""
 
     @asynccontextmanager
     async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:

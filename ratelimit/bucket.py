@@ -150,7 +150,7 @@ class Bucket(_OfBucket):
         self._proxy.ask(_replacement(configuration, inheritance), timeout)
 
     def sync(self) -> None:
-        """Tell the store what was handed out without asking it, and learn what it holds; see :class:`Optimization`.
+        """Report what was handed out without asking the store, and learn what it holds; see :class:`Optimization`.
 
         Without an optimization nothing is sent.
         """

@@ -142,8 +142,8 @@ class RateLimitExceeded(RateLimitError):  # noqa: N818  # the name that this has
 class StoreError(RateLimitError):
     """The store could not do what was asked; the foreign error is chained as the cause.
 
-    ``in_doubt`` tells whether the request may have been carried out all the same: its reply was lost, so that tokens
-    may have been taken without an answer. It is False where the store refused, or was never reached.
+    ``in_doubt`` says whether the request may have been carried out all the same: if its reply was lost, tokens may have
+    been taken without an answer. It is False where the store refused, or was never reached.
     """
 
     def __init__(self, key: Key, message: str, in_doubt: bool = False) -> None:

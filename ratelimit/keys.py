@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 Key = str | bytes
+"""The name of a bucket: ``str``, which is encoded as UTF-8, or ``bytes``."""
 
 
 def shown(key: Key) -> str:

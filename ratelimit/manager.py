@@ -238,8 +238,8 @@ class ProxyManager(_Manager[Store, Bucket]):
     def close(self) -> None:
         """Close what :meth:`from_url` has opened; a store of the caller's stays open.
 
-        Tokens that an optimization has handed out without telling the store are told to it before that. Every verb that
-        is called after that raises ``RateLimitError``, also those of buckets that this manager has made; ``on_error``
+        Tokens that an optimization has handed out and not reported are reported to the store first. Every verb that is
+        called after that raises ``RateLimitError``, also those of buckets that this manager has made; ``on_error``
         does not apply to it. Closing again does no harm: it sends what could not be sent before.
         """
         try:

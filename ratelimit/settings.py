@@ -39,7 +39,7 @@ class Settings:
     """
 
     clock: Clock | None = None
-    """Tells what time it is. None: the store's clock, which for Redis is the time of the server."""
+    """The clock that buckets go by. None: the store's clock, which for Redis is the time of the server."""
 
     expiration: Expiration | None = None
     """When idle buckets are forgotten. None: ``Expiration.automatic()``."""

@@ -159,9 +159,9 @@ def _of_integrations() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
 
 
 class ScriptedStore(SwappingMemoryStore):
-    """A store in memory that does the next swaps as it is told, and the others as they are asked.
+    """A store in memory whose next swaps follow a script; the swaps after those succeed or lose as usual.
 
-    What is scripted is done in order, one for each swap.
+    The scripted outcomes are used in order, one for each swap.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ class ScriptedStore(SwappingMemoryStore):
         self._script.extend([fail] * times)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """As scripted, or as every store does."""
+        """Swap as scripted; when the script is used up, as every store does."""
         try:
             scripted = self._script.popleft()
         except IndexError:

@@ -97,7 +97,7 @@ def compiled(block: Block, code: str) -> tuple[CodeType, set[int]]:
     checked = Checked(code)
     tree = checked.visit(ast.parse(code))
     shown = {number for number, line in enumerate(code.splitlines(), 1) if "->" in line.partition("#")[2]}
-    assert checked.found == shown, f"{name_of(block.page)}: a value is shown of what is no expression"
+    assert checked.found == shown, f"{name_of(block.page)}: a value is shown of what is not an expression"
     ast.increment_lineno(tree, block.line - 1)
     return compile(tree, name_of(block.page), "exec", dont_inherit=True), shown
 
@@ -155,8 +155,8 @@ def test_examples_without_redis_do_what_they_show(page: Path) -> None:
     [
         ("1 + 1  # -> 3\n", None, r"README.md:7"),
         ("if False:\n    1 + 1  # -> 2\n", None, "never computed"),
-        ("x = 2  # -> 2\n", None, "no expression"),
-        ("1 + 1  # ->3\n", None, "no expression"),
+        ("x = 2  # -> 2\n", None, "not an expression"),
+        ("1 + 1  # ->3\n", None, "not an expression"),
         ("1 / 0\n", "ZeroDivisionError: of another kind\n", "of another kind"),
         ("1 / 1\n", "ZeroDivisionError: division by zero\n", "ends without the error"),
     ],
@@ -322,6 +322,16 @@ def signature(verb: Any) -> str:
     parameters = [each.replace(annotation=inspect.Parameter.empty) for each in whole.parameters.values()]
     parameters = [each for each in parameters if each.name != "timeout"]
     return str(inspect.Signature(parameters[1:]))
+
+
+def test_the_reference_has_every_module_that_the_pages_import_from() -> None:
+    imported = {name for page in PAGES for name in re.findall(r"(?m)^from (ratelimit[\w.]*) import ", page.read_text())}
+    described = {
+        name
+        for page in ROOT.glob("docs/reference/*.rst")
+        for name in re.findall(r"(?m)^\.\. automodule:: (\S+)$", page.read_text())
+    }
+    assert imported <= described
 
 
 def test_the_urls_are_those_that_are_taken() -> None:

@@ -55,7 +55,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> Generator[Surroundings]:
 
 
 def check_that_nothing_is_left(surroundings: Surroundings) -> None:
-    # Who did not end in good order in time was killed a moment ago.
+    # Processes that did not end by themselves in time were killed a moment ago.
     servers.wait_until(lambda: not surroundings.processes(), "all that was started has ended")
     assert surroundings.files() == []
 

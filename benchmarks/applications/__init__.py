@@ -1,4 +1,4 @@
-"""The same small application in each framework: bare, limited by this library, and by the libraries people use there.
+"""One small application in each framework: bare, limited by this library, and by the libraries people use there.
 
 Called in this process, without a server. Frameworks and libraries are imported when they are opened: where one is
 missing, it is left out of the results, and all else runs.

@@ -45,7 +45,7 @@ def addresses(number: int) -> list[str]:
 
 
 def limit_of(setup: Setup) -> str:
-    """As all of them read it."""
+    """Return the only limit as text of the form ``10/second``, which all these libraries read."""
     (limit,) = setup.limits
     return f"{limit.tokens}/{PERIODS[limit.seconds]}"
 

@@ -43,8 +43,8 @@ plans = Plans(
     plan_of,
     by=customer,
     ttl=1,  # second, for which processes go on with the plan that they know
-    # Who had used up 20 and has 40 now gets 20 more. Where customers change plans to and fro as they like, AS_IS is
-    # better: it gives nothing at the change itself.
+    # A customer that had used up 20 and now has 40 gets 20 more. If customers may change plans back and forth as they
+    # like, choose AS_IS: it adds no tokens at the change itself.
     inheritance=TokensInheritance.ADDITIVE,
 )
 limit = RateLimit(plans, key=combined(customer, route()), name="plans-example")

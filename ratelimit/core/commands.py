@@ -349,7 +349,7 @@ class ForceAddTokens(Command[None]):
 class HoldBack(Command[None]):
     """Let there be no token before this long from now; a wait that is longer already stays as it is.
 
-    Done twice it does what it does once, so that many processes may repeat what one service has told all of them.
+    Repeating it changes nothing, so every process may apply the wait that one service has asked all of them for.
     """
 
     nanos: int

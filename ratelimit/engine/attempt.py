@@ -15,6 +15,8 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Lost
 
+# A decision that has lost this many swaps pauses before the next. Each pause is drawn at random between nothing and a
+# longest that doubles, so that writers that have collided do not meet again.
 _IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
@@ -133,6 +135,7 @@ class Attempt:
 
     def won(self, after: State, answer: Any) -> Any:
         """Return the answer of a command whose swap was carried out."""
+        # A swap that succeeds at the first attempt shows that the bucket is not contended any more.
         losses = self.losses if self.swaps else 0
         state, target = self.state, self.target
         self.requests.remember(target.stored_key, new_tuple(Sighting, (self.new, after, losses, 0)))
@@ -147,7 +150,8 @@ class Attempt:
         :raises StoreTimeoutError: where there is no time left.
         """
         if self.question.course.interruption is not None:
-            raise self.question.course.interruption  # nothing was consumed
+            # The swap was lost, so that nothing was consumed and nothing has to be undone.
+            raise self.question.course.interruption
         requests = self.requests
         self.swaps += 1
         self.shown(loss.state)
@@ -179,6 +183,7 @@ class Attempt:
         """
         if before is None and self.must_exist:
             raise BucketNotFoundError(self.target.key)
+        # The time is read again: the winner's refill may be later than the time of the swap that was lost.
         self.before, self.state, self.is_fresh, self.now = before, None, True, None
         self.is_ready = False
         self.should_delegate = self._is_contended() and self._is_delegable()

@@ -12,7 +12,9 @@ from typing import Final, NamedTuple
 from ratelimit.core.commands import Cancel
 from ratelimit.runtime import fork_safety
 
-_MOST_PLACES: Final = 10_000  # of one manager
+# In all buckets of a manager, to bound its memory. Beyond it all are forgotten: the places then stay empty until their
+# time is over.
+_MOST_PLACES: Final = 10_000
 # Steps in one request: a place has one for each bandwidth from which it has a surplus.
 _MOST_AT_ONCE: Final = 100
 
@@ -84,6 +86,7 @@ class CancelledWaits:
             while over < len(places) and places[over].until <= now:
                 over += 1
             del places[:over]
+            # Places that became the last of the queue can be given back. They are taken out until the store answers.
             following: list[Place] = []
             if moved > begun:
                 following = places[-_most_at_once(places) :][::-1]

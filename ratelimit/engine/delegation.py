@@ -50,6 +50,7 @@ def _delegated(attempt: Attempt) -> Steps[Any]:
         must_exist=attempt.must_exist,
     )
     if arguments is None:
+        # The script does not know this command. The loop goes on with a swap.
         return NOT_DECIDED
     course.round_trips += 1
     if question.holds:
@@ -60,20 +61,24 @@ def _delegated(attempt: Attempt) -> Steps[Any]:
     if done:
         return _explained(attempt, before, now)
     if course.interruption is not None:
-        raise course.interruption  # nothing was consumed
+        # The store has changed nothing, so that nothing has to be undone.
+        raise course.interruption
     attempt.shown(before)
     return NOT_DECIDED
 
 
 def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
-    """Return the answer to what the store has decided; its reply tells only what was stored before.
+    """Return the answer to what the store has decided; its reply says only what was stored before.
 
-    The store goes on to decide until no other process has written for a while.
+    The store keeps deciding until no other process has written for a while.
     """
     target, seen = attempt.target, attempt.seen
     state = None if before is None else decode(before, target.key)
+    # The script makes the same transition, to the byte. Repeated here from the same bytes, it gives the answer and what
+    # is stored now.
     after, answer = execute(attempt.command, attempt.terms, state, now)
     stored = before if after is None else encode(after)
+    # If the store had what this process has last seen, no other writer came in between.
     undisturbed = seen.undisturbed + 1 if before == seen.state else 0
     losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else attempt.requests.tuning.losses_before_delegation
     attempt.requests.remember(target.stored_key, Sighting(stored, after or state, losses, undisturbed))

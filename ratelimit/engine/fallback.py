@@ -84,6 +84,7 @@ class Fallback:
                 answer = self._answer(policy, question, error)
                 course.degraded = True
             else:
+                # An answer without a round trip, as of a local decision, does not show that the store is back.
                 if (outages.degraded or self._in_debt) and course.round_trips:
                     self._store_answers()
             return answer
@@ -96,6 +97,8 @@ class Fallback:
         try:
             outcome = yield from inner(question.asking(Synchronize(debt.tokens, command, booking=True)))
         except BaseException as error:
+            # A question that never left has charged nothing. If the reply was lost, the store may have the debt, and a
+            # second charge could take the tokens twice.
             asked = was_asked(question.course) or isinstance(error, StoreError)
             self.local.settle(debt, charged=asked and _is_in_doubt(error))
             raise
@@ -119,6 +122,7 @@ class Fallback:
             try:
                 answer = command.answer_refused(RETRY_NANOS)
             except NotImplementedError:
+                # The command cannot be refused, as consume_ignoring_rate_limits cannot.
                 raise error from None
         elif isinstance(command, GiveBack):
             answer = None
@@ -140,7 +144,8 @@ class Fallback:
             if sweeps:
                 self._swept_at = now
         if sweeps:
-            with suppress(RuntimeError):  # no thread to be had: the next answer of the store tries again
+            # Where no thread can be started, the next answer of the store tries again.
+            with suppress(RuntimeError):
                 self._spawn(self._sweep())
 
     def _sweep(self) -> Steps[None]:
@@ -148,6 +153,7 @@ class Fallback:
             return
         self._sweeping = True
         try:
+            # Before the sweep and not after it: a debt that arises meanwhile sets it again.
             self._in_debt = False
             yield from self.charge_all()
         except RateLimitError:

@@ -46,6 +46,7 @@ class InProcess:
         except CorruptStateError as error:
             error.key = target.key
             raise
+        # The store makes nothing where the bucket must exist.
         if done is None:
             raise BucketNotFoundError(target.key)
         answer, made = done

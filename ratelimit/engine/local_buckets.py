@@ -47,6 +47,7 @@ class _Books(NamedTuple):
         """
         if all(one.debt() is not None for one in self.under_way):
             return self
+        # A dead reference: the caller that carried the debt was interrupted before it could settle it.
         lost = [one.tokens for one in self.under_way if one.debt() is None and was_asked(one.course)]
         return _Books(self.uncharged - sum(lost), tuple(one for one in self.under_way if one.debt() is not None))
 
@@ -108,6 +109,7 @@ class LocalBuckets:
         with self._lock:
             now = self._now(key)
             local = self._buckets.values.get(key)
+            # Without the store no process knows of the others, so that each of them gets a share of the limits only.
             own = terms._replace(configuration=terms.configuration.algorithm.share_of(terms.configuration, share))
             before = own.initial(now) if local is None else local.state.refilled(now)
             after, answer = execute(command, own, before, now)
@@ -147,6 +149,7 @@ class LocalBuckets:
 
     def _credit(self, local: _Local, state: State, tokens: int) -> None:
         books = local.books
+        # Tokens that are on their way to the store stay in the books, because the store may have them by now.
         books = books._replace(uncharged=books.uncharged - max(0, min(tokens, books.free)))
         # Both in one step, at which no signal is let in.
         local.state, local.books = state, books

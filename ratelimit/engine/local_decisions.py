@@ -1,4 +1,4 @@
-"""The layer that decides without the store, as far as an optimization allows, and tells the store later.
+"""The layer that decides without the store, as far as an optimization allows, and reports to the store later.
 
 For each key a manager keeps the state that the store has last shown, less the tokens that were handed out here since.
 What it may decide from that, it does. Anything else asks the store, and carries the tokens that the store does not know
@@ -63,16 +63,16 @@ class _Sample(NamedTuple):
 class _Entry:
     """What is known of a bucket.
 
-    :param target: of the question that was asked last; as are the terms.
+    :param target: that of the question that was asked last, as are the terms.
     :param state: as the store had it, less what was handed out here since; None: the store must be asked.
     :param seen_at: when the store had it so.
     :param seen_consumed: what the store had counted then.
     :param pending: tokens that were handed out here, and that the store is not known to have.
-    :param exchanges: the questions under way. One that was interrupted is gone without a word: it has failed, and its
-        tokens are to be told by another.
+    :param exchanges: the questions under way. A question that was interrupted leaves without an answer: it counts as
+        failed, and another question has to report its tokens.
     :param ended: questions that were answered.
     :param own: tokens that this manager has consumed in the store.
-    :param empty_tokens: so many are not there before ``empty_until``.
+    :param empty_tokens: this number of tokens is not there before ``empty_until``.
     """
 
     target: Target
@@ -125,9 +125,10 @@ class _Entry:
         self.samples = samples
 
     def consumed_by_others(self, optimization: Optimization, now: int) -> int | None:
-        """Tokens that others are expected to have consumed, which the store has not shown; None: who knows.
+        """Estimate how many tokens other processes took that the store has not shown; None: too few samples.
 
-        Others may be as late in telling the store as oneself, so that they are counted from the last exchange but one.
+        Other processes may report to the store as late as this one does. So their tokens are counted from the last
+        exchange but one.
         """
         samples = self.samples
         while samples and now - samples[0].at > optimization.max_sample_age_nanos:
@@ -135,13 +136,14 @@ class _Entry:
         if not samples or len(samples) < optimization.min_samples:
             return None
         first, last = samples[0], samples[-1]
+        # The others' rate over all samples, times the time since the last sample but one, rounded up.
         others = max(0, last.consumed - first.consumed - (last.own - first.own))
         return -(-others * (now - samples[-2].at) // (last.at - first.at))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Begun:
-    """A question under way: the tokens that it carries or has to be told of, and how many had ended before."""
+    """A question under way: the tokens that it carries to the store, and how many questions had ended before."""
 
     entry: _Entry
     target: Target
@@ -152,10 +154,10 @@ class _Begun:
 
 
 class LocalDecisions:
-    """What a manager knows of its buckets, and has not told the store; the least recently used are forgotten first.
+    """What a manager knows of its buckets and has not reported to the store.
 
-    A bucket with unsynchronized tokens is forgotten only when the store has been told. Safe for threads; the lock is
-    held for arithmetic, and never while a store is waited for.
+    The least recently used buckets are forgotten first; a bucket with unsynchronized tokens only after they have been
+    reported to the store. Safe for threads; the lock is held for arithmetic, and never during a request to the store.
 
     :param inner: asks the store.
     :param now: gives the time for a stored key; None where the store must be asked for it.
@@ -199,7 +201,10 @@ class LocalDecisions:
             self._entries.drop(key)
 
     def sync(self, key: bytes, deadline: float) -> Steps[None]:
-        """Tell the store what was handed out of a bucket, and learn what it holds; nothing where nothing is known."""
+        """Report to the store what was handed out of a bucket, and learn what it holds.
+
+        Do nothing for a bucket of which nothing is known.
+        """
         with self._lock:
             entry = self._entries.values.get(key)
             begun = None if entry is None else _begin(entry, carrying=True)
@@ -207,7 +212,7 @@ class LocalDecisions:
             yield from self._synchronized(begun, deadline)
 
     def sync_all(self) -> Steps[None]:
-        """Tell the store all that was handed out and not told.
+        """Report to the store all tokens that were handed out and not reported yet.
 
         :raises StoreError: at once, where the store fails; other errors when all keys have been tried.
         """
@@ -238,7 +243,8 @@ class LocalDecisions:
             entry = self._entries.values.get(target.stored_key)
             if entry is None or entry.state is None or entry.terms != terms:
                 return ASK
-            if abs(now - entry.seen_at) >= optimization.max_unsynchronized_nanos:  # a clock may go back a little
+            # The distance in both directions, because a clock may go back a little.
+            if abs(now - entry.seen_at) >= optimization.max_unsynchronized_nanos:
                 return ASK
             if type(command) is TryConsume and command.tokens >= entry.empty_tokens and now < entry.empty_until:
                 return False
@@ -255,6 +261,8 @@ class LocalDecisions:
         carried, course = begun.carried, question.course
         booking = bool(carried) or not command.only_reads
         asked = Synchronize(carried if booking else begun.not_carried, command, booking=booking)
+        # A caller may be cancelled, but the tokens of others that its question carries must be seen through. So the
+        # question has a course of its own, and the cancellation is raised afterwards.
         if carried and not question.holds:
             asking = Question.of(begun.target, begun.terms, asked, question.deadline, holds=True)
         else:
@@ -292,6 +300,8 @@ class LocalDecisions:
             exchanges, own = _without(entry, begun), wrap(entry.own + carried + outcome.consumed)
             # Together, without a call at which a signal might be let in.
             entry.exchanges, entry.pending, entry.own = exchanges, entry.pending - carried, own
+            # Answers may arrive in another order than the store gave them. This one is the newest if no other question
+            # ended in between, or if it counts at least as many tokens as the last one seen.
             alone = entry.ended == begun.ended
             entry.ended += 1
             if begun.not_carried:

@@ -93,6 +93,7 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
         try:
             answer = yield from inner(question.asking(_observed(command)))
         except RateLimitError as error:
+            # Only failures of the store are reported. A wrong argument or a closed manager concerns the caller alone.
             failure = course.failure or error
             if isinstance(failure, StoreError | ContentionError | CorruptStateError):
                 report(question, None, failure, monotonic() - begun)
@@ -112,7 +113,8 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
             verb=command.verb,
             tokens=tokens,
             consumed=consumed,
-            remaining=None if remaining == MAX else remaining,  # MAX is what is left where there is no bucket
+            # MAX is what remains for a key without a limit.
+            remaining=None if remaining == MAX else remaining,
             wait_nanos=wait,
             duration_nanos=round(seconds * 1e9),
             round_trips=question.course.round_trips,
@@ -120,6 +122,7 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
             error=error,
             asynchronous=asynchronous,
         )
+        # The decision is made, and its tokens are taken: a listener that fails must not make an error of it.
         try:
             listener.on_decision(decision)
         except Exception:

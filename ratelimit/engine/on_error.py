@@ -25,9 +25,9 @@ class OnError:
     RAISE: ClassVar[OnError]
     """The caller gets the error."""
     ALLOW: ClassVar[OnError]
-    """As if the key were not limited: nobody is stopped while the store is gone."""
+    """Answer as if the key were not limited: no caller is stopped while the store fails."""
     DENY: ClassVar[OnError]
-    """As if there were no tokens; to be tried again in a second. ``consume_ignoring_rate_limits`` raises."""
+    """Answer as if there were no tokens, with a wait of a second. ``consume_ignoring_rate_limits`` raises."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("raise", "allow", "deny", "local"):
@@ -52,7 +52,7 @@ OnError.ALLOW = OnError("allow")
 OnError.DENY = OnError("deny")
 
 ErrorPolicy = OnError | Callable[[Key, RateLimitError], OnError]
-"""One for all, or a callable that chooses by the key and the error."""
+"""An ``OnError`` for all failures, or a callable that chooses one by the key and the error."""
 
 RETRY_NANOS: Final = 1_000_000_000
-"""What a refusal tells to wait where nobody knows."""
+"""The wait in nanoseconds that a refusal states while the store fails, when the true wait is unknown."""

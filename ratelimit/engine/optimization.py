@@ -19,8 +19,8 @@ class Optimization:
     Made by :meth:`skip_sync_on_zero`, :meth:`delaying`, :meth:`predicting` or :meth:`manual`. What each may admit
     beyond the limits is stated in ``docs/optimizations.md``.
 
-    :param max_unsynchronized_tokens: tokens that may be handed out before the store is told; 0: none, so that only
-        refusals are decided here.
+    :param max_unsynchronized_tokens: tokens that may be handed out before they are reported to the store; 0: none, so
+        that only refusals are decided here.
     :param max_unsynchronized_nanos: how long the state that the store has shown may be used.
     """
 
@@ -42,9 +42,9 @@ class Optimization:
 
     @classmethod
     def delaying(cls, max_unsynchronized_tokens: int, max_unsynchronized_time: Duration) -> Optimization:
-        """Hand out tokens without asking, and tell the store later, together with a decision that does ask it.
+        """Hand out tokens without asking, and report them to the store later, with the next decision that asks it.
 
-        :param max_unsynchronized_tokens: how many tokens of a bucket may be handed out before the store is told.
+        :param max_unsynchronized_tokens: how many tokens of a bucket may be handed out before they are reported.
         :param max_unsynchronized_time: for how long after the store was asked.
         :raises InvalidConfigurationError: for fewer than 1 token, or a duration that is not above 0.
         """
@@ -61,7 +61,7 @@ class Optimization:
         max_samples: int = 10,
         max_sample_age: Duration | None = None,
     ) -> Optimization:
-        """As :meth:`delaying`, and ask earlier where others are expected to have taken the tokens meanwhile.
+        """Hand out tokens like :meth:`delaying`, but ask earlier if other processes have probably taken them meanwhile.
 
         :param min_samples: with fewer exchanges to judge by, every consumption asks the store; 2 or more.
         :param max_samples: how many exchanges to judge by at most.

@@ -11,8 +11,9 @@ from ratelimit.errors import CorruptStateError, RateLimitError, StoreError
 from ratelimit.keys import Key, shown
 from ratelimit.runtime import fork_safety
 
-_QUIET_SECONDS: Final = 60.0  # between two records about a store that fails on and off
-_LONGEST_REASON: Final = 300
+# The shortest time between two records about a store that fails on and off.
+_QUIET_SECONDS: Final = 60.0
+_LONGEST_REASON: Final = 300  # characters
 
 _logger = logging.getLogger("ratelimit")
 
@@ -59,6 +60,7 @@ class OutageLog:
         with self._lock:
             degraded, self.degraded = self.degraded, 0
             since = self._since
+            # The return is logged only where the outage was.
             logs, self._is_announced = self._is_announced and bool(degraded), self._is_announced and not degraded
         if logs:
             _logger.info(

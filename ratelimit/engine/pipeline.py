@@ -113,6 +113,7 @@ class Pipeline:
         self._in_process: InProcess | None = None
         self._innermost = self._decider(store, now_of_clock, coalesces=coalesces)
         self.local_decisions = LocalDecisions(self._innermost, self.requests.now, self.own_deadline, memory_limit_bytes)
+        # Local buckets need a time while the store does not answer, and the host's wall clock may jump.
         steady = steady_clock()
         self.local_buckets = LocalBuckets(now_of_clock or (lambda _: steady()), memory_limit_bytes)
         self.fallback = Fallback(
@@ -157,6 +158,7 @@ class Pipeline:
     def _around(self, layer: Layer, on_error: ErrorPolicy) -> Layer:
         if on_error != OnError.RAISE:
             layer = self.fallback.layer(layer, on_error)
+        # The listener stands outside on_error, because it reports those answers too.
         if self.listener is not None:
             layer = observing(layer, self.listener, self.monotonic, asynchronous=self.face.asynchronous)
         return layer
@@ -213,7 +215,7 @@ class Pipeline:
             self._in_process.check = _closed
 
     def settled(self) -> Steps[None]:
-        """Tell the store of all that was handed out without asking it."""
+        """Report to the store all that was handed out without asking it."""
         fork_safety.check()
         try:
             yield from self.local_decisions.sync_all()

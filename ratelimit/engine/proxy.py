@@ -134,6 +134,7 @@ class BucketProxy:
         wait = reserved.wait
         if wait == NEVER and course.interruption is None:
             return answer
+        # The place in the queue is over at this time of the clock of deadlines, whatever clock the buckets go by.
         until = self.pipeline.monotonic() + wait / NANOS_PER_SECOND
         if course.interruption is None and wait > 0:
             yield from self._sleep(wait, course)
@@ -148,13 +149,15 @@ class BucketProxy:
         try:
             yield self.pipeline.sleep(nanos)
         except GeneratorExit:
+            # A generator that is being closed must not yield again, so that nothing could be asked of the store.
             raise
         except BaseException as error:  # noqa: BLE001
             course.interruption = error
 
     def _interrupted(self, tokens: int, reserved: Reserved, until: float, course: Course) -> Steps[None]:
         report_interruption(self.pipeline.listener, self.target.key, tokens, course.interruption)  # type: ignore[arg-type]  # there is one
-        if course.shield is None:  # a shield undoes it where the call ends
+        # In sync code the shield undoes it where the call ends.
+        if course.shield is None:
             yield from uninterrupted(self._cancel(tokens, reserved, until, degraded=course.degraded), course)
 
     def _cancel_late(self, tokens: int, answer: Any, answered_at: float | None) -> None:
@@ -187,6 +190,7 @@ class BucketProxy:
         waits = pipeline.cancelled_waits
         places = [place]
         while places:
+            # Read before the store is asked: a queue that another thread moves meanwhile is looked at again.
             begun, answers = waits.moved(), []
             try:
                 command = Batch(tuple([place.cancel for place in places]))
@@ -203,7 +207,7 @@ class BucketProxy:
         return answer
 
     def sync(self) -> Steps[None]:
-        """Tell the store what was handed out without asking it, and learn what it holds."""
+        """Report to the store what was handed out without asking it, and learn what it holds."""
         deadline = self.pipeline.deadline(self.timeout)
         return self.pipeline.local_decisions.sync(self.target.stored_key, deadline)  # type: ignore[no-any-return]
 

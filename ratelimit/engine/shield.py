@@ -46,6 +46,7 @@ class Shield:
         )
         self._job = job
         job.start()
+        # A second interruption must not leave the job behind either, so that the wait begins again after each.
         while not job.ended:
             try:
                 job.wait(None)
@@ -71,6 +72,7 @@ def shielding(inner: Layer, monotonic: Callable[[], float]) -> Layer:
     """Return the layer that asks under the shield of a question's course."""
 
     def decide(question: Question) -> Steps[Any]:
+        # This makes a generator of the function, as every layer is.
         yield from ()
         shield = question.course.shield
         return shield.ask(inner, question, monotonic)

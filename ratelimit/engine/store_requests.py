@@ -39,8 +39,8 @@ class Requests:
     :param swap: swaps; as ``Store.swap``.
     :param swapping: swaps, in steps.
     :param now_nanos: asks for the time; as ``Store.now_nanos``.
-    :param now: tells the time by which a key is decided about; None where a read has to bring it first.
-    :param known_now: tells the same where it is known without asking a store that can decide; None elsewhere.
+    :param now: returns the time by which a key is decided about; None where a read has to bring it first.
+    :param known_now: returns that time where it is known without asking a store that can decide; None elsewhere.
     :param delete: deletes; as ``Store.delete``.
     :param decide: lets the store decide; None where it cannot.
     :param deciding: lets the store decide, in steps.
@@ -77,7 +77,7 @@ def requests_to(
 ) -> Requests:
     """Return the requests to a store.
 
-    :param clock: tells the time by which keys are decided about; None: the store does.
+    :param clock: gives the time by which keys are decided about; None: the store gives it.
     """
     deciding = store if isinstance(store, DecidingStore) else None
     asks: Any = _WithDeadlines(store) if deciding is None else store
@@ -90,6 +90,7 @@ def requests_to(
         now_nanos=asks.now_nanos,
         delete=asks.delete,
         now=now,
+        # The time of any other store may cost a request, or come as an awaitable. It is read only when it is needed.
         known_now=_nothing_known if deciding is None else now,
         decide=None if deciding is None else deciding.decide,
         deciding=None if deciding is None else deciding.deciding,
@@ -125,7 +126,7 @@ class _WithDeadlines:
 
 
 def now_of(clock: Clock) -> Callable[[bytes], int]:
-    """Return what tells the time by a clock, whatever the key."""
+    """Return a function that reads the time from a clock, whatever the key."""
     return lambda _key: clock.now_nanos()
 
 

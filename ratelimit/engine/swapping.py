@@ -49,6 +49,7 @@ class Swapping:
                     if answer is not NOT_DECIDED:
                         return answer
                 after, answer = attempt.compute()
+                # No state to store: the command only reads, or is refused.
                 if after is None:
                     if attempt.is_fresh:
                         return attempt.remembered(answer)

@@ -38,7 +38,7 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
     limited.
 
     :cvar outbound_limit: its callables are given the request of the task, which has ``args`` and ``kwargs``. Where the
-        turn would come later than its ``max_wait``, the task fails with :class:`RateLimitExceeded`.
+        turn would come later than its ``max_wait``, the task fails with :class:`ratelimit.RateLimitExceeded`.
     """
 
     abstract = True

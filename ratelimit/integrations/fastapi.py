@@ -153,7 +153,7 @@ class RateLimit:
         return decision
 
     def answers_for(self, app: FastAPI) -> Answers:
-        """Return what clients of an application are told by this limit."""
+        """Return the answers that clients of an application get from this limit."""
         return self._limiter_for(configuration_of(app) or _DEFAULT).answers
 
     def _limiter_for(self, configuration: "_Configuration") -> AsyncLimiter:
@@ -182,7 +182,8 @@ def configure(
     middleware as ``app.add_middleware`` does, and puts ``app.openapi`` in the place of the application's own, around
     it.
 
-    :param rules: limit all requests to the application, as those of :class:`RateLimitMiddleware` do.
+    :param rules: limit all requests to the application, as those of the middleware do; see
+        :class:`ratelimit.integrations.asgi.RateLimitMiddleware`.
     :param manager: has the buckets of all limits that do not say otherwise; or its URL. None: that of the variable
         ``RATELIMIT_URL``, or Redis on this machine.
     :param key: whose bucket a request draws on, for all rules that do not say otherwise; ``client_ip()`` by default.

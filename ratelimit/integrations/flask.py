@@ -45,7 +45,9 @@ _EXEMPT_OF: Final = "_ratelimit_exempt_of"
 
 
 class RequestRefused(HTTPException):
-    """Raised for a request that is refused; answers with the status, header fields and body of :class:`Answers`.
+    """Raised for a request that is refused.
+
+    It answers with the status, header fields and body that :class:`ratelimit.integrations.http.Answers` makes.
 
     It is an instance also of Werkzeug's own exception for the status: ``@app.errorhandler(429)``, ``(503)`` and
     ``(400)`` are called with it, as is ``@app.errorhandler(RequestRefused)``.
@@ -83,7 +85,8 @@ class RateLimiter:
     The rules of the application count for all requests, those that end with 404 among them, but for views that are
     :meth:`exempt`, and for the static files that Flask serves.
 
-    :param rules: see :class:`Rule`; limits alone are for all requests, by the peer's address.
+    :param rules: see :class:`ratelimit.integrations.http.Rule`; limits alone are for all requests, by the address of
+        the peer.
     :param app: an application, as with :meth:`init_app`.
     :param manager: has the buckets; or its URL. None: the URL in the application's configuration, ``RATELIMIT_URL``,
         else that of the environment variable of this name, or localhost.
@@ -140,7 +143,7 @@ class RateLimiter:
         Without a name, a limit counts for the view, or for the blueprint. With ``name=`` it counts for all that have
         it.
 
-        :param limits: a :class:`Rule`, or its limits with its other settings.
+        :param limits: a :class:`ratelimit.integrations.http.Rule`, or its limits with its other settings.
         :raises InvalidConfigurationError: for settings that cannot be, and where a rule of the same name has other
             limits.
         :raises InvalidArgumentError: for settings beside a rule, and for what is not a view.
@@ -181,7 +184,7 @@ class RateLimiter:
         :raises InvalidArgumentError: for what is neither a view nor a blueprint.
         """
         exempt: Any = view if isinstance(view, Blueprint) else _checked_view(view)
-        # Kept with the view, whence functools.wraps takes it along to what other decorators make of it.
+        # Kept on the view itself: functools.wraps copies it from there to the functions that other decorators make.
         return marked(exempt, _EXEMPT_OF, {*getattr(exempt, _EXEMPT_OF, ()), self})  # type: ignore[no-any-return]
 
     @property

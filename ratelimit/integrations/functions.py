@@ -69,8 +69,8 @@ def limited(
     :raises InvalidArgumentError: at decoration, for other arguments that are not valid, a manager of the other kind,
         and for what is not a function, or is a generator.
 
-    Calls raise :class:`RateLimitExceeded` where they are refused, and what the verbs of a bucket raise. The callables
-    may be ``async`` where the function is.
+    A call that is refused raises :class:`ratelimit.RateLimitExceeded`; a call may raise what the verbs of a bucket
+    raise. The callables may be ``async`` where the function is.
     """
     if key is not None and not callable(key):
         instance(key, (str, bytes), "key", "a str, bytes, or a callable")

@@ -84,6 +84,7 @@ RpcKey: TypeAlias = of_any.RuleKey[Rpc]
 RpcCost: TypeAlias = of_any.Cost[Rpc]
 RpcPredicate: TypeAlias = of_any.Predicate[Rpc]
 RpcLimits: TypeAlias = of_any.RuleLimits[Rpc]
+"""Limits of one bucket, ``Plans``, or a callable that returns limits by the key, or by the key and the RPC."""
 
 
 def peer_ip(rpc: Rpc) -> str | None:

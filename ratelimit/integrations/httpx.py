@@ -32,7 +32,7 @@ class RateLimitTransport(Transport, httpx.BaseTransport):
 
 
 class AsyncRateLimitTransport(AsyncTransport, httpx.AsyncBaseTransport):
-    """The same for ``httpx.AsyncClient``, under asyncio.
+    """For ``httpx.AsyncClient``: each request waits for its turn under asyncio, and its answer is learned from.
 
     :raises InvalidArgumentError: where the limit has a manager for sync code.
     """

@@ -32,7 +32,7 @@ class RateLimitTransport(Transport, httpx2.BaseTransport):
 
 
 class AsyncRateLimitTransport(AsyncTransport, httpx2.AsyncBaseTransport):
-    """The same for ``httpx2.AsyncClient``, under asyncio.
+    """For ``httpx2.AsyncClient``: each request waits for its turn under asyncio, and its answer is learned from.
 
     :raises InvalidArgumentError: where the limit has a manager for sync code.
     """

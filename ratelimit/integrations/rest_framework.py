@@ -43,7 +43,7 @@ class Refused(APIException):
 
 
 class RateLimitThrottle(BaseThrottle):
-    """Limits a view by a :class:`Rule`, of which the attributes of the class are the arguments.
+    """Limits a view by a :class:`ratelimit.integrations.http.Rule` made of the attributes of the class.
 
     ::
 

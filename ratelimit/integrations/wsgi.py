@@ -37,7 +37,8 @@ class RateLimitMiddleware:
 
     :param app: the application. Where it is Flask's (``app.wsgi_app``), its router says which requests a rule with
         ``routes`` is about.
-    :param rules: see :class:`Rule`; limits alone are for all requests, by the peer's address.
+    :param rules: see :class:`ratelimit.integrations.http.Rule`; limits alone are for all requests, by the address of
+        the peer.
     :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
     :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.

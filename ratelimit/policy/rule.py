@@ -206,7 +206,7 @@ class Rule(Generic[R]):
         return PlanLimits(None if limits is None else configuration_of(limits), self.version)
 
     def bucket_name(self, place: str) -> tuple[str, ...]:
-        """Return what the rule's buckets are named by, before the keys of requests: see :func:`bucket_key`.
+        """Return what the rule's buckets are named by, before the keys of requests: see ``bucket_key``.
 
         That is the rule's name. A rule without one is named by all that distinguishes it from others: its place, its
         limits, and by which key it counts. With other limits it has other buckets.

@@ -27,7 +27,8 @@ from ratelimit.runtime.clock import monotonic
 T = TypeVar("T")
 
 _PAUSE: Final = 0.005  # seconds
-_LONGEST_START: Final = 0.1  # seconds after which a thread that has not begun is taken for lost, and another started
+# Seconds after which a thread that has not begun is taken for lost, and another one is started.
+_LONGEST_START: Final = 0.1
 _EVENTS: Final = {"gevent": "gevent.event", "eventlet": "eventlet.green.threading"}
 """Modules that have events which stop no greenlets, whatever was replaced."""
 
@@ -45,19 +46,22 @@ class Event(Protocol):
 
 
 class _Event:
-    """An event of threads, for one who waits; it is over with the wait that it ends."""
+    """An event for a single thread that waits; it can be waited for once."""
 
     __slots__ = ("_lock",)
 
     def __init__(self) -> None:
-        self._lock = _thread.allocate_lock()  # a greenlets' one where those have replaced it
+        # Where greenlets have replaced the locks, this is one of theirs.
+        self._lock = _thread.allocate_lock()
         self._lock.acquire()
 
     def set(self) -> None:
         try:
             self._lock.release()
         except RuntimeError as error:
-            if "release" not in str(error):  # a handler has raised it; else it was set already
+            # "release unlocked lock" means that the event was set before. The handler of a signal may raise a
+            # RuntimeError of its own here, which must go on.
+            if "release" not in str(error):
                 raise
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -100,7 +104,7 @@ def event() -> Event:
 
 
 def beside(work: Callable[[], Any], longest_wait: float = 0.0) -> None:
-    """Do some work in a thread of its own, and raise what it raises within so many seconds."""
+    """Do some work in a thread of its own; wait for it up to ``longest_wait`` seconds, and raise what it raises."""
     job = Job(work, lambda _: None)
     job.start()
     if longest_wait > 0 and job.wait(longest_wait):
@@ -133,7 +137,9 @@ class Job(Generic[T]):
             self._work = self._at_end
             self._run()
         except RuntimeError as error:
-            if not str(error).startswith("can't"):  # then a handler has raised it, once the thread was started
+            # CPython says "can't start new thread". Any other RuntimeError comes from the handler of a signal, when the
+            # thread has been started.
+            if not str(error).startswith("can't"):
                 raise
             self._run()
 
@@ -148,7 +154,9 @@ class Job(Generic[T]):
             self._error = error
         self.ended = True
         self._over.set()
-        if self._abandoned:  # looked at last, as who abandons it looks for the result last
+        # This side stores the result and then looks at the flag; abandon() sets the flag and then looks for the result.
+        # So one of the two sees both, and only one can take the result out.
+        if self._abandoned:
             self._give_late()
 
     def wait(self, seconds: float | None) -> bool:
@@ -178,7 +186,8 @@ class Job(Generic[T]):
         try:
             raise self._error
         finally:
-            self._error = None  # whose traceback has this job in it
+            # The traceback of the error refers to this job: the two would keep each other alive.
+            self._error = None
 
     def abandon(self) -> None:
         """Nobody wants the result any more."""
@@ -219,6 +228,7 @@ def _library() -> str | None:
 
     None where there is none, as in most processes.
     """
+    # Only modules that the program has imported are looked at, so that nothing is imported here.
     monkey = sys.modules.get("gevent.monkey")
     if monkey is not None and monkey.is_module_patched("socket") and not monkey.is_module_patched("threading"):
         return "gevent"

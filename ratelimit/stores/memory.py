@@ -172,7 +172,7 @@ class MemoryStore(SwappingMemoryStore):
     States that have expired are dropped, a few with every write, so that memory follows the keys that are in use.
 
     Decisions go through :meth:`update`, and neither through ``get`` nor through ``swap``: a class that makes these its
-    own derives from :class:`SwappingMemoryStore`.
+    own derives from :class:`ratelimit.testing.SwappingMemoryStore`.
 
     :param clock: what time it is, for decisions and for expiry; by default the machine's monotonic clock, which begins
         at the present wall time and is not disturbed when that is set.
@@ -191,7 +191,7 @@ class MemoryStore(SwappingMemoryStore):
         *,
         must_exist: bool,
     ) -> tuple[T, bool] | None:
-        """Apply a function to the state under the key, at once and without bytes: see :class:`UpdatingStore`."""
+        """Apply a function to the state under the key; see ``ratelimit.stores.protocol.UpdatingStore``."""
         with self._lock:
             written_at = self._now()
             if now is None:
@@ -224,7 +224,7 @@ class AsyncSwappingMemoryStore(OfThisProcess):
     """A :class:`SwappingMemoryStore` whose methods are awaited, for tests.
 
     :param store: a store to share with sync code of this process; by default one of its own.
-    :param clock: what time it is for a store of its own; see :class:`MemoryStore`.
+    :param clock: what time it is for a store of its own; see :class:`ratelimit.MemoryStore`.
     """
 
     _advice = _ADVICE
@@ -272,7 +272,7 @@ class AsyncMemoryStore(AsyncSwappingMemoryStore):
     """A :class:`MemoryStore` for asyncio.
 
     :param store: a store to share with sync code of this process; by default one of its own.
-    :param clock: what time it is for a store of its own; see :class:`MemoryStore`.
+    :param clock: what time it is for a store of its own; see :class:`ratelimit.MemoryStore`.
     :raises InvalidArgumentError: for a store that is not a ``MemoryStore``.
     """
 

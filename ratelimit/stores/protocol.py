@@ -21,11 +21,9 @@ class Lost(NamedTuple):
 class Store(Protocol):
     """Bytes under keys, changed only by compare-and-swap.
 
-    ``delete`` also succeeds where nothing is stored. ``now_nanos`` returns the time of the store's clock for decisions
-    about a key, in nanoseconds since the epoch. ``close`` closes what the store itself has opened. Errors are of the
-    class ``StoreError``, with ``in_doubt`` set where the request may have been carried out. A store may have
-    ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`, and ``keys(prefix)``, a
-    list of the keys that begin with these bytes, for :func:`ratelimit.testing.reset_all`.
+    A method that fails raises a ``StoreError``, with ``in_doubt`` set where the request may have been carried out. A
+    store may have ``unique_readings``, which says of ``now_nanos`` what it says of a :class:`ratelimit.Clock`, and
+    ``keys(prefix)``, a list of the keys that begin with these bytes, for :func:`ratelimit.testing.reset_all`.
     """
 
     def get(self, key: bytes) -> bytes | None:
@@ -39,19 +37,41 @@ class Store(Protocol):
         """
         ...
 
-    def delete(self, key: bytes) -> None: ...
-    def now_nanos(self, key: bytes) -> int: ...
-    def close(self) -> None: ...
+    def delete(self, key: bytes) -> None:
+        """Delete the state under a key; succeed also where nothing is stored."""
+        ...
+
+    def now_nanos(self, key: bytes) -> int:
+        """Return the time of the store's clock for decisions about a key, in nanoseconds since the epoch."""
+        ...
+
+    def close(self) -> None:
+        """Close what the store itself has opened."""
+        ...
 
 
 class AsyncStore(Protocol):
     """A :class:`Store` whose methods are awaited; ``now_nanos`` only where it has to ask for the time."""
 
-    async def get(self, key: bytes) -> bytes | None: ...
-    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None: ...
-    async def delete(self, key: bytes) -> None: ...
-    def now_nanos(self, key: bytes) -> int | Awaitable[int]: ...
-    async def aclose(self) -> None: ...
+    async def get(self, key: bytes) -> bytes | None:
+        """Return the state under a key; see :meth:`Store.get`."""
+        ...
+
+    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        """Replace ``before`` by ``after``; see :meth:`Store.swap`."""
+        ...
+
+    async def delete(self, key: bytes) -> None:
+        """Delete the state under a key; succeed also where nothing is stored."""
+        ...
+
+    def now_nanos(self, key: bytes) -> int | Awaitable[int]:
+        """Return the time of the store's clock, or an awaitable of it; see :meth:`Store.now_nanos`."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close what the store itself has opened."""
+        ...
 
 
 class Decided(NamedTuple):

@@ -35,7 +35,7 @@ class CountingListener(OfThisProcess):
         self._lock = fork_safety.lock()
 
     def on_decision(self, decision: Decision) -> None:
-        """See :class:`Listener`."""
+        """See :class:`ratelimit.Listener`."""
         with self._lock:
             self.degraded += decision.degraded
             if decision.error is not None and not decision.degraded:
@@ -52,6 +52,6 @@ class CountingListener(OfThisProcess):
                 self.parked_nanos += decision.wait_nanos
 
     def on_interrupted(self, key: Key, tokens: int, error: BaseException) -> None:
-        """See :class:`Listener`."""
+        """See :class:`ratelimit.Listener`."""
         with self._lock:
             self.interrupted += 1

@@ -61,7 +61,7 @@ class Users:
 
 
 def session_of(user: int) -> str:
-    """The cookie of who has logged in."""
+    """The cookie of a user that has logged in."""
     session = SessionStore()
     session.update(
         {

@@ -21,7 +21,7 @@ PACKAGES: dict[str, list[str]] = {
     "rest_framework": ["rest_framework"],
     "wsgi": [],
 }
-"""Of each module of ``ratelimit.integrations``."""
+"""The packages that each module of ``ratelimit.integrations`` needs."""
 
 OF_TESTS: dict[str, list[str]] = {
     "answers": ["http_sf"],

@@ -180,7 +180,7 @@ def test_what_a_task_has_been_told_holds_all_back_even_those_with_tokens(
         result.get(timeout=20)
     assert len(times) == 4
     assert max(times) - told[0] > 0.9
-    assert consumed(manager, limits) > 4  # some have reserved anew
+    assert consumed(manager, limits) > 4  # some have reserved again
 
 
 def test_the_key_and_the_cost_are_those_of_the_request(

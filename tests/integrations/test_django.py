@@ -55,7 +55,7 @@ def limited(site: Site, *decorators: Callable[[Any], Any], view: Callable[..., A
 
 
 class Views:
-    """Of either face, and how often they were called."""
+    """Views for sync code and for asyncio, and how often they were called."""
 
     def __init__(self) -> None:
         self.calls = 0

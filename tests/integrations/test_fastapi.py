@@ -259,7 +259,7 @@ def test_what_a_later_limit_refuses_has_paid_nothing(limit: Callable[..., RateLi
 
 
 class TestRefusals:
-    """Who answers them."""
+    """Which handler answers a request that is refused."""
 
     @pytest.fixture
     def app(self, limit: Callable[..., RateLimit]) -> FastAPI:

@@ -66,7 +66,7 @@ class Face:
         return call
 
     def callable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, async where functions are."""
+        """Return the function, made async if the limited functions are."""
 
         async def afunction(*args: Any, **kwargs: Any) -> Any:
             await asyncio.sleep(0)

@@ -65,7 +65,7 @@ def joined(parts: Iterator[bytes], _context: Any) -> bytes:
 
 
 def upper(parts: Iterator[bytes], _context: Any) -> Iterator[bytes]:
-    return map(bytes.upper, parts)  # a function that gives an iterator, and is no generator
+    return map(bytes.upper, parts)  # an iterator, from a function that is not a generator
 
 
 async def atwice(data: bytes, _context: Any) -> bytes:
@@ -155,7 +155,7 @@ class Face:
             return witness.snapshot(key).consumed_tokens if self.store.get(key.encode()) else 0
 
     def callable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, async where interceptors are."""
+        """Return the function, made async if the interceptors are."""
 
         async def afunction(*args: Any) -> Any:
             await asyncio.sleep(0)
@@ -469,7 +469,7 @@ async def test_a_channel_with_a_retry_policy_comes_back_when_it_is_told(face: Fa
     attempts: list[str | bytes] = []
 
     def key(rpc: Rpc) -> str:
-        """The same for all, and time enough between one attempt and the next."""
+        """Return one key for all calls, and let time pass between one attempt and the next."""
         attempts.append(dict(rpc.metadata).get("grpc-previous-rpc-attempts", "0"))
         if attempts[-1] != "0":
             face.clock.advance(0.05)

@@ -267,7 +267,7 @@ def test_a_pool_that_takes_nothing_back_is_a_store_error(server: RedisServer, mo
         assert caught.value.in_doubt
 
 
-# Nodes that redirect for ever
+# Nodes that never stop redirecting
 
 
 @pytest.mark.parametrize("storm", ["ASK", "MOVED"])

@@ -189,7 +189,7 @@ class Scene:
 
 @pytest.fixture
 def redis_url(server: RedisServer) -> str:
-    """Of a server of the module's own, whose permissions are changed here."""
+    """The URL of a server that only this module uses, because the tests change its permissions."""
     with server.client() as client:
         client.flushall()
     return server.url

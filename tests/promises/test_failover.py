@@ -40,7 +40,7 @@ LONGEST_OUTAGE = 30.0
 """Seconds until a failed node's keys are served again. Servers take each other for dead after one, and agree then."""
 
 LONGEST_GAP_OF_OTHERS = 15.0
-"""The same for keys of other nodes, which nothing happens to: no more than a slow call."""
+"""Seconds without an answer for keys of the other nodes: nothing happens to them, so it is at most a slow call."""
 
 DEADLINE = 0.5
 """Seconds for a decision, as services have it, where a server hangs: less than it takes to find that out."""

@@ -55,7 +55,7 @@ PATIENCE = 1.0
 """The timeout of those whose decisions have to succeed while there is no fault, on such a machine, too."""
 
 LONGEST_PAUSE = 2.0
-"""Of the circuit breaker."""
+"""The longest pause of the circuit breaker, in seconds."""
 
 CALLERS = 4
 
@@ -116,7 +116,7 @@ class Way(Enum):
 
 
 class Wire(NamedTuple):
-    """A server, the proxy before it, and who asks it past the proxy."""
+    """A server, the proxy before it, and a client that bypasses the proxy."""
 
     server: RedisServer
     proxy: Proxy
@@ -216,7 +216,7 @@ async def over_own_client(
                 yield ProxyManager(store, LIMITS, timeout=TIMEOUT)
 
 
-# Calls, and what becomes of them
+# Calls and their outcomes
 
 
 class Outcome(NamedTuple):

@@ -86,7 +86,7 @@ async def test_foreign_bytes_are_left_alone(face: Face, server: RedisServer, adm
         with nothing_written(admin):
             for verb in READING_VERBS.values():
                 if not state and verb is VERBS["configuration"]:
-                    assert await settled(verb(manager)) is None  # an empty value is no bucket
+                    assert await settled(verb(manager)) is None  # an empty value is not a bucket
                     continue
                 with pytest.raises(CorruptStateError, match="cannot be read as a bucket") as caught:
                     await settled(verb(manager))

@@ -40,9 +40,9 @@ from tests.support.servers import RedisServer, wait_until
 NOW = 1_700_000_000 * 10**9 + 1
 LIMITS = "1000/day intervally"
 PATIENCE = 20
-"""Seconds that a decision may take: who has to wait for something that was lost fails."""
+"""Seconds that a decision may take: a caller that waits for something that was lost fails."""
 FEWEST_POINTS = 12
-"""Of a decision; so that no test passes without having interrupted anything."""
+"""The least number of points at which a decision is interrupted, so that no test passes without interrupting it."""
 
 
 at_points = pytest.mark.skipif(

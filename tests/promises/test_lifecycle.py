@@ -302,7 +302,8 @@ def test_threads_stopped_in_flight_mix_no_replies_and_hold_up_nobody(
             except stop:
                 stops += 1
             except StoreError as error:
-                assert error.in_doubt  # of who was led by one that was stopped
+                # The leader of the swap that this caller shared was stopped.
+                assert error.in_doubt
             else:
                 assert owner(probe.remaining_tokens) == number
                 answers += 1

@@ -1,4 +1,4 @@
-"""The same scenario over every kind of client and server that redis-py knows, sync and asyncio."""
+"""One scenario over every kind of client and server that redis-py knows, sync and asyncio."""
 
 from __future__ import annotations
 

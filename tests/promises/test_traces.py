@@ -71,7 +71,7 @@ class Replay:
     """One trace on one bucket; each step in a manager of one face, settled when it has to be awaited.
 
     :param store: what the manager asks.
-    :param witness: the same for who only looks, and for raw commands.
+    :param witness: a store of the same kind for callers that only look, and for raw commands.
     """
 
     def __init__(self, trace: dict[str, Any], store: Any, witness: Any, *, merged: bool) -> None:

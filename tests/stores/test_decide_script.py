@@ -105,7 +105,7 @@ class Case(NamedTuple):
 class Outcome(NamedTuple):
     stored: bytes | None
     ttl: int | None
-    """-1: for ever; None: nothing is written."""
+    """Milliseconds; -1: without an end; None: nothing is written."""
 
 
 def by_the_core(case: Case) -> Outcome | None:

@@ -154,7 +154,7 @@ EXPIRATIONS = [
 
 
 class Pair:
-    """The same buckets in a store that executes commands, and in one that is asked by swaps."""
+    """Two stores with equal buckets: one executes commands, the other is asked by swaps."""
 
     def __init__(self, limits: str, *, one_clock: bool, **settings: Any) -> None:
         self.stores: list[SwappingMemoryStore] = []
@@ -185,7 +185,7 @@ class Pair:
         return self.stores[index].put(key, FOREIGN if tokens < 12 else b"foreign")
 
     def both(self, do: Callable[[int], Any]) -> None:
-        """Do the same to both, and compare what comes of it."""
+        """Do the same to both, and compare the results."""
         answers = []
         for index in range(2):
             try:

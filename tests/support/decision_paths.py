@@ -24,10 +24,10 @@ _DECIDE = load("decide")
 
 
 class By(Enum):
-    """Who decides; the values are swaps lost, and round trips of one decision, before the server does."""
+    """How a decision is made; the values are the lost swaps and the round trips after which the server decides."""
 
     EITHER = (DEFAULT_TUNING.losses_before_delegation, DEFAULT_TUNING.trips_before_delegation)
-    """As it comes: the client by swaps, and the server by its script once a bucket is contended."""
+    """The client decides by swaps, and the server by its script once a bucket is contended."""
     SWAPS = (_NEVER, _NEVER)
     SCRIPT = (0, 0)
 

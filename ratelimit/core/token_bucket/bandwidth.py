@@ -358,7 +358,7 @@ def _parsed(text: str) -> BucketConfiguration:
 
 
 Limits = BucketConfiguration | Bandwidth | str | Sequence[BucketConfiguration | Bandwidth | str]
-"""Whatever callers may give for a configuration; a list or a tuple is several limits of one bucket."""
+"""What callers may give for a configuration: itself, a limit, the text form, or a list of these for one bucket."""
 
 _LIMITS = (BucketConfiguration, Bandwidth, str)
 _ALLOWED_LIMITS = 'text such as "100/minute", a Bandwidth, a BucketConfiguration, or a list or tuple of these'

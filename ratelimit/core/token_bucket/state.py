@@ -28,7 +28,6 @@ _new = tuple.__new__
 
 # What is missing to one token is still a number of 64 bits.
 _LARGEST_DEBT = MIN + 2
-# A state takes roughly so many bytes of memory, and as many again for each of its bandwidths.
 
 
 class BandwidthState(NamedTuple):
@@ -68,6 +67,7 @@ class BucketState(NamedTuple):
             ((last, size, error),) = states
             if now > last:
                 if size < capacity:
+                    # In token x nanosecond: whole periods of it are tokens, and the rest is the unfinished token.
                     total = (now - last) * gained + error
                     if total >= MAX or not 0 <= error < period:
                         _, size, error = _refilled_near_overflow(configuration.bandwidths[0], states[0], now)
@@ -150,6 +150,7 @@ class BucketState(NamedTuple):
         :param noted: what was counted as consumed right after the reservation.
         :param surplus: what was taken beside the tokens, by bandwidth.
         """
+        # The counter of consumed tokens shows what was consumed or reserved after the reservation.
         later = max(0, wrap(self.consumed_tokens - noted))
         if later:
             return None if self.available_tokens < 0 else self._given_back(tokens, later)
@@ -264,6 +265,7 @@ def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
     last = wrap(first - bandwidth.refill_period_nanos)
     if not bandwidth.adaptive_initial_tokens or now >= first:
         return BandwidthState(last, bandwidth.initial_tokens, 0)
+    # Adaptive: all that a refill does not bring, and of a refill the part for the time left until the first one.
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     left = wrap(first - now)
     share = saturating_product(left, tokens)
@@ -273,6 +275,7 @@ def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
 
 def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> BandwidthState:
     last, size, error = state
+    # A clock may go back, as that of a replica which becomes the primary; the time of the last refill never does.
     if now <= last:
         return state
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
@@ -282,6 +285,7 @@ def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> Bandwidt
         if now <= last:
             return state
     if size >= capacity:
+        # Tokens above the capacity, which were added by force, stay; only the time moves on.
         return BandwidthState(now, size, error)
     total = (now - last) * tokens + error
     if total >= MAX or tokens < 1 or not 0 <= error < period:
@@ -295,6 +299,8 @@ def _refilled_near_overflow(bandwidth: Bandwidth, state: BandwidthState, now: in
     last, size, error = state
     capacity, tokens, period = bandwidth.capacity, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     full = BandwidthState(now, capacity, 0)
+    # The format is defined by Java, whose 64-bit numbers wrap around and whose doubles lose digits. So do these steps,
+    # because another client must compute the same bytes.
     elapsed = wrap(now - last)
     new_size = size
     if elapsed > period:
@@ -348,7 +354,7 @@ def _surplus(bandwidth: Bandwidth, state: BandwidthState, lowered: BandwidthStat
 
 
 def _raised(bandwidth: Bandwidth, state: BandwidthState, tokens: int, unfinished: int, most: int) -> BandwidthState:
-    """Return the state with these tokens and this part of a token put in, up to so many; no size gets smaller."""
+    """Return the state with these tokens and this part of a token put in, up to ``most``; no size gets smaller."""
     last, size, error = state
     if size >= most:
         return state
@@ -404,6 +410,7 @@ def _nanos_to_gain(bandwidth: Bandwidth, state: BandwidthState, missing: int, no
         if needed == MAX:
             return truncated(float(missing) / float(tokens) * float(period))
         return quotient(wrap(needed - state.rounding_error), tokens)
+    # All tokens of a period come at its end: the next refill brings the first ones, and whole periods the others.
     to_next_refill = wrap(state.last_refill_time_nanos + period - now)
     if missing <= tokens:
         return to_next_refill
@@ -429,7 +436,7 @@ def _held_back(bandwidth: Bandwidth, state: BandwidthState, nanos: int, now: int
         wait = to_next_refill + periods * period
         after = BandwidthState(last, max(_LARGEST_DEBT, min(size, -periods * tokens)), error)
     else:
-        # The unfinished token makes the wait exact.
+        # The unfinished token makes the wait exact. Levels are in token x nanosecond: one token is whole at `period`.
         wait = nanos
         level = min(size * period + error, period - nanos * tokens)
         after = BandwidthState(last, *divmod(level, period))

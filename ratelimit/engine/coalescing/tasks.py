@@ -53,6 +53,7 @@ class _Place:
     def _on_deadline(self) -> None:
         now, next_due = self.monotonic(), math.inf
         self.timer, self.due = None, math.inf
+        # A command that is in flight may be carried out after its caller has given up; one that queues is not sent.
         for waiting, in_doubt in ((self.carried, True), (self.queue, False)):
             for question, answer in waiting:
                 deadline = question.deadline
@@ -84,8 +85,10 @@ class TaskCoalescing:
     def __init__(self, inner: Layer, monotonic: Callable[[], float]) -> None:
         self._inner = inner
         self._monotonic = monotonic
-        self._places: dict[_Where, _Place | None] = {}  # None: nobody has come yet
-        self._carriers: set[asyncio.Task[None]] = set()  # the loop itself does not keep them alive
+        # None: a question is in flight, and no other has come yet.
+        self._places: dict[_Where, _Place | None] = {}
+        # An event loop refers weakly to its tasks: without this set they could be collected before they end.
+        self._carriers: set[asyncio.Task[None]] = set()
 
     def decide(self, question: Question) -> Steps[Any]:
         """Answer a question, alone or together with others: the layer."""

@@ -14,7 +14,9 @@ from ratelimit.errors import RateLimitError, StoreTimeoutError, StoreUnavailable
 from ratelimit.runtime import fork_safety, threads
 from ratelimit.runtime.steps import Steps
 
-_LONGEST_SLEEP: Final = 0.05  # seconds, after which a thread looks whether the one that leads is still there
+# Seconds, after which a waiting thread looks whether its leader is still there: an exception may have ended the leader
+# before it could wake anybody.
+_LONGEST_SLEEP: Final = 0.05
 
 
 class _Entry:
@@ -144,7 +146,8 @@ class ThreadCoalescing:
                     del self._leaders[place]
             except KeyError:
                 pass
-            with self._lock:  # or it could be taken along at this moment
+            # Under the lock, because another leader could take the entry along at this moment.
+            with self._lock:
                 flight = entry.flight
                 course.carried = flight is not None
             self._appoint(place)
@@ -172,6 +175,7 @@ class ThreadCoalescing:
                     del self._leaders[place]
                 return
             self._queues[place] = waiting
+            # The one with the latest deadline leads, so that the question for all does not end before theirs.
             chosen = max(_together(waiting), key=lambda entry: entry.deadline)
             self._leaders[place] = chosen.caller
         chosen.woken.set()

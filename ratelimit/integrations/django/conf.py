@@ -187,7 +187,7 @@ def _client_ip(given: Mapping[str, Any]) -> ClientKey:
     key: Any = _imported("CLIENT_IP", given.get("CLIENT_IP", _PEER))
     if not callable(key):
         _wrong("CLIENT_IP", f"must be a key such as client_ip(hops=1); got {brief(key)}")
-    return key  # type: ignore[no-any-return]  # that much can be told of a callable
+    return key  # type: ignore[no-any-return]  # a callable cannot be checked further
 
 
 def _answers(given: Mapping[str, Any]) -> Answers:
@@ -205,14 +205,14 @@ def _on_error(given: Mapping[str, Any]) -> ErrorPolicy | None:
         return OnError(policy)
     if policy is not None and not isinstance(policy, OnError) and not callable(policy):
         _wrong("ON_ERROR", f"must be an OnError, 'allow', 'deny' or 'raise'; got {brief(policy)}")
-    return policy  # type: ignore[no-any-return]  # that much can be told of a callable
+    return policy  # type: ignore[no-any-return]  # a callable cannot be checked further
 
 
 def _on_refused(given: Mapping[str, Any]) -> OnRefused | None:
     hook: Any = _imported("ON_REFUSED", given.get("ON_REFUSED"))
     if hook is not None and not callable(hook):
         _wrong("ON_REFUSED", f"must be a callable; got {brief(hook)}")
-    return hook  # type: ignore[no-any-return]  # that much can be told of a callable
+    return hook  # type: ignore[no-any-return]  # a callable cannot be checked further
 
 
 def _namespace(given: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
 
     Class-based views take it by ``method_decorator(rate_limit("10/minute"), name="dispatch")``.
 
-    :param limits: a :class:`Rule`, or what one is made of, with its other settings.
+    :param limits: a :class:`ratelimit.integrations.http.Rule`, or what one is made of, with its other settings.
     :raises InvalidConfigurationError: at decoration, for settings that cannot be, and where another view has a rule of
         the same name with other limits.
     :raises InvalidArgumentError: at decoration, for settings beside a rule, and for a class.

@@ -21,7 +21,8 @@ class RateLimitMiddleware:
     """Limits all requests by the rules of the setting ``RATELIMIT``, and shows all clients how much is left.
 
     It decides before the view is looked for, so that paths that do not exist count as well. ``request.ratelimit`` is
-    the :class:`HttpDecision`. Rules by user need Django's ``AuthenticationMiddleware`` before this one.
+    the :class:`ratelimit.integrations.http.HttpDecision`. Rules by user need Django's ``AuthenticationMiddleware``
+    before this one.
 
     It is sync under WSGI and async under ASGI, and needs no thread for either.
 

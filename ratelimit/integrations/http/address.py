@@ -1,8 +1,8 @@
 """The address of a client: read from text, followed through trusted proxies, and cut to the network of one client.
 
-Proxies append who has connected to them on the right. What stands further left may have been written by anybody, so
-everything here reads from the right, and nothing on the left can change what is read before it. Text that is no
-address is None, never an error.
+Each proxy appends the address of the client that has connected to it on the right. Anybody may have written what stands
+further left, so everything here reads from the right, and nothing on the left can change what is read before it. Text
+that is not an address is None, never an error.
 """
 
 from __future__ import annotations

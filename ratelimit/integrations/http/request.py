@@ -32,7 +32,7 @@ class HttpRequest:
     :param find_user: the user that has logged in, as the framework knows it; None for nobody.
     :param notes: what is kept with the request for as long as it lives, by all that limits it.
     :param find_routes: the templates of all routes that the framework's router can be asked about, as
-        :func:`ratelimit.integrations.http.routes.canonical` writes them; empty where it cannot be asked. A rule for one
+        ``ratelimit.integrations.http.routes.canonical`` writes them; empty where it cannot be asked. A rule for one
         of these routes is about the requests for which ``find_route`` gives it; a rule for another one goes by the
         path.
     """

@@ -18,6 +18,7 @@ from ratelimit.policy import rule as of_any
 Predicate: TypeAlias = of_any.Predicate[HttpRequest]
 Cost: TypeAlias = of_any.Cost[HttpRequest]
 RuleLimits: TypeAlias = of_any.RuleLimits[HttpRequest]
+"""Limits of one bucket, ``Plans``, or a callable that returns limits by the key, or by the key and the request."""
 
 
 class RuleSettings(TypedDict, total=False):
@@ -153,7 +154,7 @@ class Rule(policy.Rule[HttpRequest]):
         return False
 
     def bucket_name(self, place: str) -> tuple[str, ...]:
-        """Return what the rule's buckets are named by, before the keys of requests: see :func:`bucket_key`.
+        """Return what the rule's buckets are named by, before the keys of requests: see ``bucket_key``.
 
         That is the rule's name. A rule without one is named by all that distinguishes it from others: its place, its
         methods and routes, its limits, and by which key it counts. With other limits it has other buckets.

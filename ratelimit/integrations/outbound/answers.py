@@ -167,7 +167,7 @@ def _of_triples(fields: Mapping[str, str], present: Fraction, status: int) -> It
 def _of_parts(fields: Mapping[str, str], present: Fraction) -> Iterator[Fraction]:
     """Give the resets of those parts of a limit (requests, tokens) of which nothing is left.
 
-    These tell when the part is whole again, which is too long for an answer that does not refuse.
+    A reset says when the part is whole again. An answer that does not refuse must not make callers wait that long.
     """
     for name, left in fields.items():
         if name.startswith(_PARTS) and "remaining" in name and _seconds(left.strip()) == 0:

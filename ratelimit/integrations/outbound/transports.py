@@ -50,7 +50,7 @@ class Transport(OfThisProcess):
 
 
 class AsyncTransport(OfThisProcess):
-    """The same for asyncio."""
+    """A transport for asyncio that waits for a limit before it sends, and learns from the answer."""
 
     _advice = _ADVICE
 
@@ -60,7 +60,7 @@ class AsyncTransport(OfThisProcess):
         self._transport = transport
 
     async def handle_async_request(self, request: Any) -> Any:
-        """See :meth:`Transport.handle_request`."""
+        """See ``Transport.handle_request``."""
         key = await self._limit.aacquire(request)
         response = await self._transport.handle_async_request(request)
         try:

@@ -68,7 +68,7 @@ class RedisStore(RedisSteps):
         return run(self.swapping(key, before, after, ttl_millis, deadline))
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
-        """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
+        """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return run(self.deciding(key, arguments, deadline))
 
     def delete(self, key: bytes, *, deadline: float | None = None) -> None:
@@ -132,7 +132,7 @@ class AsyncRedisStore(RedisSteps):
         return await arun(self.swapping(key, before, after, ttl_millis, deadline))
 
     async def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
-        """Let the server decide; see :class:`ratelimit.stores.protocol.DecidingStore`."""
+        """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return await arun(self.deciding(key, arguments, deadline))
 
     async def delete(self, key: bytes, *, deadline: float | None = None) -> None:

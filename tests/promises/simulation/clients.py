@@ -37,7 +37,7 @@ _NEW_READING: Final = 0.2  # how often a reply changes what its client makes of 
 
 
 class Wait(NamedTuple):
-    """What a client waits for that is no request."""
+    """A client waits for time to pass, not for a reply."""
 
     nanos: int
 
@@ -113,7 +113,7 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        """Begin anew, with nothing remembered."""
+        """Begin again, with nothing remembered."""
         settings, store = self.settings, SimulatedStore(self.network.server, self._known_now)
         self._lag = self.world.random.randint(0, settings.skew)
         self._knows_time = self.world.random.random() < 0.5
@@ -293,7 +293,7 @@ class Process:
         return reading
 
     def _pause(self, _nanos: int) -> Wait:
-        """Of a length that follows from the seed."""
+        """Return a pause whose length follows from the seed."""
         return Wait(self.world.random.randrange(LONGEST_PAUSE_NANOS))
 
 

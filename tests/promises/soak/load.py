@@ -19,7 +19,7 @@ from ratelimit import AsyncProxyManager, Optimization, ProxyManager, StoreError
 LEDGER: Final = "ledger"
 """A bucket without an end: every token that was admitted must be found in it."""
 DELAYED: Final = "delayed"
-"""The same, where tokens are told to the store later."""
+"""A bucket without an end whose tokens are reported to the store later."""
 RATE: Final = "rate"
 """A bucket that refills: no more may be admitted than the limit allows."""
 RATE_TOKENS, RATE_BURST = 300, 50
