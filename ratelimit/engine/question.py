@@ -56,7 +56,7 @@ class Course:
     :ivar degraded: whether the answer is that of ``on_error``.
     :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
     :ivar local_answer: the answer of a local bucket that has decided in place of the store.
-    :ivar shield: the ``Shield`` that keeps the tokens of a wait in sync code; None: there is none.
+    :ivar shield: refers to the ``Shield`` that keeps the tokens of a wait in sync code; None: there is none.
     """
 
     # The class holds the defaults, because each decision makes an object, and most of them set nothing but round_trips.

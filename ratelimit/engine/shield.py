@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from ratelimit.engine.question import Course, Layer, Question
 from ratelimit.runtime.steps import Steps, run
@@ -32,18 +33,18 @@ class Shield:
         self._give_back = give_back
         self._patience = patience
         self._job: Job[Any] | None = None
-        course.shield = self
+        # This is a weak reference, and the job below does not refer to the shield: a circle would keep a manager alive
+        # that was dropped.
+        course.shield = ref(self)
 
     def ask(self, inner: Layer, question: Question, monotonic: Callable[[], float]) -> Any:
         """Ask, and leave an interruption that comes meanwhile in the course."""
-        steps = inner(question)
+        steps, give_back = inner(question), self._give_back
 
         def work() -> tuple[Any, float]:
             return run(steps), monotonic()
 
-        job: Job[tuple[Any, float]] = Job(
-            partial(copy_context().run, work), lambda answered: self._give_back(*answered)
-        )
+        job: Job[tuple[Any, float]] = Job(partial(copy_context().run, work), lambda answered: give_back(*answered))
         self._job = job
         job.start()
         # A second interruption must not leave the job behind either, so that the wait begins again after each.
@@ -74,7 +75,7 @@ def shielding(inner: Layer, monotonic: Callable[[], float]) -> Layer:
     def decide(question: Question) -> Steps[Any]:
         # This makes a generator of the function, as every layer is.
         yield from ()
-        shield = question.course.shield
+        shield = question.course.shield()
         return shield.ask(inner, question, monotonic)
 
     return decide
