@@ -50,7 +50,7 @@ lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict $(CODE)
 	$(VENV)/bin/pyright --pythonpath $(PY)
-	$(PY) .ci/prose.py ratelimit lua tests benchmarks examples Makefile .ci
+	$(PY) .ci/prose.py ratelimit lua tests benchmarks examples docs README.md CHANGELOG.md Makefile .ci
 
 format: $(VENV)/installed-dev ## repair style
 	$(VENV)/bin/ruff check --fix

@@ -22,7 +22,7 @@ html_extra_path = ["site"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxarg.ext"]
 
 # The sources begin at the root of the repository, so that links between pages lead to the same files as on GitHub.
-root_doc = "docs/index"
+root_doc = "docs/contents"
 include_patterns = ["README.md", "CHANGELOG.md", "docs/**", "examples/README.md", "benchmarks/*.md"]
 # Directories are searched for pages unless they are named here.
 exclude_patterns = [".*", "build", "dist", "lua", "ratelimit", "tests", "benchmarks/*/**", "examples/*/**"]
@@ -67,7 +67,8 @@ def show_bases(_app: Sphinx, what: str, _name: str, error: Any, _options: Any, l
 
 def allow_foreign_names(_app: Sphinx, _domain: Any, node: Any) -> bool | None:
     target = node["reftarget"]
-    return True if "." in target and not target.startswith("ratelimit.") else None
+    is_private = target.rpartition(".")[2].startswith("_")
+    return True if is_private or ("." in target and not target.startswith("ratelimit.")) else None
 
 
 def setup(app: Sphinx) -> None:
