@@ -37,7 +37,7 @@ _ADVICE: Final = "pickle its key, and ask a manager for the bucket again"
 
 
 class _OfBucket(OfThisProcess):
-    """What the four classes below share: the bucket that they have the verbs of."""
+    """What the four classes below share: the proxy that their verbs ask, and the key."""
 
     __slots__ = ("_proxy",)
 
@@ -58,8 +58,9 @@ class _OfBucket(OfThisProcess):
 class Bucket(_OfBucket):
     """A bucket, for sync code; :meth:`ProxyManager.bucket` makes it. Nothing is sent before the first verb.
 
-    Every verb has a ``timeout``, a ``timedelta`` or seconds above 0: by then it has answered or raised an error. It
-    defaults to that of the bucket or the manager. Waiting for tokens is not in it: that is what ``max_wait`` is about.
+    Every verb but :meth:`sync` has a ``timeout``, a ``timedelta`` or seconds above 0: by then it has answered or raised
+    an error. It defaults to that of the bucket or the manager. The time that :meth:`consume` waits for tokens is not in
+    it; ``max_wait`` bounds that.
 
     Verbs raise ``InvalidArgumentError`` for a number of tokens that is not an ``int`` of 1 or more, ``StoreError`` or
     one of its kinds for trouble with the store, ``ContentionError``, and ``CorruptStateError`` for foreign bytes under
@@ -95,11 +96,11 @@ class Bucket(_OfBucket):
     def consume(self, tokens: int = 1, *, max_wait: Duration | None = None, timeout: Duration | None = None) -> bool:
         """Wait for the tokens: take them on credit, then sleep until they are there. First reserved, first served.
 
+        A wait that is interrupted gives its tokens back, unless other callers wait behind it: they keep their times.
+
         :param max_wait: the longest wait that is accepted, a ``timedelta`` or seconds, 0 or more; None: as long as it
             takes. Where the tokens would take longer the answer is False at once, and nothing is taken.
         :raises ReservationOverflowError: without a longest wait, where the wait would never end.
-
-        A wait that is interrupted gives its tokens back, unless others wait behind it: they keep their times.
         """
         return self._proxy.under_shield(self._proxy.consume, tokens, max_wait, timeout)
 
@@ -122,18 +123,18 @@ class Bucket(_OfBucket):
     def give_back(self, tokens: int, *, timeout: Duration | None = None) -> None:
         """Undo a consumption that was of no use: the tokens are there again, up to the capacity.
 
-        They are there for newcomers at once, also where callers wait that were given times before. As many tokens more
+        New callers can take them at once, even while earlier callers still wait for theirs. Up to this many tokens more
         than the limits allow may then be admitted.
         """
         self._proxy.ask(GiveBack(token_count(tokens)), timeout)
 
     def hold_back(self, duration: Duration, *, timeout: Duration | None = None) -> None:
-        """Let nobody have a token before this long from now; a wait that is longer already stays as it is.
+        """Let nobody take a token until this much time has passed; if the wait for one is longer already, do nothing.
 
-        It is for a fleet that a server has asked to come later: however many processes say it, it is done once. Tokens
-        are taken for it, in debt if need be, and come back one by one or by the period, as the limits say. They do not
-        count as consumed. Callers that have reserved tokens before are not held back, and a caller that puts tokens in,
-        or gives them back, ends it sooner.
+        It is for clients in many processes whose server has asked them to come later. If several of them call it, the
+        bucket is held back once. To that end tokens are taken, in debt if need be. They come back as the limits say,
+        and do not count as consumed. Callers that have reserved tokens before are not held back. A caller that puts
+        tokens in, or gives them back, makes the time shorter.
 
         :param duration: a ``timedelta`` or seconds, above 0.
         """
@@ -150,7 +151,7 @@ class Bucket(_OfBucket):
         self._proxy.ask(_replacement(configuration, inheritance), timeout)
 
     def sync(self) -> None:
-        """Report what was handed out without asking the store, and learn what it holds; see :class:`Optimization`.
+        """Report to the store what was handed out without asking it, and learn its state; see :class:`Optimization`.
 
         Without an optimization nothing is sent.
         """
@@ -390,11 +391,11 @@ class AsyncVerboseBucket(_OfBucket):
 
 
 def consuming(bucket: Bucket | AsyncBucket, tokens: int, max_wait: Duration | None) -> Any:
-    """Consume as the verb does, and return a ``VerboseResult`` with the reservation, or an awaitable of that.
+    """Wait as :meth:`Bucket.consume` does, and return a ``VerboseResult`` with the reservation, or an awaitable of it.
 
-    :param max_wait: as for the verb.
+    :param max_wait: the longest wait that is accepted; None: as long as it takes.
     """
-    proxy = bucket._proxy  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # as above
+    proxy = bucket._proxy  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # this module is a bucket's own
     if isinstance(bucket, Bucket):
         return proxy.under_shield(proxy.consume_and_show, tokens, max_wait, None)
     return arun(proxy.consume_and_show(tokens, max_wait, None))
@@ -416,7 +417,8 @@ def reserving(bucket: Bucket | AsyncBucket, tokens: int, longest_wait: int) -> S
 def _try_consume(tokens: int) -> TryConsume:
     try:
         return _kept_try_consume(tokens)
-    except TypeError:  # it cannot be hashed, and is not a number of tokens either
+    except TypeError:
+        # What cannot be hashed is not a number of tokens either, which this call says.
         return TryConsume(token_count(tokens))
 
 
@@ -427,8 +429,8 @@ def _try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaini
         return TryConsumeAndReturnRemaining(token_count(tokens))
 
 
-# Commands that are asked for over and over are one object, which makes them one step where calls go together. They are
-# kept by type as well, because True and 1.0 equal 1 and are refused.
+# Equal commands are one object, so that calls that go together carry them out as one step. They are kept by type as
+# well, because True and 1.0 equal 1 and are refused.
 
 
 @lru_cache(maxsize=1024, typed=True)

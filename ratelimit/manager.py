@@ -48,10 +48,11 @@ BucketT = TypeVar("BucketT")
 StoreT = TypeVar("StoreT", Store, AsyncStore)
 
 LimitsOfKey: TypeAlias = Callable[[Any], Limits | None]
-"""Gives the limits of a key, or None for one that is not limited."""
+"""Returns the limits of a key, or None for a key that is not limited."""
 
-_BucketS_KEPT = 10_000
-_LONGEST_KEPT_KEY = 1_024  # characters or bytes: keys are user input, and may have a megabyte
+_BUCKETS_KEPT = 10_000
+# In characters or bytes: keys are user input, and may have a megabyte.
+_LONGEST_KEPT_KEY = 1_024
 
 
 class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
@@ -89,14 +90,14 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         )
         # What from_url was given, where it has opened the store.
         self._opened: tuple[Any, ...] | None = None
-        # Buckets are kept, because to make one takes time, and because a bucket knows whether it has been made.
-        # By a weak reference: a manager that is dropped is to give its connections back at once.
+        # Buckets are kept, because to make one takes time, and because a bucket knows whether it has been made. They
+        # are made through a weak reference, so that a manager that is dropped gives its connections back at once.
         make_bucket = WeakMethod(self.bucket)
 
         def kept_bucket(key: Key) -> BucketT:
             return make_bucket()(key)  # type: ignore[misc]  # the caller keeps the manager alive
 
-        self._kept_bucket = lru_cache(_BucketS_KEPT)(kept_bucket)
+        self._kept_bucket = lru_cache(_BUCKETS_KEPT)(kept_bucket)
 
     def bucket(
         self,
@@ -111,9 +112,9 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         on_error: ErrorPolicy | None = None,
         optimization: Optimization | None = None,
     ) -> BucketT:
-        """Return a handle on the bucket of a key; cheap, nothing is sent before its first verb.
+        """Return a handle on the bucket of a key. That is cheap: nothing is sent before its first verb.
 
-        :param configuration: limits of its own; like all the settings, those of the manager when None.
+        :param configuration: the limits of this bucket. None, here and for the settings: those of the manager.
         :raises InvalidConfigurationError: where neither the manager nor the caller gives a configuration.
         :raises InvalidArgumentError: for a key that is neither ``str`` nor ``bytes``.
         """
@@ -174,11 +175,12 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
     def _own_bucket(self, key: Key) -> BucketT:
         try:
             return self._kept_bucket(key) if len(key) <= _LONGEST_KEPT_KEY else self.bucket(key)
-        except TypeError:  # not hashable, hence not a valid key
+        except TypeError:
+            # What cannot be hashed is not a valid key, which this call says.
             return self.bucket(key)
 
     def circuits(self) -> dict[str, CircuitStatus]:
-        """Return the circuits to the servers by node, see :class:`CircuitBreaker`; none of a store in memory."""
+        """Return the circuits by server, see :class:`CircuitBreaker`; a store in memory has none."""
         circuits = getattr(self._store, "circuits", None)
         return {} if circuits is None else circuits()
 
@@ -195,14 +197,14 @@ class ProxyManager(_Manager[Store, Bucket]):
         manager = ProxyManager.from_url("redis://localhost:6379/0", "100/minute")
         if not manager.try_consume(client_ip): ...
 
-    Safe for threads; make one for each set of limits and keep it. The verbs of every day of :class:`Bucket` are here as
-    well, the key first; the others are those of :meth:`bucket`.
+    A manager is safe for threads. Make one for each set of limits and keep it. It has the verbs of every day of a
+    :class:`Bucket`, with the key first; a bucket from :meth:`bucket` has them all.
 
     :param store: where the buckets are: a ``RedisStore`` over a client of yours, or a ``MemoryStore``.
     :param configuration: the limits: a ``BucketConfiguration``, its text form, a list of limits, or a callable that is
-        asked for one of these at every verb, with the key as given, and answers None for a key that is not limited. A
-        bucket keeps the limits that it was made with until they are replaced. None: every :meth:`bucket` must be given
-        its own.
+        asked for one of these at every verb, with the key as given, and returns None for a key that is not limited. A
+        bucket keeps the limits that it was made with until they are replaced. If this is None, each call of
+        :meth:`bucket` must give limits.
     :param settings: see :class:`ratelimit.settings.Settings`.
     :raises InvalidArgumentError: for a setting that is not allowed.
     """
@@ -226,8 +228,9 @@ class ProxyManager(_Manager[Store, Bucket]):
     ) -> Self:
         """Return a manager over a store that it opens by URL and closes itself; the settings are those of the class.
 
-        ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
-        ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
+        A URL begins with ``memory://``, ``redis://``, ``rediss://`` or ``unix://``, or has the form
+        ``redis+cluster://host:port`` or ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``.
+        Nothing is sent yet.
 
         :raises InvalidConfigurationError: for a URL that is not valid.
         """
@@ -262,7 +265,7 @@ class ProxyManager(_Manager[Store, Bucket]):
         return run(self._pipeline.stored_configuration(self._target(key), self._timeout))
 
     def remove(self, key: Key) -> None:
-        """Forget the bucket of a key."""
+        """Delete the bucket of a key, in the store and in this process."""
         run(self._pipeline.remove(self._target(key), self._timeout))
 
     def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
@@ -335,13 +338,7 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     def from_url(
         cls, url: str, configuration: Limits | AsyncLimitsOfKey | None = None, **settings: Unpack[SettingsByName]
     ) -> Self:
-        """Return a manager over a store that it opens by URL and closes itself; the settings are those of the class.
-
-        ``memory://``, ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://host:port`` and
-        ``redis+sentinel://host:port,host:port/service``; see ``docs/operations.md``. Nothing is sent yet.
-
-        :raises InvalidConfigurationError: for a URL that is not valid.
-        """
+        """Return a manager over a store that it opens by URL and closes itself; see :meth:`ProxyManager.from_url`."""
         manager = cls(async_store_from_url(url), configuration, **settings)
         manager._opened = partial(cls.from_url, **settings), (url, configuration)
         return manager
@@ -368,47 +365,47 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
         return await arun(self._pipeline.stored_configuration(self._target(key), self._timeout))
 
     async def remove(self, key: Key) -> None:
-        """Forget the bucket of a key."""
+        """Delete the bucket of a key, in the store and in this process."""
         await arun(self._pipeline.remove(self._target(key), self._timeout))
 
     async def try_consume(self, key: Key, tokens: int = 1, *, timeout: Duration | None = None) -> bool:
-        """See :meth:`AsyncBucket.try_consume`."""
+        """See :meth:`Bucket.try_consume`."""
         return await self._own_bucket(key).try_consume(tokens, timeout=timeout)
 
     async def try_consume_and_return_remaining(
         self, key: Key, tokens: int = 1, *, timeout: Duration | None = None
     ) -> ConsumptionProbe:
-        """See :meth:`AsyncBucket.try_consume_and_return_remaining`."""
+        """See :meth:`Bucket.try_consume_and_return_remaining`."""
         return await self._own_bucket(key).try_consume_and_return_remaining(tokens, timeout=timeout)
 
     async def try_consume_as_much_as_possible(
         self, key: Key, limit: int | None = None, *, timeout: Duration | None = None
     ) -> int:
-        """See :meth:`AsyncBucket.try_consume_as_much_as_possible`."""
+        """See :meth:`Bucket.try_consume_as_much_as_possible`."""
         return await self._own_bucket(key).try_consume_as_much_as_possible(limit, timeout=timeout)
 
     async def consume(
         self, key: Key, tokens: int = 1, *, max_wait: Duration | None = None, timeout: Duration | None = None
     ) -> bool:
-        """See :meth:`AsyncBucket.consume`."""
+        """See :meth:`Bucket.consume`."""
         return await self._own_bucket(key).consume(tokens, max_wait=max_wait, timeout=timeout)
 
     async def available_tokens(self, key: Key, *, timeout: Duration | None = None) -> int:
-        """See :meth:`AsyncBucket.available_tokens`."""
+        """See :meth:`Bucket.available_tokens`."""
         return await self._own_bucket(key).available_tokens(timeout=timeout)
 
     async def reset(self, key: Key, *, timeout: Duration | None = None) -> None:
-        """See :meth:`AsyncBucket.reset`."""
+        """See :meth:`Bucket.reset`."""
         await self._own_bucket(key).reset(timeout=timeout)
 
     async def replace_configuration(
         self, key: Key, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> None:
-        """See :meth:`AsyncBucket.replace_configuration`."""
+        """See :meth:`Bucket.replace_configuration`."""
         await self._own_bucket(key).replace_configuration(configuration, inheritance, timeout=timeout)
 
     async def snapshot(self, key: Key, *, timeout: Duration | None = None) -> Snapshot:
-        """See :meth:`AsyncBucket.snapshot`."""
+        """See :meth:`Bucket.snapshot`."""
         return await self._own_bucket(key).snapshot(timeout=timeout)
 
 
@@ -426,7 +423,7 @@ def _checked_limits(limits: Limits | AsyncLimitsOfKey) -> Configuration | AsyncL
 
 
 def _described(kind: str, store: object, limits: object, prefix: Key) -> str:
-    """Print a manager: ``ProxyManager(RedisStore(localhost:6379/0), '100/minute', prefix='users:')``."""
+    """Return a manager as text: ``ProxyManager(RedisStore(localhost:6379/0), '100/minute', prefix='users:')``."""
     shown = [brief(store)]
     if callable(limits):
         shown.append(brief(limits))

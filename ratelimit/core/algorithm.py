@@ -32,12 +32,12 @@ Configuration: TypeAlias = Any
 """The limits of a bucket, of whatever algorithm.
 
 A configuration is immutable, hashable and comparable. Its ``algorithm`` is an :class:`Algorithm`, and its text form is
-what ``str`` makes of it. Iterated over, it gives its limits; ``len`` is how many they are. A limit has a ``capacity``
-(tokens), ``window_nanos`` (how long it takes the capacity to come back) and a text form.
+what ``str`` makes of it. Iteration gives its limits, and ``len`` their number. A limit has a ``capacity`` (tokens),
+``window_nanos`` (how long it takes the capacity to come back) and a text form.
 """
 
 Surplus: TypeAlias = tuple[int, int]
-"""What a reservation took from one limit beside its tokens: two numbers that only the algorithm understands."""
+"""What a reservation took from one limit besides its tokens: two numbers that only the algorithm understands."""
 
 
 class State(Protocol):
@@ -77,7 +77,7 @@ class State(Protocol):
 
     @property
     def is_new_when_full(self) -> bool:
-        """Whether this bucket, once it is full, is what a new one would be: forgetting it then changes nothing."""
+        """Whether this bucket will equal a new one as soon as it is full, so that it can be forgotten then."""
         ...
 
     def refilled(self, now: int) -> Self:
@@ -93,14 +93,14 @@ class State(Protocol):
         ...
 
     def reserved(self, tokens: int, wait: int, now: int) -> tuple[Self, tuple[Surplus, ...]]:
-        """Return the state less these tokens, which are not used before this wait is over, and what else was taken."""
+        """Return the state less these tokens, which are used after this wait only, and what was taken besides them."""
         ...
 
     def cancelled(self, tokens: int, noted: int, surplus: tuple[Surplus, ...]) -> Self | None:
-        """Undo a reservation; None where others count on its place being taken.
+        """Return the state without a reservation; None where later reservations count on its place.
 
         :param noted: what was counted as consumed right after the reservation.
-        :param surplus: what was taken beside the tokens.
+        :param surplus: what was taken besides the tokens.
         """
         ...
 
@@ -121,7 +121,7 @@ class State(Protocol):
         ...
 
     def held_back(self, nanos: int, now: int) -> Self | None:
-        """Return the state whose next token is not there before this long from now; None where that is so already."""
+        """Return the state whose next token comes no sooner than this long from now; None where this one is such."""
         ...
 
     def nanos_until(self, tokens: int, now: int, *, check_capacity: bool) -> int:
@@ -162,7 +162,7 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Algorithm:
-    """What an algorithm does besides what its states do: plain functions, so that to call one costs nothing more."""
+    """What an algorithm does besides what its states do: plain functions, so that a call costs nothing extra."""
 
     name: str
     """What it is called in messages."""
@@ -176,8 +176,8 @@ class Algorithm:
     replaced: Callable[[State, Configuration, int | None, TokensInheritance, int], State]
     """``replaced(state, configuration, version, inheritance, now)`` puts a configuration of this algorithm in place.
 
-    The state has been refilled at this time, and keeps what it has counted as consumed. One of another algorithm has
-    nothing to inherit from: the limits begin as those of a new bucket do, whatever the inheritance.
+    The state has been refilled at this time, and keeps what it has counted as consumed. From a state of another
+    algorithm nothing is inherited: the limits begin as those of a new bucket do, whatever the inheritance.
     """
 
     encode: Callable[[Any], bytes]
@@ -190,7 +190,7 @@ class Algorithm:
     """
 
     share_of: Callable[[Configuration, Fraction], Configuration]
-    """``share_of(configuration, share)`` returns limits for one of several that have to do without each other."""
+    """``share_of(configuration, share)`` returns limits for one of several processes that decide without each other."""
 
     levels: Callable[[Configuration, tuple[Any, ...], int], tuple[Level, ...]]
     """``levels(configuration, bandwidth_states, now)`` returns how full each limit is."""
@@ -200,7 +200,7 @@ class Algorithm:
 
 
 class _Decoders(dict[bytes, Callable[[bytes, Key], Any]]):
-    """From the first four bytes of what is stored to the function that decodes it."""
+    """The functions that decode what is stored, by its first four bytes."""
 
     def __missing__(self, first: bytes) -> Callable[[bytes, Key], NoReturn]:
         return _refuse
@@ -248,7 +248,7 @@ def _refuse(data: bytes, key: Key) -> NoReturn:
 
 
 def _known_formats() -> str:
-    """Print the formats of all algorithms, neighbours as a range."""
+    """Return the formats of all algorithms as text, neighbours as a range."""
     ranges: list[list[int]] = []
     for format in sorted(int.from_bytes(first, "big", signed=True) for first in decoders):
         if ranges and format == ranges[-1][1] + 1:
@@ -276,7 +276,7 @@ class _Shown(Protocol):
 def levels(shown: _Shown, now: int) -> tuple[Level, ...]:
     """Return how full each limit is of a state, a snapshot or a verbose answer; nothing where nothing is limited.
 
-    :param now: the time that what is shown was refilled at.
+    :param now: the time at which ``shown`` was refilled.
     :raises ArithmeticError: where stored numbers make no sense.
     """
     configuration = shown.configuration

@@ -26,16 +26,17 @@ class Attempt:
     """What is known about one decision while it is made.
 
     :ivar before: the bytes that are believed to be stored; None: nothing.
-    :ivar state: the same bytes as a state, where that is at hand.
-    :ivar is_fresh: whether ``before`` was shown to this very decision.
+    :ivar state: the state that these bytes hold; None also where they have not been decoded.
+    :ivar is_fresh: whether the store has shown ``before`` to this very decision, and not to an earlier one.
     :ivar swaps: swaps that this decision has lost.
     :ivar now: the time to decide by; None: it has to be asked for.
     :ivar is_ready: whether all is known that a decision is computed from.
     :ivar must_read: whether the store must be read for that.
     :ivar should_delegate: whether the store is to decide by itself.
-    :ivar has_delegated: whether it was asked to, which it is once.
-    :ivar new: the bytes that the last swap was to store.
-    :ivar ttl: the time to live that it was to give them, in milliseconds.
+    :ivar has_delegated: whether the store was asked to, which happens once at most.
+    :ivar new: the bytes that the last swap was meant to store.
+    :ivar ttl: the time to live of these bytes, in milliseconds.
+    :ivar seen: what the manager had seen under the key when this decision began.
     """
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
@@ -72,7 +73,7 @@ class Attempt:
 
     @property
     def losses(self) -> int:
-        """Swaps under the key that were lost in a row."""
+        """Swaps under the key that were lost in a row, by this decision and by those before it."""
         return self.seen.losses + self.swaps
 
     def read(self) -> Steps[None]:
@@ -86,12 +87,12 @@ class Attempt:
         key = self.target.stored_key
         now = self.requests.now(key)
         if now is None:
-            # A reply to a read would have brought the time along.
+            # No read has brought the time along, so that the store is asked for it.
             now = self.requests.now_nanos(key, deadline=self.question.deadline)
         self.now = yield now
 
     def decode(self) -> None:
-        """Make a state of the bytes that are stored, which is all that was missing."""
+        """Decode the bytes that are stored; then the attempt is ready."""
         if self.state is None and self.before is not None:
             self.state = decode(self.before, self.target.key)
         self.is_ready = True
@@ -104,7 +105,7 @@ class Attempt:
             raise out_of_range(self.before or b"", self.target.key) from error
 
     def swap(self, after: State) -> Steps[Lost | None]:
-        """Return the steps that put a state in the place of ``before``; nothing is sent before the first of them."""
+        """Return the steps that replace ``before`` by a state; nothing is sent until they are run."""
         requests, question, target = self.requests, self.question, self.target
         self.new = new = after.configuration.algorithm.encode(after)
         self.ttl = ttl = target.expiration.ttl_millis(after, self.now)
@@ -119,22 +120,22 @@ class Attempt:
         return (yield from seen_through(swap, question.course))  # type: ignore[no-any-return]
 
     def may_repeat(self, failure: BaseException) -> bool:
-        """Return whether a swap that ended so may be sent again.
+        """Return whether a swap that ended with this failure may be sent again.
 
-        It may not where it was surely not carried out, nor where nobody is left to wait for another reply.
+        It may not if it certainly was not carried out, or if nobody is left to wait for another reply.
         """
         if isinstance(failure, StoreError):
             return failure.in_doubt and not self.is_late()
         return self.question.holds and not isinstance(failure, GeneratorExit)
 
     def remembered(self, answer: Any) -> Any:
-        """Return the answer of a command that stores nothing, after noting what was shown."""
-        undisturbed = self.seen.undisturbed if self.before == self.seen.state else 0
+        """Remember what the store has shown, and return the answer of a command that stores nothing."""
+        undisturbed = self.seen.undisturbed if self.before == self.seen.stored else 0
         self.requests.remember(self.target.stored_key, Sighting(self.before, self.state, self.losses, undisturbed))
         return answer
 
     def won(self, after: State, answer: Any) -> Any:
-        """Return the answer of a command whose swap was carried out."""
+        """Remember what the swap has stored, and return the answer of its command."""
         # A swap that succeeds at the first attempt shows that the bucket is not contended any more.
         losses = self.losses if self.swaps else 0
         state, target = self.state, self.target
@@ -146,7 +147,7 @@ class Attempt:
     def lost(self, loss: Lost) -> Steps[None]:
         """Go on from the bytes of the writer that has won, after a pause where many swaps were lost.
 
-        :raises ContentionError: after the most swaps that one decision may lose.
+        :raises ContentionError: where this decision has lost as many swaps as it may.
         :raises StoreTimeoutError: where there is no time left.
         """
         if self.question.course.interruption is not None:
@@ -177,7 +178,7 @@ class Attempt:
         self.is_ready, self.must_read, self.now = False, True, None
 
     def shown(self, before: bytes | None) -> None:
-        """Go on from what the store has shown.
+        """Go on from the bytes that the store has shown.
 
         :raises BucketNotFoundError: where nothing is stored, and this handle has made a bucket that must exist.
         """

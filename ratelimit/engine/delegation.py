@@ -1,4 +1,4 @@
-"""What precedes a swap: reading, and letting the store decide where swaps would be lost (rule 3 of ``swapping``)."""
+"""What precedes a swap: reading the bucket and the time, or letting the store decide where swaps would be lost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ratelimit.engine.script_arguments import request
 from ratelimit.runtime.steps import Steps
 
 NOT_DECIDED: Final = object()
-"""No answer: the store has shown what is stored, and has changed nothing."""
+"""Stands for no answer: the store has changed nothing, and the decision is to be computed here."""
 
 _UNDISTURBED_BEFORE_SWAPS: Final = 16
-"""Decisions of the store without another writer in between, after which this process swaps again."""
+"""After so many decisions of the store without another writer in between, this process swaps again."""
 
 
 def prepared(attempt: Attempt) -> Steps[Any]:
@@ -37,7 +37,7 @@ def prepared(attempt: Attempt) -> Steps[Any]:
 
 
 def _delegated(attempt: Attempt) -> Steps[Any]:
-    """Let the store decide, once in an attempt; ``NOT_DECIDED`` where it cannot decide this command, or this bucket."""
+    """Let the store decide, once in an attempt; return ``NOT_DECIDED`` where it cannot for this command or bucket."""
     attempt.should_delegate, attempt.has_delegated = False, True
     question, requests = attempt.question, attempt.requests
     now: int = attempt.now
@@ -68,18 +68,18 @@ def _delegated(attempt: Attempt) -> Steps[Any]:
 
 
 def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
-    """Return the answer to what the store has decided; its reply says only what was stored before.
+    """Compute the answer that belongs to a decision of the store, whose reply holds only what was stored before.
 
-    The store keeps deciding until no other process has written for a while.
+    Also remember what is stored now, and whether the store is to decide the next time.
     """
     target, seen = attempt.target, attempt.seen
     state = None if before is None else decode(before, target.key)
-    # The script makes the same transition, to the byte. Repeated here from the same bytes, it gives the answer and what
-    # is stored now.
+    # The script makes the same transition, to the byte. So the transition is computed here again, from the same bytes:
+    # it gives the answer and what is stored now.
     after, answer = execute(attempt.command, attempt.terms, state, now)
     stored = before if after is None else encode(after)
     # If the store had what this process has last seen, no other writer came in between.
-    undisturbed = seen.undisturbed + 1 if before == seen.state else 0
+    undisturbed = seen.undisturbed + 1 if before == seen.stored else 0
     losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else attempt.requests.tuning.losses_before_delegation
     attempt.requests.remember(target.stored_key, Sighting(stored, after or state, losses, undisturbed))
     if state is None or (after is not None and state.configuration_version != after.configuration_version):

@@ -1,9 +1,10 @@
 """The layer that answers where the store fails, as ``on_error`` says.
 
-A local bucket keeps books: what it has handed out is charged to the shared bucket by the next decision about the same
-key that the store answers, in the same swap, and for keys that nobody asks for by a sweep beside the callers, which
-begins when the store has answered for the first time. What was in doubt is never charged again, because the store may
-have it. A local bucket stays when the store is back, so that a store that fails on and off does not fill it each time.
+A local bucket keeps books of the tokens that it has handed out. The next decision about the same key that the store
+answers charges them to the shared bucket, in the same swap. A sweep charges those of keys that nobody asks for: it runs
+beside the callers, and begins when the store answers again. Tokens that the store may have already, because a reply was
+lost, are not charged again. A local bucket stays when the store is back, so that a store that fails on and off does not
+fill it each time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from ratelimit.core.commands import Book, Cancel, GiveBack, Synchronize
+from ratelimit.core.commands import Book, GiveBack, Synchronize
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, VerboseResult
 from ratelimit.engine.local_buckets import Debt, LocalBuckets, was_asked
 from ratelimit.engine.on_error import RETRY_NANOS, ErrorPolicy, OnError
 from ratelimit.engine.outage_log import OutageLog
-from ratelimit.engine.question import Layer, Question, Target
+from ratelimit.engine.question import Layer, Question
 from ratelimit.errors import (
     BucketNotFoundError,
     ContentionError,
@@ -32,14 +33,15 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps
 
 _SECONDS_BETWEEN_SWEEPS: Final = 1.0
-_FAILURES_OF_A_SWEEP: Final = 5  # in a row: the store is down again
+# After so many failures in a row the store counts as down again, and the sweep ends.
+_FAILURES_OF_A_SWEEP: Final = 5
 
 
 class Fallback:
     """What a manager does where its store fails.
 
     :param beneath: the layer that charges debts to the shared buckets.
-    :param deadline: gives the deadline of a question of the manager's own that is asked now.
+    :param deadline: returns the deadline of a question that the manager itself asks now.
     :param spawn: runs steps beside the caller.
     :param monotonic: a clock of seconds.
     """
@@ -67,7 +69,7 @@ class Fallback:
         fork_safety.call_in_child(self._end_sweep)
 
     def layer(self, inner: Layer, policy: ErrorPolicy) -> Layer:
-        """Return the layer that goes by a policy where the layer below fails."""
+        """Return the layer that answers by a policy where the layer below fails."""
         local, outages = self.local, self._outages
 
         def decide(question: Question) -> Steps[Any]:
@@ -84,7 +86,7 @@ class Fallback:
                 answer = self._answer(policy, question, error)
                 course.degraded = True
             else:
-                # An answer without a round trip, as of a local decision, does not show that the store is back.
+                # An answer without a round trip, such as a local decision, does not show that the store is back.
                 if (outages.degraded or self._in_debt) and course.round_trips:
                     self._store_answers()
             return answer
@@ -92,7 +94,7 @@ class Fallback:
         return decide
 
     def _charging(self, inner: Layer, debt: Debt, question: Question) -> Steps[Any]:
-        """Ask, and charge a debt along with it."""
+        """Ask the question, and charge a debt in the same swap."""
         ((_, _, command),) = question.parts
         try:
             outcome = yield from inner(question.asking(Synchronize(debt.tokens, command, booking=True)))
@@ -106,7 +108,7 @@ class Fallback:
         return outcome.answer
 
     def _answer(self, policy: ErrorPolicy, question: Question, error: RateLimitError) -> Any:
-        """Return the answer without the store, or raise the error."""
+        """Return the answer that the policy gives, or raise the error."""
         ((target, _, command),) = question.parts
         if not command.is_decision:
             raise error
@@ -136,7 +138,7 @@ class Fallback:
         return _degraded(answer)
 
     def _store_answers(self) -> None:
-        """Begin what is to be done when the store is back."""
+        """Note that the store answers, and begin a sweep if one is due."""
         self._outages.note_answer()
         now = self._monotonic()
         with self._lock:
@@ -153,7 +155,7 @@ class Fallback:
             return
         self._sweeping = True
         try:
-            # Before the sweep and not after it: a debt that arises meanwhile sets it again.
+            # This comes before the sweep and not after it, because a debt that arises meanwhile sets it again.
             self._in_debt = False
             yield from self.charge_all()
         except RateLimitError:
@@ -169,7 +171,7 @@ class Fallback:
     def charge_all(self) -> Steps[None]:
         """Charge what was consumed of all local buckets.
 
-        :raises RateLimitError: the first, where some could not be charged; after several in a row at once.
+        :raises RateLimitError: the first error, once all debts were tried; the last one, after several in a row.
         """
         failure: RateLimitError | None = None
         in_a_row = 0
@@ -179,7 +181,8 @@ class Fallback:
             )
             try:
                 yield from self._beneath(question)
-            except (BucketNotFoundError, CorruptStateError):  # there is nothing to charge it to
+            except (BucketNotFoundError, CorruptStateError):
+                # There is no bucket to charge it to.
                 self.local.settle(debt, charged=True)
             except BaseException as error:
                 self.local.settle(debt, charged=_is_in_doubt(error))
@@ -193,18 +196,14 @@ class Fallback:
         if failure is not None:
             raise failure
 
-    def cancel_locally(self, target: Target, command: Cancel) -> None:
-        """Undo a reservation that was made in a local bucket."""
-        self.local.cancel(target, command)
-
 
 def _is_in_doubt(error: BaseException) -> bool:
-    """Return whether the store may have done what ended so; also where nobody has waited for the end."""
+    """Return whether the store may have carried out what ended with this error; so it may after an interruption."""
     return bool(getattr(error, "in_doubt", not isinstance(error, RateLimitError)))
 
 
 def _degraded(answer: Any) -> Any:
-    """Return the answer, marked as not the store's where it can be."""
+    """Return the answer, marked as not being the store's if its type has such a mark."""
     if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
         if isinstance(answer, VerboseResult) and isinstance(answer.value, ConsumptionProbe | EstimationProbe):
             answer = replace(answer, value=replace(answer.value, degraded=True))

@@ -18,14 +18,14 @@ _BYTES_OF_A_BYTE: Final = 5  # what a stored byte takes here: itself, and its pa
 class Sighting(NamedTuple):
     """What is known of a key.
 
-    :param state: the bytes that were stored; None: nothing.
-    :param bucket: the same as a state, where that is at hand.
+    :param stored: the bytes that were stored; None: nothing.
+    :param state: the state that these bytes hold, if they have been decoded.
     :param losses: swaps that were lost to others, since one was won at the first attempt.
     :param undisturbed: decisions of the store itself, since one before which another writer had come.
     """
 
-    state: bytes | None
-    bucket: State | None = None
+    stored: bytes | None
+    state: State | None = None
     losses: int = 0
     undisturbed: int = 0
 
@@ -53,15 +53,15 @@ class LastSeen:
 
     def put(self, key: bytes, sighting: Sighting) -> None:
         """Remember what was seen; a key under which nothing is stored is forgotten."""
-        values, state = self._values, sighting.state
+        values, stored = self._values, sighting.stored
         with self._lock:
             old = values.get(key)
-            if old is not None and state is not None and len(state) == len(old.state):  # type: ignore[arg-type]  # nothing is not kept
+            if old is not None and stored is not None and len(stored) == len(old.stored):  # type: ignore[arg-type]  # nothing is not kept
                 # Both weigh the same, as they usually do.
                 values[key] = sighting
                 values.move_to_end(key)
                 return
-            if state is None:
+            if stored is None:
                 self._sightings.drop(key)
             else:
                 self._sightings.put(key, sighting)
@@ -69,4 +69,4 @@ class LastSeen:
 
 
 def _weight(key: bytes, sighting: Sighting) -> int:
-    return len(key) + len(sighting.state or b"") * _BYTES_OF_A_BYTE + _OVERHEAD_BYTES
+    return len(key) + len(sighting.stored or b"") * _BYTES_OF_A_BYTE + _OVERHEAD_BYTES

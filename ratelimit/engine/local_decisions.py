@@ -7,10 +7,11 @@ of yet, in the same swap and before the command itself.
 Four rules hold it together:
 
 1. Tokens that were handed out are booked whatever the bucket holds by then, in debt if need be.
-2. They are unsynchronized, or on their way in one question: never in two, never in none. Both kinds count against what
-   may be handed out. A question that fails gives them back, also where its reply was lost: booked twice they cost
-   their user some tokens until these come back, not booked they would be admitted beyond every bound.
-3. What the store shows is taken over unless something newer has been seen meanwhile.
+2. Such tokens are either unsynchronized or on their way to the store in one question, never in two. Both kinds count
+   against what may be handed out. If the question fails, its tokens are unsynchronized again, also where its reply was
+   lost. They may then be booked twice, which costs their user some tokens until these come back; if they were not
+   booked at all, what is admitted would have no bound.
+3. The state that the store shows replaces the one that is kept, unless something newer has been seen meanwhile.
 4. A read writes nothing.
 """
 
@@ -20,7 +21,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 from weakref import ref
 
 from ratelimit.core.algorithm import State
@@ -42,11 +43,10 @@ from ratelimit.runtime import fork_safety
 from ratelimit.runtime.bounded import BoundedMap
 from ratelimit.runtime.steps import Steps
 
-T = TypeVar("T")
-
-_OVERHEAD_BYTES: Final = 1_500  # of an entry: its state, some ten small objects, and a place in the dictionary, roughly
+# An entry takes roughly this much: its state, some ten small objects, and a place in the dictionary.
+_OVERHEAD_BYTES: Final = 1_500
 ASK: Final = object()
-"""No answer: the store must be asked."""
+"""Stands for no answer: the store must be asked."""
 
 _logger = logging.getLogger("ratelimit")
 
@@ -63,14 +63,16 @@ class _Sample(NamedTuple):
 class _Entry:
     """What is known of a bucket.
 
-    :param target: that of the question that was asked last, as are the terms.
-    :param state: as the store had it, less what was handed out here since; None: the store must be asked.
-    :param seen_at: when the store had it so.
-    :param seen_consumed: what the store had counted then.
+    :param target: the target of the question that was asked last.
+    :param terms: the terms of the questions that ``state`` may answer.
+    :param state: the state that the store has shown, less what was handed out here since; None: the store must be
+        asked.
+    :param seen_at: the time of that state.
+    :param seen_consumed: the tokens that the store had counted as consumed by then.
     :param pending: tokens that were handed out here, and that the store is not known to have.
-    :param exchanges: the questions under way. A question that was interrupted leaves without an answer: it counts as
-        failed, and another question has to report its tokens.
-    :param ended: questions that were answered.
+    :param exchanges: weak references to the questions under way. A question that was interrupted disappears without an
+        answer: it counts as failed, and another question has to report its tokens.
+    :param ended: how many questions were answered.
     :param own: tokens that this manager has consumed in the store.
     :param empty_tokens: this number of tokens is not there before ``empty_until``.
     """
@@ -90,7 +92,7 @@ class _Entry:
     samples: deque[_Sample] | None = None
 
     def idle(self) -> bool:
-        """Whether nothing is lost when it is forgotten."""
+        """Return whether nothing is lost when this entry is forgotten."""
         return not (self.pending or self.under_way())
 
     def under_way(self) -> list[_Begun]:
@@ -104,7 +106,7 @@ class _Entry:
 
     @property
     def unsynchronized(self) -> int:
-        """Tokens that were handed out here, and are on no way to the store."""
+        """Tokens that were handed out here, and that no question carries to the store."""
         return self.pending - self.in_flight
 
     def saw(self, outcome: Synchronized[Any]) -> None:
@@ -114,7 +116,7 @@ class _Entry:
         self.empty_until = MIN
 
     def sample(self, most: int) -> None:
-        """Note what the store has counted, and what of it was one's own."""
+        """Note what the store has counted, and how much of it this manager has consumed."""
         sample = _Sample(self.seen_at, self.seen_consumed, self.own)
         samples = deque(self.samples or (), most)
         if samples and (sample.at < samples[-1].at or sample.consumed < samples[-1].consumed):
@@ -161,7 +163,7 @@ class LocalDecisions:
 
     :param inner: asks the store.
     :param now: gives the time for a stored key; None where the store must be asked for it.
-    :param deadline: gives the deadline of a question of the manager's own that is asked now.
+    :param deadline: returns the deadline of a question that the manager itself asks now.
     :param limit_bytes: roughly the memory that it may take.
     """
 
@@ -237,13 +239,13 @@ class LocalDecisions:
         yield from self._ask(begun, Question.of(begun.target, begun.terms, TakeSnapshot(), deadline), 0)
 
     def _decided(self, optimization: Optimization, question: Question, now: int) -> Any:
-        """Return the answer where it does not need the store, else ``ASK``. Nothing is sent, and nobody waited for."""
+        """Return the answer where it does not need the store, else ``ASK``. Nothing is sent, and nothing waits."""
         ((target, terms, command),) = question.parts
         with self._lock:
             entry = self._entries.values.get(target.stored_key)
             if entry is None or entry.state is None or entry.terms != terms:
                 return ASK
-            # The distance in both directions, because a clock may go back a little.
+            # The distance counts in both directions, because a clock may go back a little.
             if abs(now - entry.seen_at) >= optimization.max_unsynchronized_nanos:
                 return ASK
             if type(command) is TryConsume and command.tokens >= entry.empty_tokens and now < entry.empty_until:
@@ -252,11 +254,11 @@ class LocalDecisions:
             try:
                 return _decided(entry, entry.state.refilled(now), optimization, command, now)
             except ArithmeticError:
-                # The numbers are foreign. The store's own bytes are read for the error to show.
+                # The stored numbers make no sense. The store is asked, so that the error can show its bytes.
                 return ASK
 
     def _ask(self, begun: _Begun, question: Question, samples: int) -> Steps[Any]:
-        """Ask the store; tokens on their way are seen through to the end, whatever is cancelled."""
+        """Ask the store; a question that carries tokens runs to its end, even if its caller is cancelled."""
         ((_, _, command),) = question.parts
         carried, course = begun.carried, question.course
         booking = bool(carried) or not command.only_reads
@@ -298,20 +300,22 @@ class LocalDecisions:
         entry, carried = begun.entry, begun.carried
         with self._lock:
             exchanges, own = _without(entry, begun), wrap(entry.own + carried + outcome.consumed)
-            # Together, without a call at which a signal might be let in.
+            # These are set together, without a call in between, at which the handler of a signal might come in.
             entry.exchanges, entry.pending, entry.own = exchanges, entry.pending - carried, own
             # Answers may arrive in another order than the store gave them. This one is the newest if no other question
             # ended in between, or if it counts at least as many tokens as the last one seen.
             alone = entry.ended == begun.ended
             entry.ended += 1
             if begun.not_carried:
-                return  # a read, which must not put off when the tokens are booked
+                # A read must not put off when the tokens are booked.
+                return
             if entry.state is None or alone or entry.seen_consumed <= outcome.state.consumed_tokens:
                 entry.terms = begun.terms
                 entry.saw(outcome)
                 if samples:
                     entry.sample(samples)
-            elif carried:  # what was seen meanwhile has them in it already
+            elif carried:
+                # What was seen meanwhile has these tokens in it already.
                 entry.state = entry.state.given_back(carried)
                 entry.empty_until = MIN
 
@@ -341,7 +345,8 @@ class LocalDecisions:
             try:
                 yield from self._synchronized(begun, deadline)
             except RateLimitError:
-                return False  # it keeps its tokens, and the newcomer asks the store
+                # The entry keeps its tokens, and the newcomer asks the store.
+                return False
             with self._lock:
                 if not entry.idle() or entries.values.get(key) is not entry:
                     return False
@@ -363,7 +368,7 @@ def _without(entry: _Entry, ended: _Begun) -> tuple[ref[_Begun], ...]:
 
 
 def _decided(entry: _Entry, state: State, optimization: Optimization, command: Command[Any], now: int) -> Any:
-    """The answer, where the state may give it."""
+    """Return the answer where the state may give it, and keep what it changes; else ``ASK``."""
     inner: Command[Any] = command.command if isinstance(command, Verbose) else command
     if inner.only_reads:
         return command.decide(state, now)[1] if optimization.max_unsynchronized_tokens else ASK

@@ -1,4 +1,4 @@
-"""What is done about a swap whose reply was lost: see the second rule of ``swapping``."""
+"""What happens after a swap whose reply was lost: see rule 2 in the docstring of ``swapping``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def repeated(attempt: Attempt, after: State, failure: BaseException) -> Steps[Lost | None]:
-    """Swap once more, after a swap whose reply was lost.
+    """Send a swap whose reply was lost once more; return None once one of the two is known to have been carried out.
 
-    :param failure: what has come in place of the reply.
+    :param failure: the error that came in place of the reply.
     :raises StoreUnavailableError: where nobody can say whether the first swap was carried out.
     """
     question, requests = attempt.question, attempt.requests

@@ -1,14 +1,14 @@
 """The layers of a manager, listed once, and what all of them have in common.
 
-From the outside in, each of them only where there is something for it to do:
+From the outside in; a layer that has nothing to do is left out:
 
-- the terms of a key are looked up, where the limits are a callable;
-- observing: a listener is notified;
-- fallback: ``on_error`` answers where the store fails;
-- the shield, for waits in sync code;
-- local decisions: as an optimization allows;
-- coalescing: one question at a time for each bucket;
-- swapping: the store is asked. Over a store in this process, :class:`InProcess` takes the place of these two.
+- looking up finds the terms of a key, where the limits are a callable;
+- observing notifies a listener;
+- fallback answers as ``on_error`` says, where the store fails;
+- the shield keeps the tokens of an interrupted wait from being lost, in sync code;
+- local decisions answer without the store, as far as an optimization allows;
+- coalescing lets one question at a time through for each bucket;
+- swapping asks the store. Over a store in this process, :class:`InProcess` takes the place of these last two.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ratelimit.engine.outage_log import OutageLog
 from ratelimit.engine.proxy import BucketProxy, asking_in_process, asking_in_steps, asking_in_tasks
 from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
 from ratelimit.engine.shield import shielding
-from ratelimit.engine.store_requests import DEFAULT_TUNING, Tuning, now_of, requests_to
+from ratelimit.engine.store_requests import Tuning, now_of, requests_to
 from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime import fork_safety
@@ -49,15 +49,15 @@ from ratelimit.stores.protocol import AsyncStore, Store, UpdatingStore
 _logger = logging.getLogger("ratelimit")
 
 AsyncLimitsOfKey: TypeAlias = Callable[[Any], Limits | Awaitable[Limits | None] | None]
-"""Gives the limits of a key, or None for one that is not limited; in asyncio code it may be ``async``."""
+"""Returns the limits of a key, or None for a key that is not limited; in asyncio code it may be ``async``."""
 
 
 class _Layers(NamedTuple):
     """The layers for one policy and one optimization.
 
-    :param layer: the outermost.
-    :param shielded: the outermost of those for waits in sync code.
-    :param asking: makes what answers the commands about a bucket.
+    :param layer: the outermost layer.
+    :param shielded: the outermost layer for waits in sync code; in asyncio it is ``layer``.
+    :param asking: makes the function that answers the commands about a bucket.
     """
 
     layer: Layer
@@ -68,17 +68,18 @@ class _Layers(NamedTuple):
 class Pipeline:
     """What the buckets of a manager have in common.
 
-    :param clock: what time it is for buckets; None: the time of the store.
+    :param clock: the clock that buckets go by; None: the store's.
     :param on_error: the policy of buckets that have none of their own.
-    :param optimization: that of buckets that have none of their own; None: every decision asks the store.
+    :param optimization: the optimization of buckets that have none of their own; None: every decision asks the store.
     :param described: the manager, as logs name it.
     :param coalesces: whether questions that want the same bucket at the same time go together.
-    :param timeout: how long a question of the manager's own may take, in seconds.
-    :ivar own_deadline: gives the deadline of a question of the manager's own, also once it is closed.
-    :ivar begin: gives the time on the clock of deadlines for a question that begins; once closed, it raises.
+    :param timeout: how long a question that the manager itself asks may take, in seconds.
+    :ivar own_deadline: returns the deadline of a question that the manager itself asks, also after it was closed.
+    :ivar begin: returns the time at which a question begins, by the clock of deadlines; it raises once the manager is
+        closed.
     :ivar sleep: waits for a number of nanoseconds by the clock of the buckets.
     :ivar monotonic: the clock of deadlines, in seconds.
-    :ivar coalescing: lets one question at a time through; None where questions do not go together.
+    :ivar coalescing: lets one question at a time through for each bucket; None where questions do not go together.
     """
 
     def __init__(
@@ -86,21 +87,22 @@ class Pipeline:
         store: Store | AsyncStore,
         face: Face,
         *,
-        clock: Clock | None = None,
-        on_error: ErrorPolicy = OnError.RAISE,
-        listener: Listener | None = None,
-        optimization: Optimization | None = None,
-        described: str = "a manager",
-        tuning: Tuning = DEFAULT_TUNING,
-        memory_limit_bytes: int = 16 * 2**20,
-        coalesces: bool = True,
-        timeout: float = 0.5,
+        clock: Clock | None,
+        on_error: ErrorPolicy,
+        listener: Listener | None,
+        optimization: Optimization | None,
+        described: str,
+        tuning: Tuning,
+        memory_limit_bytes: int,
+        coalesces: bool,
+        timeout: float,
     ) -> None:
         self.store = store
         self.face = face
         self.listener = listener
         self.monotonic = face.monotonic
-        # Not a method: layers that referred to the pipeline would keep a dropped manager, and its connections, alive.
+        # This is not a method, because layers that referred to the pipeline would keep a dropped manager, and its
+        # connections, alive.
         self.own_deadline = partial(_own_deadline, self.monotonic, timeout)
         sleeper = MonotonicSleep() if clock is None else clock
         self.sleep: Callable[[int], Any] = sleeper.asleep if face.asynchronous else sleeper.sleep
@@ -130,7 +132,7 @@ class Pipeline:
         self.begin = self.monotonic
 
     def _decider(self, store: Any, now_of_clock: Callable[[bytes], int] | None, *, coalesces: bool) -> Layer:
-        """Return the innermost layers, and note how they are asked where there is no other layer."""
+        """Return the innermost layers as one, and set how a bucket asks them where there is no other layer."""
         if isinstance(store, UpdatingStore):
             self._in_process = InProcess(store, now_of_clock)
             if not self.face.asynchronous:
@@ -177,7 +179,8 @@ class Pipeline:
         """Return a bucket with its layers.
 
         :param limits: the configuration, or a callable that is asked for it, by the key, at every verb.
-        :param on_error: None: the policy of the pipeline; likewise the optimization.
+        :param on_error: the policy of this bucket; None: that of the pipeline.
+        :param optimization: the optimization of this bucket; None: that of the pipeline.
         """
         layers = self._layers
         if on_error is not None or optimization is not None:
@@ -208,14 +211,15 @@ class Pipeline:
     def close(self) -> None:
         """Refuse every question that begins from now on; those that are under way go on.
 
-        What a question begins with is replaced, so that none has to ask whether the manager is closed.
+        The function that every question begins with is replaced by one that raises. So no question has to check
+        whether the manager is closed.
         """
         self.begin = _closed
         if self._in_process is not None:
             self._in_process.check = _closed
 
     def settled(self) -> Steps[None]:
-        """Report to the store all that was handed out without asking it."""
+        """Report to the store all tokens that were handed out without asking it."""
         fork_safety.check()
         try:
             yield from self.local_decisions.sync_all()
@@ -260,7 +264,7 @@ def looking_up(
         terms = Terms(configuration_of(found), version, inheritance)
         deadline = question.deadline
         if deadline is not None:
-            # The time that the lookup takes is the caller's own.
+            # The lookup is the caller's own code, so that its time does not count.
             deadline += monotonic() - begun
         return (yield from inner(question._replace(parts=(Part(target, terms, command),), deadline=deadline)))
 
@@ -273,7 +277,8 @@ def _own_deadline(monotonic: Callable[[], float], timeout: float, seconds: float
 
 
 def _closed() -> float:
-    # Not a StoreError, which ``on_error`` would turn into an answer: the program is wrong, not the store.
+    # This is not a StoreError, because ``on_error`` would turn that into an answer. The program is wrong, not the
+    # store.
     raise RateLimitError(
         "the manager is closed, and so are its buckets; make another manager, or close this one after its last call"
     )

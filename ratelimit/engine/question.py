@@ -1,4 +1,4 @@
-"""What is asked, as one value: every layer takes a question, and gives the steps to its answer.
+"""What is asked, as one value: every layer takes a question, and returns the steps to its answer.
 
 A question never changes. A layer that asks something else of the layer below makes another one, with
 :meth:`Question.asking`. What happens on the way is noted in its :class:`Course`, which belongs to one call of a verb.
@@ -22,8 +22,9 @@ from ratelimit.runtime.steps import Steps
 class Target:
     """Where a bucket is, and what this process knows of its making.
 
-    :param key: as the caller gave it, for errors.
-    :param stored_key: as the store has it.
+    :param key: the key as the caller gave it, which errors name.
+    :param stored_key: the key as the store has it, with the prefix.
+    :param expiration: when the store forgets the bucket.
     :param must_exist_once_made: whether a bucket that is missing after this handle has made it is an error.
     :ivar made: whether this handle has made the bucket, or replaced its configuration.
     """
@@ -38,7 +39,8 @@ class Target:
 class Part(NamedTuple):
     """What is asked of one bucket.
 
-    :param terms: what the bucket is made from where it is missing, and replaced by where its version is lower.
+    :param terms: the limits that the bucket is made with where it is missing, and that replace its own where its
+        version is lower.
     """
 
     target: Target
@@ -52,11 +54,11 @@ class Course:
     :ivar interruption: the cancellation that is held back, or the exception that has cut a wait short.
     :ivar round_trips: how often the store was asked.
     :ivar carried: whether another call's question carries the command.
-    :ivar failure: the error of the store in whose place ``on_error`` has given the answer, or has raised.
-    :ivar degraded: whether the answer is that of ``on_error``.
+    :ivar failure: the error of the store for which ``on_error`` was asked, whether it has answered or raised.
+    :ivar degraded: whether ``on_error`` has given the answer, and not the store.
     :ivar charged: whether tokens of the answer were taken from a bucket, and can be given back.
     :ivar local_answer: the answer of a local bucket that has decided in place of the store.
-    :ivar shield: refers to the ``Shield`` that keeps the tokens of a wait in sync code; None: there is none.
+    :ivar shield: a weak reference to the ``Shield`` that keeps the tokens of a wait in sync code; or None.
     """
 
     # The class holds the defaults, because each decision makes an object, and most of them set nothing but round_trips.
@@ -73,11 +75,11 @@ class Course:
 class Question(NamedTuple):
     """What is asked of the store.
 
-    :param parts: one for each bucket.
+    :param parts: one for each bucket; as yet a question is about one bucket only.
     :param deadline: by when the answer must be there, in seconds of ``runtime.clock.monotonic``; None: as long as the
         store itself waits.
-    :param holds: whether cancellation is held back: a request that is in flight is seen through, so that its outcome is
-        known, and the cancellation is left in the course.
+    :param holds: whether a cancellation has to wait until a request that is in flight has ended, so that its outcome is
+        known; the cancellation is then found in the course.
     """
 
     parts: tuple[Part, ...]
@@ -100,16 +102,16 @@ class Question(NamedTuple):
         return cls((Part(target, terms, command),), deadline, holds, Course() if course is None else course)
 
     def asking(self, command: Command[Any]) -> Question:
-        """Return the question whether another command can be carried out on the same bucket, on the same course."""
+        """Return this question with another command: the bucket, the deadline and the course stay."""
         (part,) = self.parts
         return self._replace(parts=(part._replace(command=command),))
 
 
 Layer: TypeAlias = Callable[[Question], Steps[Any]]
-"""Gives the steps to the answer of a question."""
+"""Takes a question, and returns the steps to its answer."""
 
 new_tuple: Final = tuple.__new__
-"""Makes a named tuple without the Python function that would only name its fields: for what every decision makes."""
+"""Makes a named tuple from its class and a tuple, faster than the class itself: for what every decision makes."""
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The layer that decides by compare-and-swap, in the only loop that does.
 
 It computes from what the manager remembers, swaps, and computes again from the winner's bytes whenever another writer
-got there first. Where that happens twice, the store is asked to decide by itself, if it can; and it is asked at once
-for as long as others are seen to write the bucket in between. Thus no decision takes more than three round trips: one
-read or swap, one more swap, and then the store's own decision or, if the reply to that swap was lost, its repetition.
+got there first. After two losses the store is asked to decide by itself, if it can. It is then asked at once for every
+decision about this bucket, until no other process has written it for a while. So, with a store that can decide, no
+decision takes more than three round trips: one read or swap, one more swap, and then the store's own decision or, if
+the reply to that swap was lost, its repetition.
 
 The loop is about contention; the one failure that it repairs is a reply that was lost. Four rules hold it together:
 
@@ -12,10 +13,10 @@ The loop is about contention; the one failure that it repairs is a reply that wa
 2. A swap whose reply was lost is sent again as it was. If it finds its own bytes in place it has succeeded, provided
    that no other writer can have written the same bytes: they must hold this decision's own reading of a clock that no
    other writer reads alike. Otherwise nobody can say whether the swap was carried out, and the error says that it is in
-   doubt. There is no such reading where tokens come by whole periods, where the clock is coarse, and where it is behind
-   the last refill, since then time leaves no trace in the bytes.
-3. A decision of the store whose reply was lost is not asked for again, because it could not be told from a second one.
-   The error says that it is in doubt.
+   doubt. The bytes hold no such reading where tokens come back by whole periods, where the clock is coarse, or where it
+   is behind the last refill.
+3. A decision of the store whose reply was lost is not asked for again: nothing shows whether it was carried out, and a
+   second one would consume the tokens twice. The error says that it is in doubt.
 4. Where a store cannot decide, a pause between attempts is followed by a fresh read. A client that swaps from bytes
    older than its pause loses to those that did not pause, again and again.
 """
@@ -49,7 +50,7 @@ class Swapping:
                     if answer is not NOT_DECIDED:
                         return answer
                 after, answer = attempt.compute()
-                # No state to store: the command only reads, or is refused.
+                # There is no state to store where the command only reads, or is refused.
                 if after is None:
                     if attempt.is_fresh:
                         return attempt.remembered(answer)

@@ -173,7 +173,7 @@ class Scene:
         return [command for command in self.monitor.sent() if command not in FOREIGN_COMMANDS]
 
     def remembered(self, key: str = "key") -> bytes | None:
-        return pipeline_of(self.manager).last_seen.get(key.encode(), NOTHING_SEEN).state
+        return pipeline_of(self.manager).last_seen.get(key.encode(), NOTHING_SEEN).stored
 
     async def try_consume(self, tokens: int = 1) -> bool:
         return bool(await settled(self.manager.try_consume("key", tokens)))

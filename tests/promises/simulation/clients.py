@@ -20,6 +20,7 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
 from ratelimit.engine.face import Face
+from ratelimit.engine.on_error import OnError
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.pipeline import Pipeline
 from ratelimit.engine.proxy import BucketProxy
@@ -122,6 +123,11 @@ class Process:
             self._witnessed,
             store,
             face,
+            clock=None,
+            on_error=OnError.RAISE,
+            listener=None,
+            described="a client of the simulation",
+            coalesces=False,
             optimization=settings.optimization,
             tuning=tuning()._replace(most_attempts=settings.attempts),
             memory_limit_bytes=settings.memory,

@@ -152,10 +152,10 @@ def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
         def admit(question: Question) -> Steps[Any]:
             ((target, terms, command),) = question.parts
             seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
-            if seen.bucket is not None and isinstance(command, TryConsume):
-                after, answer = execute(command, terms, seen.bucket, now)
+            if seen.state is not None and isinstance(command, TryConsume):
+                after, answer = execute(command, terms, seen.state, now)
                 if answer:
-                    requests.remember(target.stored_key, Sighting(seen.state, after))
+                    requests.remember(target.stored_key, Sighting(seen.stored, after))
                     return answer
             return (yield from decide(question))
 
