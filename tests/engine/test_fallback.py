@@ -19,8 +19,6 @@ from ratelimit import (
     InvalidConfigurationError,
     OnError,
     ProxyManager,
-    StoreError,
-    StoreTimeoutError,
     StoreUnavailableError,
     UnsupportedStateError,
 )
@@ -28,7 +26,8 @@ from ratelimit.core.numbers import MAX
 from ratelimit.errors import RateLimitError
 from ratelimit.keys import Key
 from ratelimit.stores.protocol import Lost
-from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, ScriptedStore
+from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock
+from tests.engine.unreliable import DOWN, IN_DOUBT, Unreliable
 from tests.support.both_faces import Settled, for_asyncio, settled
 from tests.support.inside import pipeline_of
 from tests.support.servers import wait_until
@@ -36,32 +35,6 @@ from tests.support.servers import wait_until
 NOW = 1_700_000_000 * 10**9
 LIMITS = "8/hour"
 SECOND = 10**9
-
-
-class Unreliable(ScriptedStore):
-    """A store that fails while it is down; counts what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down: StoreError | None = None
-        self.asked = 0
-
-    def get(self, key: Key) -> bytes | None:
-        self._fail()
-        return super().get(key)
-
-    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        self._fail()
-        return super().swap(key, before, after, ttl_millis)
-
-    def _fail(self) -> None:
-        self.asked += 1
-        if self.down is not None:
-            raise type(self.down)(self.down.key, self.down.message, self.down.in_doubt)
-
-
-DOWN = StoreUnavailableError(b"", "the store is down")
-IN_DOUBT = StoreTimeoutError(b"", "the store is silent", in_doubt=True)
 
 Make = Callable[..., Settled]
 

@@ -1,4 +1,4 @@
-"""A second algorithm where replies are lost and the store fails: nothing is charged twice, and what is told is true."""
+"""A second algorithm where replies are lost and the store fails: nothing is charged twice, and every answer is true."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from ratelimit import (
     EstimationProbe,
     OnError,
     ProxyManager,
-    StoreError,
-    StoreTimeoutError,
     StoreUnavailableError,
 )
 from ratelimit.core.algorithm import encode
@@ -24,9 +22,9 @@ from ratelimit.core.commands import Terms
 from ratelimit.core.numbers import MAX
 from ratelimit.engine.observing import Decision
 from ratelimit.keys import Key
-from ratelimit.stores.protocol import Lost
-from ratelimit.testing import ManualClock, ScriptedStore
+from ratelimit.testing import ManualClock
 from tests.engine.conftest import NOW, SECOND, Make
+from tests.engine.unreliable import DOWN, IN_DOUBT, Unreliable
 from tests.support.both_faces import Settled, closing, settled
 from tests.support.fixed_window import FixedWindow
 from tests.support.inside import pipeline_of
@@ -37,32 +35,6 @@ from tests.support.servers import wait_until
 LIMITS = FixedWindow(8, 3600 * SECOND)
 UNTIL_FULL = 2800 * SECOND
 """How long the window of ``NOW`` goes on."""
-
-
-class Unreliable(ScriptedStore):
-    """A store that fails while it is down."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down: StoreError | None = None
-        self.asked = 0
-
-    def get(self, key: Key) -> bytes | None:
-        self._fail()
-        return super().get(key)
-
-    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        self._fail()
-        return super().swap(key, before, after, ttl_millis)
-
-    def _fail(self) -> None:
-        self.asked += 1
-        if self.down is not None:
-            raise type(self.down)(self.down.key, self.down.message, self.down.in_doubt)
-
-
-DOWN = StoreUnavailableError(b"", "the store is down")
-IN_DOUBT = StoreTimeoutError(b"", "the store is silent", in_doubt=True)
 
 
 @pytest.fixture
