@@ -50,7 +50,7 @@ class Swapping:
                     if answer is not NOT_DECIDED:
                         return answer
                 after, answer = attempt.compute()
-                # There is no state to store where the command only reads, or is refused.
+                # A command that only reads, or that is refused, stores nothing.
                 if after is None:
                     if attempt.is_fresh:
                         return attempt.remembered(answer)

@@ -95,8 +95,8 @@ def client_ip(
     By default that is the peer, and headers, which anybody can send, are not looked at. Behind proxies say which are
     yours, in one of two ways. Where they list something that is not an address, or too little, the peer counts.
 
-    IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. A peer that is not an address counts as
-    the text that it is; without a peer, as on a Unix socket, there is no key.
+    IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. If the peer is not an
+    address, its text is the key. A request over a Unix socket has no peer, and so it has no key.
 
     :param trusted_proxies: addresses and networks of your proxies: ``["10.0.0.0/8", "2001:db8::1"]``. As long as the
         peer is one of them, the header is read from the right to the first address that is not; where all are, the
