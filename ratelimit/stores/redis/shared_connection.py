@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import weakref
 from asyncio import AbstractEventLoop, Future, StreamWriter
 from collections import deque
@@ -64,6 +65,7 @@ class SharedConnection:
         self._longest_connecting = longest_connecting
         self.circuit = Circuit(None) if circuit is None else circuit
         self._links: dict[AbstractEventLoop, _Link] = {}
+        self._process_id = os.getpid()
         fork_safety.call_in_child(self._forget)
 
     def _forget(self) -> None:
@@ -71,8 +73,23 @@ class SharedConnection:
 
         A connection of the parent is left as it is, because closing it would remove it from the parent's loop.
         """
+        self._process_id = os.getpid()
         fork_safety.leave(self._links)
         self._links = {}
+
+    def __del__(self) -> None:
+        """Let each connection end in its own loop, which would keep it until a timeout has passed."""
+        try:
+            if self._process_id != os.getpid():
+                # This process was forked unnoticed, and the connections are its parent's.
+                fork_safety.leave(self._links)
+                return
+            for link in self._links.values():
+                # Where the loop is closed, so is the connection.
+                with contextlib.suppress(RuntimeError):
+                    link.loop.call_soon_threadsafe(link.retire)
+        except Exception:  # noqa: BLE001, S110  # modules may be gone when the interpreter ends
+            pass
 
     def send(
         self, key: bytes, commands: Sequence[Command], deadline: float | None = None, *, admitted: bool = False
@@ -168,7 +185,7 @@ class _Link:
         self.retired: list[_Link] = (
             [] if before is None else [link for link in (*before.retired, before) if not link.ended]
         )
-        self._loop = loop
+        self.loop = loop
         self._circuit = circuit
         self._timeout: float = connection.socket_timeout or math.inf
         # How long a waiter that comes now may wait.
@@ -205,7 +222,7 @@ class _Link:
                 cast("Coroutine[Any, Any, None]", task.get_coro()).close()
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float, now: float) -> Future[Replies]:
-        loop = self._loop
+        loop = self.loop
         packed = pack(commands)
         if not self._unsent and self._transport is not None:
             loop.call_soon(self._flush)
@@ -227,7 +244,7 @@ class _Link:
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
-        self._timer = None if due == math.inf else self._loop.call_later(due - now, self._on_deadline)
+        self._timer = None if due == math.inf else self.loop.call_later(due - now, self._on_deadline)
 
     def _flush(self) -> None:
         if self._transport is not None and self._unsent:
@@ -244,7 +261,7 @@ class _Link:
             await self._take_over(connection)
         except Exception as error:  # noqa: BLE001  # a credential provider may raise anything
             # A loop that was closed has forgotten its tasks, and nobody waits any more.
-            if not self._loop.is_closed():
+            if not self.loop.is_closed():
                 self.end(error)
         except asyncio.CancelledError:
             self._closed_here = True
@@ -388,19 +405,19 @@ class _Link:
     def retire(self) -> None:
         """Take no more commands, and close the connection after the last reply that somebody waits for."""
         self.usable = False
-        if self._loop is not asyncio.get_running_loop() or all(waiter.future.done() for waiter in self._waiters):
+        if self.loop is not asyncio.get_running_loop() or all(waiter.future.done() for waiter in self._waiters):
             self.close()
 
     def close(self) -> None:
         """Close the connection, which may belong to a loop other than the running one."""
         error = exceptions.ConnectionError(_CLOSED_HERE)
         self._closed_here = True
-        if self._loop is asyncio.get_running_loop():
+        if self.loop is asyncio.get_running_loop():
             self.end(error)
         else:
             # Where that loop is closed, so is the connection.
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self.end, error)
+                self.loop.call_soon_threadsafe(self.end, error)
 
     def end(self, error: Exception) -> None:
         """Give the connection up, and fail all waiters."""
