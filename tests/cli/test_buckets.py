@@ -16,7 +16,7 @@ from ratelimit.cli.buckets import duration
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BandwidthState, BucketState
 from tests.support import servers
-from tests.support.command_line import NOBODY, answer, complaint, run, start
+from tests.support.command_line import NOBODY, answer, call, complaint, run, start
 
 EVERY_COMMAND = [
     pytest.param(("try", "--limit", "10/minute"), id="try"),
@@ -53,35 +53,35 @@ class TestTry:
     def test_admits_until_the_bucket_is_empty(self) -> None:
         command = ("try", "user:42", "--limit", "2/hour")
         half, whole = r"(30 min|29 min \d+ s)", r"(1 h|59 min \d+ s)"
-        assert re.fullmatch(f"admitted, 1 left, full after {half}", answer(run(*command), 0))
-        assert re.fullmatch(f"admitted, 0 left, full after {whole}", answer(run(*command), 0))
-        assert re.fullmatch(f"refused, 0 left, retry after {half}, full after {whole}", answer(run(*command), 1))
+        assert re.fullmatch(f"admitted, 1 left, full after {half}", answer(call(*command), 0))
+        assert re.fullmatch(f"admitted, 0 left, full after {whole}", answer(call(*command), 0))
+        assert re.fullmatch(f"refused, 0 left, retry after {half}, full after {whole}", answer(call(*command), 1))
 
     def test_tokens(self) -> None:
         command = ("try", "key", "--limit", "5/day", "--tokens")
-        assert "2 left" in answer(run(*command, "3"), 0)
-        assert "2 left" in answer(run(*command, "3"), 1)
-        assert "retry never: the bucket cannot hold so many" in answer(run(*command, "6"), 1)
+        assert "2 left" in answer(call(*command, "3"), 0)
+        assert "2 left" in answer(call(*command, "3"), 1)
+        assert "retry never: the bucket cannot hold so many" in answer(call(*command, "6"), 1)
 
     def test_json(self) -> None:
         command = ("try", "key", "--limit", "2/hour", "--json", "--tokens")
-        admitted = json.loads(answer(run(*command, "2"), 0))
+        admitted = json.loads(answer(call(*command, "2"), 0))
         assert 3_599 < admitted.pop("full_after") <= 3_600
         expected = {"key": "key", "admitted": True, "tokens": 2, "remaining": 0, "retry_after": 0, "limits": "2/hour"}
         assert admitted == expected
-        refused = json.loads(answer(run(*command, "1"), 1))
+        refused = json.loads(answer(call(*command, "1"), 1))
         assert refused["admitted"] is False
         assert 1_790 < refused["retry_after"] <= 1_800
-        assert json.loads(answer(run(*command, "3"), 1))["retry_after"] is None
+        assert json.loads(answer(call(*command, "3"), 1))["retry_after"] is None
 
     def test_waits_for_the_tokens(self) -> None:
         command = ("try", "key", "--limit", "20/second burst 1", "--wait")
-        assert re.match(r"admitted after 0[.]\d+ s, \d left", answer(run(*command), 0))
-        assert json.loads(answer(run(*command, "--json", "--tokens", "10"), 0))["waited"] > 0.3
+        assert re.match(r"admitted after 0[.]\d+ s, \d left", answer(call(*command), 0))
+        assert json.loads(answer(call(*command, "--json", "--tokens", "10"), 0))["waited"] > 0.3
 
     def test_refuses_at_once_what_takes_longer_than_the_wait(self, manager: ProxyManager) -> None:
         manager.try_consume("key", 5)
-        told = answer(run("try", "key", "--limit", "5/hour", "--wait=10"), 1)
+        told = answer(call("try", "key", "--limit", "5/hour", "--wait=10"), 1)
         assert re.fullmatch(r"refused after 0[.]\d+ s, 0 left, retry after 1\d min.*", told)
         assert manager.available_tokens("key") == 0
 
@@ -98,7 +98,7 @@ class TestTry:
 
     def test_says_when_the_bucket_has_other_limits(self, manager: ProxyManager) -> None:
         manager.try_consume("key")
-        command = run("try", "key", "--limit", "100/hour")
+        command = call("try", "key", "--limit", "100/hour")
         assert command.returncode == 0
         assert command.stdout.startswith("admitted, 3 left")
         assert command.stderr == "the bucket keeps the limits it was made with: 5/hour\n"
@@ -114,11 +114,11 @@ class TestTry:
     def test_what_cannot_be_is_told_in_a_line(
         self, client: redis.Redis, arguments: tuple[str, ...], fault: str
     ) -> None:
-        assert fault in complaint(run("try", "key", *arguments))
+        assert fault in complaint(call("try", "key", *arguments))
         assert client.dbsize() == 0
 
     def test_limits_that_cannot_be_are_shown_with_the_place_that_is_wrong(self, client: redis.Redis) -> None:
-        command = run("try", "key", "--limit", "1/s; 10/fortnight")
+        command = call("try", "key", "--limit", "1/s; 10/fortnight")
         assert (command.stdout, command.returncode) == ("", 2)
         said, limits, marks = command.stderr.splitlines()
         assert said.startswith("ratelimit: --limit: unknown unit of time 'fortnight'")
@@ -141,11 +141,11 @@ class TestInspect:
             r"consumed  3 so far",
             rf"stored    {client.strlen('user:42')} bytes, expires in 4\d min.*",
         ]
-        assert re.fullmatch("\n".join(lines), answer(run("inspect", "user:42"), 0))
+        assert re.fullmatch("\n".join(lines), answer(call("inspect", "user:42"), 0))
 
     def test_json(self, manager: ProxyManager, client: redis.Redis) -> None:
         manager.bucket("key", "5/hour; 100/day burst 20 id daily").try_consume(3)
-        shown = json.loads(answer(run("inspect", "key", "--json"), 0))
+        shown = json.loads(answer(call("inspect", "key", "--json"), 0))
         first, second = shown.pop("bandwidths")
         assert 0 < shown.pop("ttl") <= 43.2 * 60 + 10
         assert shown == {
@@ -166,40 +166,42 @@ class TestInspect:
     def test_changes_nothing(self, manager: ProxyManager, client: redis.Redis) -> None:
         manager.try_consume("key")
         state, ttl = client.get("key"), client.pttl("key")
-        answer(run("inspect", "key"), 0)
+        answer(call("inspect", "key"), 0)
         assert client.get("key") == state
         assert client.pttl("key") < ttl
 
     def test_a_bucket_in_debt(self, manager: ProxyManager) -> None:
         manager.bucket("key").consume_ignoring_rate_limits(8)
-        assert re.search(r"tokens    -3 of 5, next in 4\d min.*, full in 1 h 3\d min", answer(run("inspect", "key"), 0))
-        (level,) = json.loads(answer(run("inspect", "key", "--json"), 0))["bandwidths"]
+        assert re.search(
+            r"tokens    -3 of 5, next in 4\d min.*, full in 1 h 3\d min", answer(call("inspect", "key"), 0)
+        )
+        (level,) = json.loads(answer(call("inspect", "key", "--json"), 0))["bandwidths"]
         assert level["tokens"] == -3
         assert 2_870 < level["next_token_after"] <= 2_880
 
     def test_a_full_bucket(self, manager: ProxyManager) -> None:
         manager.bucket("key").force_add_tokens(2)
-        assert "tokens    7 of 5\n" in answer(run("inspect", "key"), 0)
-        (level,) = json.loads(answer(run("inspect", "key", "--json"), 0))["bandwidths"]
+        assert "tokens    7 of 5\n" in answer(call("inspect", "key"), 0)
+        (level,) = json.loads(answer(call("inspect", "key", "--json"), 0))["bandwidths"]
         assert (level["next_token_after"], level["full_after"]) == (None, 0)
 
     def test_a_version_and_no_expiry(self, manager: ProxyManager) -> None:
         manager.bucket("key", configuration_version=7, expiration=Expiration.none()).try_consume()
-        told = answer(run("inspect", "key"), 0)
+        told = answer(call("inspect", "key"), 0)
         assert "\nversion   7\n" in told
         assert told.endswith(" bytes, does not expire")
-        shown = json.loads(answer(run("inspect", "key", "--json"), 0))
+        shown = json.loads(answer(call("inspect", "key", "--json"), 0))
         assert (shown["version"], shown["ttl"]) == (7, None)
 
     def test_a_key_that_is_missing(self) -> None:
-        assert answer(run("inspect", "key"), 1) == "no bucket under the key 'key'"
-        assert json.loads(answer(run("inspect", "key", "--json"), 1)) == {"key": "key", "found": False}
+        assert answer(call("inspect", "key"), 1) == "no bucket under the key 'key'"
+        assert json.loads(answer(call("inspect", "key", "--json"), 1)) == {"key": "key", "found": False}
 
     def test_limits_that_no_configuration_has(self, client: redis.Redis) -> None:
         bandwidth = Bandwidth.unchecked(5, 5, 0, 5, False, None, False, None)
         state = BucketState(BucketConfiguration(bandwidth), None, 0, (BandwidthState(0, 0, 0),))
         client.set("key", codec.encode(state))
-        assert "'key' cannot be read as a bucket" in complaint(run("inspect", "key"))
+        assert "'key' cannot be read as a bucket" in complaint(call("inspect", "key"))
 
 
 @pytest.mark.redis
@@ -208,19 +210,19 @@ class TestResetAndRemove:
     def test_reset_fills_the_bucket_by_its_own_limits(self, manager: ProxyManager) -> None:
         bucket = manager.bucket("key", "100/day burst 20", configuration_version=3)
         bucket.consume_ignoring_rate_limits(50)
-        assert answer(run("reset", "key"), 0) == "the bucket 'key' is full: 100/day burst 20"
+        assert answer(call("reset", "key"), 0) == "the bucket 'key' is full: 100/day burst 20"
         snapshot = bucket.snapshot()
         assert (snapshot.available_tokens, snapshot.configuration_version) == (20, 3)
 
     def test_remove_forgets_the_bucket(self, manager: ProxyManager, client: redis.Redis) -> None:
         manager.try_consume("key", 5)
         manager.try_consume("other")
-        assert answer(run("remove", "key"), 0) == "the bucket 'key' is removed"
+        assert answer(call("remove", "key"), 0) == "the bucket 'key' is removed"
         assert client.keys() == [b"other"]
 
     @pytest.mark.parametrize("command", ["reset", "remove"])
     def test_without_a_bucket(self, client: redis.Redis, command: str) -> None:
-        assert answer(run(command, "key"), 1) == "no bucket under the key 'key'"
+        assert answer(call(command, "key"), 1) == "no bucket under the key 'key'"
         assert client.dbsize() == 0
 
 
@@ -230,13 +232,13 @@ class TestKeys:
     @pytest.mark.parametrize("command", EVERY_COMMAND)
     def test_foreign_bytes_are_left_alone(self, client: redis.Redis, command: tuple[str, ...]) -> None:
         client.set("key", b"\0\0\0\1 something else")
-        assert "the value under the key 'key' cannot be read as a bucket: " in complaint(run(*command, "key"))
+        assert "the value under the key 'key' cannot be read as a bucket: " in complaint(call(*command, "key"))
         assert client.get("key") == b"\0\0\0\1 something else"
 
     @pytest.mark.parametrize("command", EVERY_COMMAND)
     def test_a_value_of_another_type_is_left_alone(self, client: redis.Redis, command: tuple[str, ...]) -> None:
         client.rpush("key", "a list")
-        line = complaint(run(*command, "key"))
+        line = complaint(call(*command, "key"))
         assert "WRONGTYPE" in line
         assert "for the key 'key'" in line
         assert client.lrange("key", 0, -1) == [b"a list"]
@@ -244,67 +246,67 @@ class TestKeys:
     def test_a_prefix(self, manager: ProxyManager, redis_url: str, client: redis.Redis) -> None:
         with ProxyManager.from_url(redis_url, "5/hour", prefix="app:") as prefixed:
             prefixed.try_consume("key", 4)
-        assert "0 left" in answer(run("try", "key", "--limit", "5/hour", "--prefix", "app:"), 0)
-        assert "tokens    0 of 5" in answer(run("inspect", "key", "--prefix", "app:"), 0)
-        assert answer(run("inspect", "key"), 1) == "no bucket under the key 'key'"
-        assert answer(run("reset", "key", "--prefix", "app:"), 0)
-        assert answer(run("remove", "key", "--prefix", "app:"), 0)
+        assert "0 left" in answer(call("try", "key", "--limit", "5/hour", "--prefix", "app:"), 0)
+        assert "tokens    0 of 5" in answer(call("inspect", "key", "--prefix", "app:"), 0)
+        assert answer(call("inspect", "key"), 1) == "no bucket under the key 'key'"
+        assert answer(call("reset", "key", "--prefix", "app:"), 0)
+        assert answer(call("remove", "key", "--prefix", "app:"), 0)
         assert client.dbsize() == 0
 
     def test_text_is_stored_as_utf_8(self, client: redis.Redis) -> None:
-        answer(run("try", "ключ", "--limit", "1/hour"), 0)
+        answer(call("try", "ключ", "--limit", "1/hour"), 0)
         assert client.keys() == ["ключ".encode()]
         assert "'ключ'" in answer(run("inspect", "ключ", PYTHONIOENCODING="utf-8"), 0)
         assert r"'\u043a\u043b\u044e\u0447'" in answer(run("inspect", "ключ", PYTHONIOENCODING="ascii"), 0)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="arguments are text there")
     def test_bytes_that_are_no_text_are_kept_and_shown_escaped(self, client: redis.Redis) -> None:
-        answer(run("try", b"\xffkey", "--limit", "1/hour"), 0)
+        answer(call("try", b"\xffkey", "--limit", "1/hour"), 0)
         assert client.keys() == [b"\xffkey"]
-        assert r"b'\xffkey'" in answer(run("inspect", b"\xffkey"), 0)
-        assert json.loads(answer(run("inspect", b"\xffkey", "--json"), 0))["key"] == r"\xffkey"
+        assert r"b'\xffkey'" in answer(call("inspect", b"\xffkey"), 0)
+        assert json.loads(answer(call("inspect", b"\xffkey", "--json"), 0))["key"] == r"\xffkey"
 
     def test_control_characters_do_not_reach_the_terminal(self) -> None:
-        assert answer(run("inspect", "a\n\x1b[2Jb"), 1) == r"no bucket under the key 'a\n\x1b[2Jb'"
+        assert answer(call("inspect", "a\n\x1b[2Jb"), 1) == r"no bucket under the key 'a\n\x1b[2Jb'"
 
 
 class TestStore:
     @pytest.mark.parametrize("command", EVERY_COMMAND)
     def test_no_server(self, command: tuple[str, ...]) -> None:
-        line = complaint(run(*command, "key", "--url", NOBODY))
+        line = complaint(call(*command, "key", "--url", NOBODY))
         assert re.match(r"Redis cannot be reached \(.*\), for the key 'key'", line)
         assert "secret" not in line
 
     @pytest.mark.parametrize("url", ["http://user:secret@host", "redis://:secret@host:port", "redis://host?x=1", ""])
     def test_a_wrong_url(self, url: str) -> None:
-        line = complaint(run("inspect", "key", f"--url={url}"))
+        line = complaint(call("inspect", "key", f"--url={url}"))
         assert "is not valid" in line
         assert "secret" not in line
 
     @pytest.mark.redis
     def test_a_wrong_password(self, server_binary: servers.ServerBinary) -> None:
         with servers.RedisServer.start(server_binary, "--requirepass", "right") as server:
-            line = complaint(run("inspect", "key", "--url", f"redis://:secret@{server.host}:{server.port}"))
+            line = complaint(call("inspect", "key", "--url", f"redis://:secret@{server.host}:{server.port}"))
         assert "password" in line
         assert "secret" not in line
 
     @pytest.mark.redis
     def test_the_url_given_wins_over_the_environment(self, redis_url: str) -> None:
-        assert answer(run("inspect", "key", "--url", redis_url, RATELIMIT_URL=NOBODY), 1)
-        assert "cannot be reached" in complaint(run("inspect", "key", RATELIMIT_URL=NOBODY))
+        assert answer(call("inspect", "key", "--url", redis_url, RATELIMIT_URL=NOBODY), 1)
+        assert "cannot be reached" in complaint(call("inspect", "key", RATELIMIT_URL=NOBODY))
 
     def test_memory(self) -> None:
-        assert "9 left" in answer(run("try", "key", "--limit", "10/minute", "--url", "memory://"), 0)
+        assert "9 left" in answer(call("try", "key", "--limit", "10/minute", "--url", "memory://"), 0)
 
     @pytest.mark.redis
     def test_a_cluster(self, server_binary: servers.ServerBinary) -> None:
         with servers.cluster(server_binary) as cluster:
             for key in ("a", "b", "c"):
                 arguments = (key, "--url", cluster.url)
-                assert "admitted, 4 left" in answer(run("try", *arguments, "--limit", "5/hour"), 0)
-                assert re.search(r"expires in 1\d min", answer(run("inspect", *arguments), 0))
-                assert answer(run("remove", *arguments), 0)
-                assert answer(run("inspect", *arguments), 1)
+                assert "admitted, 4 left" in answer(call("try", *arguments, "--limit", "5/hour"), 0)
+                assert re.search(r"expires in 1\d min", answer(call("inspect", *arguments), 0))
+                assert answer(call("remove", *arguments), 0)
+                assert answer(call("inspect", *arguments), 1)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
-"""The command line, run in a process of its own, and what it prints."""
+"""The command line, called here or run in a process of its own, and what it prints."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
+
+from ratelimit.cli import main
 
 COMMAND = [sys.executable, "-m", "ratelimit.cli"]
 NOBODY = "redis://:secret@127.0.0.1:1/0"
@@ -14,7 +19,20 @@ NOBODY = "redis://:secret@127.0.0.1:1/0"
 Answer = subprocess.CompletedProcess[str]
 
 
+def call(*arguments: str | bytes, **variables: str) -> Answer:
+    """Run a command in this process, which takes a hundredth of the time of starting one."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with mock.patch.dict(os.environ, variables), redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            status: int | str | None = main([os.fsdecode(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+    assert isinstance(status, int)
+    return Answer(arguments, status, stdout.getvalue(), stderr.getvalue())
+
+
 def run(*arguments: str | bytes, **variables: str) -> Answer:
+    """Run a command in a process of its own."""
     environment = {**os.environ, **variables}
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, encoding="utf-8", env=environment, timeout=60, check=False
