@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import email
+import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import venv
 import zipfile
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -31,13 +35,19 @@ for name in {names!r}:
 """
 
 
+def build(directory: Path, **variables: str) -> None:
+    """Build an sdist, and a wheel from it."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(ROOT)]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an sdist, and a wheel that was built from it."""
     directory = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    build(directory)
     return directory
 
 
@@ -76,6 +86,48 @@ def install(python: Path, wheel: Path) -> None:
         str(wheel),
     ]
     subprocess.run(command, check=True)
+
+
+REPOSITORY = "https://code.example/owner/name"
+
+
+def shown_by_an_index(wheel: Path) -> Message:
+    """Return the metadata of a wheel, which a package index shows."""
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = [name for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(opened.read(name))
+
+
+def targets(description: str) -> list[str]:
+    """Return the targets of all links and pictures of a page, but for those within the page."""
+    return re.findall(r"\]\((?!#)([^)]+)\)", description)
+
+
+def test_a_release_lists_its_urls_and_all_its_links_lead_to_files_of_the_repository(tmp_path: Path) -> None:
+    build(tmp_path, RATELIMIT_REPOSITORY_URL=REPOSITORY)
+    shown = shown_by_an_index(only(tmp_path, "*.whl"))
+    urls = dict(url.split(", ", 1) for url in shown.get_all("Project-URL", []))
+    assert {"Repository", "Documentation", "Changelog"} <= urls.keys()
+    description = shown.get_payload()
+    assert isinstance(description, str)
+    assert "# " in description
+    in_repository = re.compile(re.escape(REPOSITORY) + "/(blob|raw)/main/([^#]+)(#.*)?")
+    ours = [url for url in [*urls.values(), *targets(description)] if url.startswith(REPOSITORY)]
+    assert len(ours) > 20
+    for url in set(ours) - {REPOSITORY}:
+        link = in_repository.fullmatch(url)
+        assert link, url
+        assert (ROOT / link[2]).exists(), url
+    assert all(target.startswith("https://") for target in targets(description))
+
+
+def test_without_a_repository_no_link_of_the_description_is_broken(built: Path) -> None:
+    shown = shown_by_an_index(only(built, "*.whl"))
+    assert "Project-URL" not in shown
+    description = shown.get_payload()
+    assert isinstance(description, str)
+    assert "getting started (`docs/getting-started.md`)" in description
+    assert all(target.startswith("https://") for target in targets(description))
 
 
 def only(directory: Path, pattern: str) -> Path:
