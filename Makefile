@@ -5,9 +5,11 @@ NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
 EXAMPLES = fastapi plans flask django outbound
+# As many processes as there are cores, each with servers of its own; one that has nothing left takes from another.
+PYTEST = bin/pytest --numprocesses=logical --dist=worksteal
 CODE = ratelimit tests $(wildcard examples benchmarks)
 
-.PHONY: help demo examples test test-core servers interop soak docs lint format bench bench-quick bench-failover clean
+.PHONY: help demo examples test test-core test-benchmarks servers interop soak docs dist lint format bench bench-quick bench-failover clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -24,13 +26,16 @@ examples: $(VENV)/installed-examples ## run the examples, a minute; each alone: 
 $(EXAMPLES:%=example-%): example-%: $(VENV)/installed-examples
 	$(PY) examples/run.py $* $(ARGS)
 
-test: $(VENV)/installed-test ## run the tests
-	$(VENV)/bin/pytest $(ARGS)
+test: $(VENV)/installed-test ## run the tests, on all cores
+	$(VENV)/$(PYTEST) $(ARGS)
 
 test-core: $(VENV)-core/installed-test-core ## run the tests that need no server where no integration is installed
-	RATELIMIT_TEST_WITHOUT_EXTRAS=1 $(VENV)-core/bin/pytest -m 'not redis' $(ARGS)
+	RATELIMIT_TEST_WITHOUT_EXTRAS=1 $(VENV)-core/$(PYTEST) -m 'not redis' $(ARGS)
 
-servers: $(VENV)/installed-test ## run the tests that need a server on each Redis and Valkey that can be had, or on SERVERS
+test-benchmarks: $(VENV)/installed-test ## run the tests of the benchmarks
+	$(VENV)/$(PYTEST) tests/test_benchmarks.py $(ARGS)
+
+servers: ## run the tests that need a server on each Redis and Valkey that can be had, or on SERVERS
 	.ci/servers $(SERVERS)
 
 interop: $(VENV)/installed-test ## run the tests that share buckets with Bucket4j; needs JDK 17 and Maven
@@ -44,6 +49,9 @@ soak: $(VENV)/installed-soak ## run storms of interruptions, a mixed load over a
 docs: $(VENV)/installed-docs ## make a site of the pages and of the reference in build/docs/, a quarter of a minute
 	$(VENV)/bin/sphinx-build -q -W --keep-going -c docs -d build/docs-cache . build/docs $(ARGS)
 	@echo build/docs/index.html
+
+dist: $(VENV)/installed-test ## build the packages in dist/; for a release with RATELIMIT_REPOSITORY_URL=https://HOST/OWNER/NAME
+	$(PY) -m build
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check

@@ -1,8 +1,8 @@
 """Make the description and the URLs that a package index shows, when a package is built.
 
 An index shows README.md alone, so that links into the repository would lead nowhere. RATELIMIT_REPOSITORY_URL names the
-repository for a release, as in ``RATELIMIT_REPOSITORY_URL=https://github.com/OWNER/NAME python -m build``: links then
-lead there, and the package lists its URLs. Without it each link becomes its text and the path in the sdist.
+repository for a release, as in ``make dist RATELIMIT_REPOSITORY_URL=https://github.com/OWNER/NAME``: links then lead
+there, and the package lists its URLs. Without it each link becomes its text and the path in the sdist.
 """
 
 from __future__ import annotations

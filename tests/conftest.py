@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -39,11 +40,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.any_server)
 
 
+# Tests that have a target of their own: `make interop`, which needs Java, and `make test-benchmarks`.
+APART = Path("promises", "interop"), Path("test_benchmarks.py")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the tests that need Java, unless they are asked for, as by ``make interop``."""
-    interop = Path(__file__).parent / "promises" / "interop"
-    asked_for = any(interop in (path := Path(arg.split("::")[0]).absolute(), *path.parents) for arg in config.args)
-    return True if collection_path == interop and not asked_for else None
+    """Leave out the tests that have a target of their own, unless they are asked for by name."""
+    here = Path(__file__).parent
+    if collection_path not in [here / place for place in APART]:
+        return None
+    asked_for = [Path(arg.split("::")[0]).absolute() for arg in config.args]
+    return not any(collection_path in (path, *path.parents) for path in asked_for) or None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Run the tests one after another where they share a server that is given: each of them flushes its database."""
+    return 1 if servers.URL_VARIABLE in os.environ else None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Report the servers that one of several processes has used."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["servers"] = dict(servers.used)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the servers of a process that has ended; one that was killed has reported none."""
+    servers.used.update(getattr(node, "workeroutput", {}).get("servers", {}))
 
 
 def pytest_report_header() -> list[str]:

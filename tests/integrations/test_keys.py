@@ -471,7 +471,7 @@ MADE: list[tuple[Callable[[], Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shown", "name"), MADE)
+@pytest.mark.parametrize(("make", "shown", "name"), MADE, ids=[name for _, _, name in MADE])
 def test_keys_are_values(make: Callable[[], Any], shown: str, name: str) -> None:
     key = make()
     assert key == make()
