@@ -15,7 +15,7 @@ from benchmarks.spawn import spawned
 
 @contextmanager
 def delayed(port: int, added: float) -> Generator[int]:
-    """A port of this machine that leads to another one, with so many seconds added to each round trip."""
+    """Give a port of this machine that leads to another one, with this many seconds added to each round trip."""
     process, ours = spawned(_serve, port, added)
     try:
         if not ours.poll(15):

@@ -27,11 +27,11 @@ from tests.support.topologies import (
     settled_by,
 )
 
-_RUN_UP: Final = 1.5  # seconds of load before, of which the last tells the rate
+_RUN_UP: Final = 1.5  # seconds of load before the failover; the last one gives the rate
 
 
 class Outcome(NamedTuple):
-    """What became of one failover.
+    """The outcome of one failover.
 
     :param rate: tokens that were acknowledged in the second before it.
     :param gap: seconds without any success of keys that it concerns.
@@ -140,7 +140,7 @@ _SETTINGS: Final = {
 _HANGS: Final = "kill -STOP, -CONT after failover"
 _CLUSTER: Final = ("CLUSTER FAILOVER", "CLUSTER FAILOVER TAKEOVER", "CLUSTER FAILOVER FORCE", "kill -9", _HANGS)
 _CLUSTER_OF_TWO: Final = ("CLUSTER FAILOVER", "CLUSTER FAILOVER TAKEOVER", "CLUSTER FAILOVER FORCE")
-"""Those after which the new master has a replica, without which it would not write with these settings."""
+"""Failovers after which the new master has a replica: with these settings it does not write without one."""
 _SENTINEL: Final = ("kill -9", _HANGS, "SENTINEL FAILOVER")
 
 

@@ -31,7 +31,7 @@ _pack: Callable[[tuple[Any, ...]], bytes] = cast("Any", hiredis.pack_command)  #
 
 
 def name_of(key: str, setup: Setup) -> str:
-    """What a client of the floor calls a key."""
+    """Return the name that a client of the floor gives a key."""
     return f"{key}:{os.getpid()}:{threading.get_ident()}" if setup.own_keys else key
 
 

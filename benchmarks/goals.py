@@ -1,4 +1,4 @@
-"""What is to be reached, each a ratio within one run."""
+"""The goals, each a ratio within one run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Goal:
 
 
 def _is_peer(entrant: Entrant) -> bool:
-    """A library that people install; the textbook's scripts, called through redis-py, are told of besides."""
+    """Return whether this is a library that people install; the textbook's scripts are compared with separately."""
     return entrant.kind is Kind.PEER
 
 
@@ -62,7 +62,7 @@ def _ratio(
     wanted: Callable[[Entrant], bool] = _is_peer,
     chosen_by: str | None = None,
 ) -> Callable[[Results], Measured | None]:
-    """Ours to the best of those that are wanted, best by the same metric or by another."""
+    """Return how to compare ours with the best of the wanted ones; the best by this metric, or by ``chosen_by``."""
 
     def find(results: Results) -> Measured | None:
         table = results.tables.get(table_id)
@@ -94,7 +94,7 @@ def _floor(results: Results) -> Measured | None:
 def _value(
     table_id: str, metric: str, of: Callable[[Iterable[float]], float] | None = None
 ) -> Callable[[Results], Measured | None]:
-    """The median of ours, or what else is made of the rounds."""
+    """Return how to get the median of ours, or another value (``of``) of its rounds."""
 
     def find(results: Results) -> Measured | None:
         table = results.tables.get(table_id)
@@ -107,7 +107,7 @@ def _value(
 
 
 def _server(*, native: bool) -> Callable[[Results], Measured | None]:
-    """The worst ratio among the servers that have a ``SET`` that compares, or among those that have not."""
+    """Return how to find the worst ratio among the servers whose ``SET`` can compare, or among all others."""
 
     def find(results: Results) -> Measured | None:
         found: list[Measured] = []
@@ -122,7 +122,7 @@ def _server(*, native: bool) -> Callable[[Results], Measured | None]:
 
 
 def _uncontended(results: Results) -> Measured | None:
-    """From the measurement of the server's time, where one client has seen all keys; the worst of the servers."""
+    """Return the round trips of a client that has seen all keys, from the tables of server time; the worst server's."""
     tables = [table for table in results.tables.values() if table.family == "server"]
     return max(
         (Measured(trips, table.title) for table in tables if (trips := table.median(OURS, "trips")) is not None),
@@ -140,14 +140,14 @@ def _asking(entrant: Entrant) -> bool:
 
 
 def _micros(results: Results, table_id: str, name: str) -> float | None:
-    """The time that one decision takes of a scenario's, in microseconds."""
+    """Return the microseconds of a scenario that one decision takes."""
     table = results.tables.get(table_id)
     rate = None if table is None else table.median(name, "rate")
     return 1e6 / rate if rate else None
 
 
 def _to_best(results: Results, table_id: str, name: str, wanted: Callable[[Entrant], bool]) -> str:
-    """In words, how the throughput of one compares with the best peer's."""
+    """Say how the throughput of one compares with the best peer's."""
     measured = _ratio(table_id, ours=name, wanted=wanted)(results)
     return "" if measured is None else f" ({measured.value:.2f}x the best peer)"
 
@@ -155,7 +155,7 @@ def _to_best(results: Results, table_id: str, name: str, wanted: Callable[[Entra
 def _costs(
     results: Results, table_id: str, names: Iterable[str], wanted: Callable[[Entrant], bool] = _is_peer
 ) -> list[str] | None:
-    """In words, what a decision takes with each of them; None where one was not measured."""
+    """Say what a decision takes with each of them; None where one was not measured."""
     costs: list[str] = []
     for name in names:
         micros = _micros(results, table_id, name)

@@ -97,7 +97,7 @@ def run(results: Results, server: Server, seconds: float, only: Sequence[str], t
 
 
 def entrants() -> dict[str, Entrant]:
-    """By name; the bare application is none, as nothing is to be compared with it."""
+    """Return the entrants by name, without the bare application: nothing is compared with that."""
     found = {each.name: each.entrant for framework in FRAMEWORKS for each in framework.contenders}
     del found[BARE]
     return found

@@ -33,12 +33,12 @@ def keys(number: int) -> list[str]:
 
 
 def shares(keys: Sequence[str], workers: int) -> list[list[str]]:
-    """For each worker all the keys, each in an order of its own."""
+    """Return all the keys for each worker, in an order of its own."""
     return [random.Random(worker).sample(keys, len(keys)) for worker in range(workers)]
 
 
 def loop(hit: Hit, keys: Iterable[str], end: int, latencies: array[int]) -> int:
-    """One decision after the other until a time of ``perf_counter_ns``; how many were granted."""
+    """Decide again and again until this time of ``perf_counter_ns``, and return how many were granted."""
     clock, note, granted = time.perf_counter_ns, latencies.append, 0
     before = clock()
     for key in cycle(keys):
@@ -70,7 +70,7 @@ async def aloop(hit: AsyncHit, keys: Iterable[str], end: int, latencies: array[i
 def sync_slice(
     contender: Contender, setup: Setup, keys: Sequence[str], threads: int, seconds: float, *, granted: bool = True
 ) -> Sample:
-    """Threads in a closed loop over the keys, after each has been asked for once; all of it on new connections."""
+    """Measure threads in a closed loop over the keys, on new connections, after asking for each key once."""
     assert contender.sync is not None
     with contender.sync(setup) as hit:
         if threads == 1:
@@ -159,7 +159,7 @@ def _sample(latencies: array[int], count: int, elapsed: int, *, granted: bool) -
 
 
 def check(count: int, decisions: int, *, granted: bool) -> None:
-    """A fast answer that is wrong does not count."""
+    """Refuse wrong answers: a fast one that is wrong does not count."""
     if count != (decisions if granted else 0):
         raise WrongAnswerError(f"{count} of {decisions} granted, although {'all' if granted else 'none'} should be")
 
@@ -185,9 +185,9 @@ def interleaved(
     slice: Callable[[Contender], Sample],
     tell: Callable[[str], None],
 ) -> None:
-    """Rounds over all contenders, each round beginning with another one, so that a slow minute hits them alike.
+    """Run rounds over all contenders, each round beginning with another one, so that a slow minute hits them alike.
 
-    One that fails loses the round, and at the second time those that follow, too; the table says so.
+    A contender that fails loses the round; if it fails again, it also loses all later rounds. The table says so.
     """
     names = [contender.name for contender in contenders]
     for round in range(rounds):

@@ -48,7 +48,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Limit:
-    """So many tokens in so many seconds."""
+    """A number of tokens in a number of seconds."""
 
     tokens: int
     seconds: int
@@ -65,7 +65,7 @@ class Setup:
     """What a contender is made from.
 
     :param connections: as many as there are threads or tasks, so that none waits for another's.
-    :param own_keys: whether floors put the name of the client to the key, as all clients share one.
+    :param own_keys: whether floors add the name of the client to the key, because all clients share one.
     """
 
     url: str

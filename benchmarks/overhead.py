@@ -21,16 +21,16 @@ from benchmarks.model import AsyncHit, Contender, Hit, Kind, Sample, Setup, Tabl
 from benchmarks.server import Server, reads
 
 BATCH = 25
-"""Requests in a turn, one after the other; tasks ask once each."""
+"""Requests in a turn, one after the other; tasks ask once each instead."""
 
 
 @dataclass(frozen=True)
 class Load:
     """What is asked of each application.
 
-    :param asynchronous: which face is opened of what has two.
-    :param tasks: that ask at the same time, in one event loop; one is one request after the other.
-    :param seconds: of all rounds.
+    :param asynchronous: which face is opened of a contender that has both.
+    :param tasks: how many ask at the same time, in one event loop; with 1, one request follows the other.
+    :param seconds: the length of all rounds together.
     :param granted: whether all requests are to be admitted, or all be refused.
     """
 
@@ -44,13 +44,13 @@ class Load:
 
 
 Batch = Callable[[Sequence[str]], tuple[int, float]]
-"""Asks once for each key; how many were granted, and nanoseconds per request."""
+"""Asks once for each key; returns how many were granted, and the nanoseconds per request."""
 
 
 def measure(
     table: Table, contenders: Sequence[Contender], load: Load, server: Server, tell: Callable[[str], None]
 ) -> None:
-    """Fill a table. A contender that fails is left out of it, except for the bare application, which must not."""
+    """Fill a table. A contender that fails is left out of it; the bare application must not fail."""
     server.flush()
     with Opened(load) as opened:
         for contender in contenders:
@@ -99,7 +99,7 @@ def sample(name: str, took: Mapping[str, Sequence[float]]) -> Sample:
 
 
 def _keys(load: Load, turn: int) -> list[str]:
-    """Those of one turn, which go round."""
+    """Return the keys of one turn; the turns go round all keys."""
     if load.tasks > 1:
         return list(load.keys)
     first = turn * BATCH % len(load.keys)
@@ -175,7 +175,7 @@ class Opened:
         return batch
 
     def warm_up(self, name: str) -> None:
-        """Ask for each key twice, for which one token is too few."""
+        """Ask for each key twice, which exhausts a limit of one token."""
         for _ in range(2):
             self.batches[name](self._load.keys)
 

@@ -1,8 +1,9 @@
-"""Some of this library without the rest, to tell what its time goes for.
+"""Some of this library without the rest, to show what takes its time.
 
-The core over a bare socket: a decision is computed, written and swapped, and nothing else is done: no connection is
-looked after, no deadline kept, nothing merged. Over the connection that all tasks of a loop share, the same; and that
-connection alone, with the command of the floor.
+- The core over a bare socket: a decision is computed, written and swapped. Nothing else is done: no connection is
+  looked after, no deadline is kept, nothing is merged.
+- The core over the connection that all tasks of a loop share.
+- That connection alone, with the command of the floor.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ AsyncOpened = AbstractAsyncContextManager[AsyncHit]
 
 
 def limits(strategy: str) -> Callable[[Setup], Opened]:
-    """``limits``, with Redis or in memory; it has no combination of limits, so that several are as many hits."""
+    """``limits``, with Redis or in memory; it cannot combine limits, so that each of several limits takes a hit."""
 
     @contextmanager
     def opened(setup: Setup) -> Generator[Hit]:
@@ -68,7 +68,7 @@ def _limit_items(setup: Setup) -> list[Any]:
 
 
 def throttled(using: str) -> Callable[[Setup], Opened]:
-    """``throttled-py``, with Redis or in memory; several limits are as many calls."""
+    """``throttled-py``, with Redis or in memory; each of several limits takes a call."""
 
     @contextmanager
     def opened(setup: Setup) -> Generator[Hit]:
@@ -170,7 +170,7 @@ def _pyrate_hit(client: Any, setup: Setup, *, log: bool) -> Hit:
     module = import_module("pyrate_limiter")
     factory = import_module("pyrate_limiter.limiter").SingleBucketFactory
     rates = [module.Rate(limit.tokens, limit.seconds * 1_000) for limit in setup.limits]
-    # Without waiting it refuses also where another thread holds its lock.
+    # If it does not wait, it also refuses while another thread holds its lock.
     blocking = any(limit.seconds <= 60 for limit in setup.limits)
 
     def limiter(key: str) -> Any:
@@ -187,7 +187,7 @@ def _pyrate_hit(client: Any, setup: Setup, *, log: bool) -> Hit:
 
 @asynccontextmanager
 async def self_limiters(setup: Setup) -> AsyncGenerator[AsyncHit]:
-    """``self-limiters``: hands out times to sleep until, and cannot refuse; with its shortest, of a millisecond."""
+    """``self-limiters``: gives callers a time to sleep until, and cannot refuse; its shortest interval is 1 ms."""
     module = import_module("self_limiters")
     (limit,) = setup.limits
     tokens = limit.tokens // 1_000

@@ -18,7 +18,7 @@ from benchmarks.server import Counts, Server, reads, short_name, url_of
 from benchmarks.workers import Job, Workers
 
 SLIM = (SOCKET, REDIS_PY, OURS, "textbook token bucket", "limits fixed window", "throttled-py token bucket")
-"""Where a scenario is dear: the floors, and of each kind of peer the one that does best."""
+"""The contenders of a scenario that takes long: the floors, ours, and the best of each kind of peer."""
 
 BANDWIDTHS = (ROOMY, Limit(60_000_000, 60), Limit(2_000_000_000, 3_600), Limit(10_000_000_000, 86_400))
 
@@ -229,7 +229,7 @@ def server_time(run: Run) -> None:
 
 
 def _server_time(contender: Contender, server: Server, seconds: float) -> Sample:
-    """What is sent, by one client in peace; and what that takes, of a server that 100 tasks keep at work."""
+    """Count what one client sends to an idle server, and measure what a decision costs one that 100 tasks keep busy."""
     assert contender.sync is not None
     server.flush()
     where = keys(1_000)
@@ -263,7 +263,7 @@ def _server_time(contender: Contender, server: Server, seconds: float) -> Sample
 async def _at_work(
     contender: Contender, server: Server, where: Sequence[str], rounds: int
 ) -> tuple[Counts, Counts, int]:
-    """What the server had counted before and after so many visits of every key by 100 tasks, and the decisions."""
+    """Return the server's counts before and after ``rounds`` visits of every key by 100 tasks, and the decisions."""
     assert contender.asyncio is not None
     async with contender.asyncio(Setup(server.url, connections=100)) as hit:
 
@@ -312,7 +312,7 @@ end
 
 
 def number_of_keys(run: Run) -> None:
-    """Keys that are visited at random, as many as there are; the server is filled by copying one bucket."""
+    """Visit keys at random, with more and more keys in the server, which is filled by copying one bucket."""
     sizes = (1_000, 10_000) if run.quick else (1_000, 10_000, 100_000, 1_000_000)
     only = [name for name in SLIM if name not in (SOCKET, REDIS_PY)]
     for number in sizes:
@@ -378,7 +378,7 @@ SCENARIOS: dict[str, Callable[[Run], None]] = {
 
 
 def run_all(run: Run, names: Sequence[str]) -> None:
-    """The named scenarios, or all of them."""
+    """Run the named scenarios, or all of them."""
     for name, scenario in SCENARIOS.items():
         if not names or name in names:
             scenario(run)

@@ -24,7 +24,7 @@ _CONTROL: Final = ("info", "flushall", "script", "memory", "keys", "echo", "moni
 
 
 def url_of(port: int) -> str:
-    """With patience: a thousand tasks that connect at once take their time, and that is not what is measured."""
+    """Return a URL with long timeouts: a thousand tasks that connect at once take their time, which is not measured."""
     return f"redis://127.0.0.1:{port}/0?socket_timeout=30&socket_connect_timeout=30"
 
 
@@ -56,7 +56,7 @@ class Counts(NamedTuple):
 
 
 def reads(before: Counts, after: Counts) -> int:
-    """Those between two questions for the counters."""
+    """Return the reads between two questions for the counters."""
     return after.reads - before.reads - 1  # the second question was read, too
 
 
@@ -121,7 +121,7 @@ def running(binary: str) -> Generator[Server]:
     with tempfile.TemporaryDirectory(prefix="ratelimit-bench-") as directory:
         command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--dir", directory]
         command += ["--save", "", "--appendonly", "no", "--maxclients", "20000"]
-        # In a session of its own, so that Ctrl-C reaches the benchmark first, and that the server.
+        # The server has a session of its own: Ctrl-C reaches only the benchmark, which then stops the server.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

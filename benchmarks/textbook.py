@@ -48,7 +48,7 @@ def _arguments(limits: tuple[Limit, ...]) -> list[tuple[str, int, float]]:
 
 
 def sync(script: str) -> Callable[[Setup], AbstractContextManager[Hit]]:
-    """A limiter of this script; several limits are as many calls."""
+    """A limiter of this script; each of several limits takes a call."""
 
     @contextmanager
     def opened(setup: Setup) -> Generator[Hit]:

@@ -73,7 +73,7 @@ class Workers:
 
     @contextmanager
     def prepared(self, job: Job, number: int) -> Generator[Callable[[float, bool], list[Report]]]:
-        """So many workers with the contender open and warm; call it to let them work for some seconds."""
+        """Prepare workers, with the contender open and warm, and give a callable that lets them work for a time."""
 
         def work(seconds: float, trace: bool) -> list[Report]:
             start = time.perf_counter_ns() + 30_000_000 + number * 1_000_000
@@ -107,13 +107,14 @@ class Workers:
     def _answer(self, end: Connection) -> Any:
         while end.poll(ANSWER_SECONDS):
             asked, answer = end.recv()
-            if asked == self._asked:  # and not one that nobody has waited for
+            # Other answers are late ones, for which nobody has waited.
+            if asked == self._asked:
                 return answer
         raise WorkerError("a worker does not answer")
 
 
 def _serve(questions: Connection) -> None:
-    """A job, its slices, None; and again, until the other end is closed."""
+    """Answer a job, its slices, and None at its end; go on with the next job, until the other end is closed."""
     with contextlib.suppress(EOFError), ExitStack() as at_end:
         opened = at_end.enter_context(ExitStack())
         state: _State | None = None
@@ -131,7 +132,7 @@ def _serve(questions: Connection) -> None:
                     answer = "nothing is open"
                 else:
                     answer = state.work(*question)
-            except Exception as error:  # noqa: BLE001  # told to whoever asked
+            except Exception as error:  # noqa: BLE001  # the process that asked gets it
                 answer = f"{type(error).__name__}: {error}"
             questions.send((number, answer))
 

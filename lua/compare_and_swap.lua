@@ -1,4 +1,4 @@
--- Replaces the state of a bucket if it is the expected one to the byte, and drops its expiry.
+-- Replaces the state of a bucket if it is byte for byte the expected one, and drops its expiry.
 --
 -- KEYS[1]  key of the bucket
 -- ARGV[1]  expected state

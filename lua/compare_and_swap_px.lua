@@ -1,4 +1,4 @@
--- Replaces the state of a bucket, with an expiry, if it is the expected one to the byte.
+-- Replaces the state of a bucket, with an expiry, if it is byte for byte the expected one.
 --
 -- KEYS[1]  key of the bucket
 -- ARGV[1]  expected state

@@ -1,9 +1,9 @@
 -- Computes exactly with signed 64-bit integers, which wrap.
 --
--- Lua has doubles only, and a double holds every integer up to 2^53. A number here is a double if it is below 2^53
--- either way, and else a pair {high, low} for high * 2^32 + low, with high signed and low not. All functions take both
--- kinds and give both kinds. A quotient of two integers below 2^53, rounded as doubles are, does not reach the next
--- integer: floor() of it is exact.
+-- Lua has doubles only, and a double holds every integer up to 2^53. A number here is a double if it is between -2^53
+-- and 2^53, and else a pair {high, low} for high * 2^32 + low, with a signed high and an unsigned low. All functions
+-- take both kinds and give both kinds. Rounding the quotient of two integers below 2^53 to a double never lifts it to
+-- the next integer: floor() of it is exact.
 --
 -- Uses    floor
 -- Offers  whole, halves, rounded, truncated, MAX, MIN; less, and == for equality; sum, difference, product,
@@ -46,7 +46,7 @@ local function rounded(x)
   return type(x) == 'table' and x[1] * 2^32 + x[2] or x
 end
 
--- Makes a number of a double that is an integer, at most 2^63 either way.
+-- Makes a number of a double that is an integer from -2^63 to 2^63.
 local function from_integral(double)
   local high = floor(double / 2^32)
   return whole(high, double - high * 2^32)
@@ -116,7 +116,7 @@ local function product(x, y)
   return whole(high, lower % 2^32)
 end
 
--- Gives MAX where the product does not fit, also when it is too small.
+-- Gives MAX where the product does not fit, even if it is too small.
 local function saturating_product(x, y)
   local double = x * y
   if double > -2^53 and double < 2^53 then

@@ -4,13 +4,13 @@
 -- Offers  refill; one function for each operation, by its name; largest_wait, wait_until_full, same_when_new
 -- To      scripts that decide on token buckets
 
--- Time passes. The steps are those of the format, and all sums, differences and plain products wrap.
+-- The passing of time. The order of the steps is part of the format, and all sums, differences and plain products wrap.
 
 local function fill(bandwidth)
   bandwidth.size, bandwidth.rounding_error = bandwidth.capacity, 0
 end
 
--- Puts in what has come since the last refill; the rounding error is the part of a token that has come.
+-- Puts in the tokens that have come since the last refill; the rounding error is the part of a token that has come.
 local function refill(bandwidth)
   local last, size, period, tokens = bandwidth.last, bandwidth.size, bandwidth.period, bandwidth.tokens
   local time = now
@@ -155,7 +155,7 @@ local function consume_as_much_as_possible(limit)
   return less(0, tokens) and consume(tokens)
 end
 
--- Lowers a bandwidth so that it holds no more than its capacity less the tokens when the wait is over.
+-- Lowers a bandwidth so that, when the wait is over, it holds at most its capacity less the tokens.
 local function lower(bandwidth, tokens, wait)
   local period, last = bandwidth.period, bandwidth.last
   local room = less(tokens, bandwidth.capacity) and difference(bandwidth.capacity, tokens) or 0
@@ -226,7 +226,7 @@ local function book(tokens)
   return less(0, tokens) and consume(tokens)
 end
 
--- Puts tokens and an unfinished one into a bandwidth, up to `most`; no size gets smaller.
+-- Puts tokens and a part of one into a bandwidth, up to `most`; its size never gets smaller.
 local function put_into(bandwidth, tokens, unfinished, most)
   if not less(bandwidth.size, most) then
     return
@@ -309,9 +309,9 @@ local function reset()
   return true
 end
 
--- In what follows functions are within functions, since making all of them takes as long as a decision.
+-- From here on, functions have functions inside: to make all of them at every call takes as long as a decision.
 
--- Lets no token be there before this long from now, by lowering the bandwidth that has to be lowered least.
+-- Makes every token wait for at least this long from now, by lowering the bandwidth that has to be lowered least.
 local function hold_back(nanos)
   if not less(largest_wait(wait_until, 1), nanos) then
     return false
@@ -321,8 +321,8 @@ local function hold_back(nanos)
 
   local LARGEST_DEBT = wide(sum(MIN, 2))
 
-  -- Gives the wait that a bandwidth can make of a wanted one, the time in which it regains what that takes, and the
-  -- size and the rounding error that it has then.
+  -- Gives the wait that lowering a bandwidth can give in place of the wanted one, the time in which the bandwidth
+  -- regains what it has lost by that, and the size and the rounding error that it then has.
   local function way_to_hold_back(bandwidth, nanos)
     local period, tokens = wide(bandwidth.period), wide(bandwidth.tokens)
     local size, rounding_error = wide(bandwidth.size), wide(bandwidth.rounding_error)

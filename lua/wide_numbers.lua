@@ -60,7 +60,7 @@ function WIDE.__lt(x, y)
   return is_negative(x - y)
 end
 
--- Gives a double that is near.
+-- Gives a double near the wide number.
 local function nearly(x)
   local double = is_negative(x) and x[6] - 2^24 or x[6]
   for i = 5, 1, -1 do

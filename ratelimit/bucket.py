@@ -418,7 +418,7 @@ def _try_consume(tokens: int) -> TryConsume:
     try:
         return _kept_try_consume(tokens)
     except TypeError:
-        # What cannot be hashed is not a number of tokens either, which this call says.
+        # A value that cannot be hashed is not a number of tokens: this call raises the error.
         return TryConsume(token_count(tokens))
 
 
@@ -429,8 +429,8 @@ def _try_consume_and_return_remaining(tokens: int) -> TryConsumeAndReturnRemaini
         return TryConsumeAndReturnRemaining(token_count(tokens))
 
 
-# Equal commands are one object, so that calls that go together carry them out as one step. They are kept by type as
-# well, because True and 1.0 equal 1 and are refused.
+# Equal commands are one object, so that coalesced calls carry them out as one step. The caches are typed because True
+# and 1.0, which equal 1, must be refused.
 
 
 @lru_cache(maxsize=1024, typed=True)

@@ -44,7 +44,7 @@ class RateLimitError(Exception):
 
 
 class InvalidConfigurationError(RateLimitError, ValueError):
-    """A limit, an expiration, a URL or another setting that cannot be. ``field`` names the offending value, if any."""
+    """A limit, an expiration, a URL or another setting is not valid. ``field`` names the offending value, if any."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message, field)
@@ -87,7 +87,7 @@ class ContentionError(RateLimitError):
 class CorruptStateError(RateLimitError):
     """What is stored under ``key`` is not a bucket; ``state`` holds the bytes, which are left as they are.
 
-    Redis may have been asked for no more of them than a bucket can have, and one: ``state`` has 16,385 bytes then.
+    There may be more of them in Redis: ``state`` may end after 16,385 bytes, one more than a bucket can have.
     """
 
     def __init__(self, key: Key, state: bytes, reason: str = "not the state of a bucket") -> None:
@@ -104,7 +104,7 @@ class CorruptStateError(RateLimitError):
 
 
 class UnsupportedStateError(CorruptStateError):
-    """The state under ``key`` is written in a ``format`` that this version does not know, a newer one perhaps."""
+    """The state under ``key`` is written in a ``format`` that this version does not know, perhaps a newer one."""
 
     def __init__(self, key: Key, state: bytes, reason: str, format: int) -> None:
         super().__init__(key, state, reason)

@@ -88,10 +88,11 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
             coalesces=settings.merging,
             timeout=self._timeout,
         )
-        # What from_url was given, where it has opened the store.
+        # The arguments of from_url, if that has opened the store.
         self._opened: tuple[Any, ...] | None = None
-        # Buckets are kept, because to make one takes time, and because a bucket knows whether it has been made. They
-        # are made through a weak reference, so that a manager that is dropped gives its connections back at once.
+        # Buckets are kept, because making one takes time, and because the object remembers whether its bucket has been
+        # stored. They are made through a weak reference, so that a manager that is dropped gives its connections back
+        # at once.
         make_bucket = WeakMethod(self.bucket)
 
         def kept_bucket(key: Key) -> BucketT:
@@ -176,7 +177,7 @@ class _Manager(OfThisProcess, Generic[StoreT, BucketT]):
         try:
             return self._kept_bucket(key) if len(key) <= _LONGEST_KEPT_KEY else self.bucket(key)
         except TypeError:
-            # What cannot be hashed is not a valid key, which this call says.
+            # A value that cannot be hashed is not a valid key: this call raises the error.
             return self.bucket(key)
 
     def circuits(self) -> dict[str, CircuitStatus]:
@@ -197,8 +198,8 @@ class ProxyManager(_Manager[Store, Bucket]):
         manager = ProxyManager.from_url("redis://localhost:6379/0", "100/minute")
         if not manager.try_consume(client_ip): ...
 
-    A manager is safe for threads. Make one for each set of limits and keep it. It has the verbs of every day of a
-    :class:`Bucket`, with the key first; a bucket from :meth:`bucket` has them all.
+    A manager is safe for threads. Make one for each set of limits and keep it. It has the everyday verbs of a
+    :class:`Bucket`, with the key first; a bucket from :meth:`bucket` has all verbs.
 
     :param store: where the buckets are: a ``RedisStore`` over a client of yours, or a ``MemoryStore``.
     :param configuration: the limits: a ``BucketConfiguration``, its text form, a list of limits, or a callable that is

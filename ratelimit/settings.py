@@ -1,4 +1,4 @@
-"""The settings of a manager, beside its store and its limits."""
+"""The settings of a manager, besides its store and its limits."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DEFAULT_TIMEOUT: Final = 0.5
 
 
 class Recovery(Enum):
-    """What happens when a bucket is found missing that the same handle has made before."""
+    """What happens when a bucket is missing that the same handle has made before."""
 
     RECONSTRUCT = "reconstruct"
     """It is made again, with its initial tokens."""
     RAISE = "raise"
-    """``BucketNotFoundError``, until another handle makes it again; expired buckets are missing, too."""
+    """``BucketNotFoundError`` is raised until another handle makes it again. Expired buckets are missing, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a manager can be given beside its store and its limits.
+    """What a manager can be given besides its store and its limits.
 
     :raises InvalidArgumentError: for a value that is not allowed.
     """
@@ -59,7 +59,7 @@ class Settings:
     timeout: Duration = DEFAULT_TIMEOUT
     """How long a decision may take, in seconds or as a ``timedelta``, above 0; then ``StoreTimeoutError``.
 
-    Connecting, and waiting for others of this process, are in it; waiting for tokens is not."""
+    This includes connecting and waiting for other calls of this process, but not waiting for tokens."""
 
     on_error: ErrorPolicy | None = None
     """What is answered where the store fails: an ``OnError``, or a callable that chooses one by the key and the error.

@@ -89,7 +89,7 @@ def reset_all(manager: ProxyManager | None = None) -> None:
     if made_for_asyncio:
         if _loop_runs():
             raise RuntimeError("reset_all() cannot wait in a running event loop; await areset_all() there")
-        # A loop of its own, which does not become that of the thread.
+        # This loop does not become the current one of the thread.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             runner.run(_areset_and_disconnect(made_for_asyncio))
     for each in made:
@@ -169,7 +169,7 @@ class ScriptedStore(SwappingMemoryStore):
         self._script: deque[Callable[[bytes, bytes | None, bytes, int], Lost | None]] = deque()
 
     def lose_swaps(self, times: int = 1, *, state: bytes | None) -> None:
-        """Let another writer win the next swaps, who leaves this state (None: removes the bucket)."""
+        """Let another writer win the next swaps, and leave this state (None: the bucket is removed)."""
 
         def lose(key: bytes, *_: object) -> Lost:
             if state is None:
@@ -205,7 +205,7 @@ class ScriptedStore(SwappingMemoryStore):
         self._script.extend([fail] * times)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        """Swap as scripted; when the script is used up, as every store does."""
+        """Swap as scripted; once the script is used up, swap as every store does."""
         try:
             scripted = self._script.popleft()
         except IndexError:

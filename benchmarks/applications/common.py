@@ -58,7 +58,7 @@ _numbers = count()
 
 
 def _settings() -> SettingsByName:
-    """With a prefix of its own, so that the applications of one table do not share their buckets."""
+    """Return settings with a prefix of their own, so that the applications of one table do not share their buckets."""
     return SettingsByName(timeout=PATIENCE, prefix=f"{next(_numbers)}:")
 
 
@@ -102,4 +102,4 @@ WITHOUT: Final = [
     Contender(Entrant(REDIS_PY, Kind.FLOOR), floor.redis_py, floor.redis_py_asyncio),
     Contender(Entrant(BUCKET, Kind.OURS, token_bucket=True), bucket, async_bucket),
 ]
-"""Those without an application, beside those of every framework."""
+"""Contenders without an application, which are shown beside those of every framework."""

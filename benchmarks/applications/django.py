@@ -55,7 +55,7 @@ def _django_settings(setup: Setup, **more: Any) -> Generator[None]:
         )
         django.setup()
         _forget_databases()
-        logging.getLogger("django.request").setLevel(logging.CRITICAL)  # which tells of every refusal otherwise
+        logging.getLogger("django.request").setLevel(logging.CRITICAL)  # it logs every refusal otherwise
     from django.test.utils import override_settings
 
     cache = {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": setup.url}
@@ -96,7 +96,7 @@ def _django_view(*, asynchronous: bool) -> Callable[..., Any]:
 
 
 def _django(view: Callable[..., Any], *middleware: str, asynchronous: bool) -> Any:
-    """A handler, whose requests know its only URL, so that others may have others."""
+    """Return a handler whose requests know its only URL, so that other handlers may have other URLs."""
     from django.core.handlers.asgi import ASGIHandler, ASGIRequest
     from django.core.handlers.wsgi import WSGIHandler, WSGIRequest
     from django.test.utils import override_settings

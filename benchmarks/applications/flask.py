@@ -1,4 +1,4 @@
-"""Applications of Flask, and what is around any WSGI application."""
+"""Applications of Flask, and one inside the middleware for any WSGI application."""
 
 from __future__ import annotations
 

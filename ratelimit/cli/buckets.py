@@ -29,9 +29,9 @@ _UNITS = (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1))
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """What an attempt to consume has given.
+    """The result of an attempt to consume.
 
-    :param waited: the nanoseconds that it took; None where it was not to wait.
+    :param waited: the nanoseconds that it took; None for an attempt that does not wait.
     :param limits: the limits of the bucket.
     """
 
@@ -212,7 +212,7 @@ def _shown_key(key: Key) -> str:
 
 
 def duration(nanos: int) -> str:
-    """Return a duration for people, rounded up: a caller that waits so long has waited long enough."""
+    """Return a duration for people, rounded up: a caller that waits this long has waited long enough."""
     if nanos == NEVER:
         return "eternity"
     total = -(-nanos // NANOS_PER_SECOND)

@@ -13,14 +13,14 @@ from typing import IO, Any, cast
 class Child:
     """A process that runs a module of this package, and exchanges lines of JSON with this process.
 
-    It has to end when it reads the end of the file on its stdin, which happens when this process closes the pipe, and
-    when this process ends, in whatever way. A session of its own keeps the signals of a terminal from it.
+    The child has to end when it reads the end of its stdin. That comes when this process closes the pipe, or ends in
+    whatever way. The child has a session of its own, so that the signals of a terminal do not reach it.
     """
 
     def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
-            # It imports the same packages as this process.
+            # The child imports the same packages as this process.
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -34,17 +34,17 @@ class Child:
         return self._process.pid
 
     def tell(self, **values: Any) -> None:
-        """Send it a line. Where it has died nothing happens here: its answer will be missing."""
+        """Send the child a line. If it has died, nothing happens here: its answer will be missing."""
         with suppress(BrokenPipeError):
             print(json.dumps(values), file=self._stdin, flush=True)
 
     def hear(self) -> dict[str, Any] | None:
-        """Return the next line that it sends, or None when it has ended."""
+        """Return the next line that the child sends, or None when it has ended."""
         line = self._stdout.readline()
         return json.loads(line) if line else None
 
     def end(self, patience: float | None = None) -> None:
-        """Make it end, and wait until it has; kill it where that takes more than so many seconds."""
+        """Make the child end, and wait for that; kill it if it takes more than ``patience`` seconds."""
         with suppress(BrokenPipeError):
             self._stdin.close()
         try:
@@ -54,13 +54,13 @@ class Child:
             self._process.wait()
 
     def close(self) -> None:
-        """End it, and read no more from it."""
+        """End the child, and read no more from it."""
         self.end()
         self._stdout.close()
 
 
 def tell(**values: Any) -> None:
-    """Send a line to the process that has started this one; end this one where the other has gone."""
+    """Send a line to the process that has started this one; if that has gone, end this process."""
     try:
         # Unbuffered, so that nothing is left that could fail at exit.
         os.write(1, json.dumps(values).encode() + b"\n")

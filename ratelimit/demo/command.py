@@ -1,4 +1,4 @@
-"""The demo: processes share buckets in a real Redis, and what they were given is held against the limits."""
+"""The demo: processes share buckets in a real Redis, and the tokens they were given are compared with the limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ratelimit.stores.urls import store_from_url
 
 _ASKED_FOR = ["user:1", "user:2"]
 _WAITED_FOR = ["report"]
-# A worker that makes a bucket may be this far behind the server; the bucket then begins as much earlier.
+# A worker that makes a bucket may be this far behind the server's time. The bucket then begins that much earlier.
 _BEHIND_NANOS = 10_000_000
 
 
@@ -37,7 +37,7 @@ def demo(url: str | None, limits: BucketConfiguration, processes: int, seconds: 
         with _redis(url) as redis:
             return _run(redis, limits, _kinds(processes), seconds)
     except StoreError as error:
-        # Without the key, which the user of the demo has not chosen.
+        # Leave the key out: the user of the demo has not chosen it.
         raise DemoError(error.message) from error
 
 

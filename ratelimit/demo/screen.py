@@ -22,7 +22,7 @@ Show = Callable[[Sequence[Process], Sequence[Outcome]], None]
 
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        # The BrokenPipeError that is being handled; rich would exit with a status of its own.
+        # Raise the BrokenPipeError again that is being handled; rich would exit with a status of its own.
         raise  # noqa: PLE0704  # called in an except block
 
 

@@ -95,7 +95,7 @@ class Team:
     def wait_until(
         self, reached: Callable[[Process], bool], meanwhile: Callable[[], None] = lambda: None, seconds: float = 0
     ) -> None:
-        """Wait until each process has reached something, which should take so many seconds.
+        """Wait until each process has reached something, which should take this many seconds.
 
         :raises DemoError: where a process has died before, or does not get there in time.
         """

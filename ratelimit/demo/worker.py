@@ -1,7 +1,7 @@
 """A process of the demo, which imports the library and asks for tokens until its time is up.
 
 It reads its task from stdin, one line of JSON, and begins at the next line. It writes what it has counted to stdout, a
-line of JSON at a time: once when it is ready, every fifth of a second, and at the end. When stdin ends it ends, too.
+line of JSON at a time: once when it is ready, every fifth of a second, and at the end. It ends when stdin ends.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _keep_reporting(counts: Counts, finished: threading.Event) -> None:
 
 
 def _end_with_stdin() -> None:
-    # sys.stdin is not used here: the interpreter wants its lock when it ends.
+    # sys.stdin is not used here: the interpreter needs its lock to end.
     while os.read(0, 1):
         pass
     os._exit(0)

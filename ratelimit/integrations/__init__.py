@@ -1,1 +1,1 @@
-"""Where limits meet other people's software: one module for each, which only its users import."""
+"""Limits for other people's software: one module for each framework or client, imported only where it is used."""

@@ -19,7 +19,9 @@ __all__ = ["OutboundLimit", "host_of", "rate_limit_middleware"]
 
 
 def rate_limit_middleware(limit: OutboundLimit) -> ClientMiddlewareType:
-    """Let each request wait for its turn, a redirect too, and learn from its answer; needs aiohttp 3.12.
+    """Return a middleware that makes each request, redirects too, wait for its turn, and learns from its answer.
+
+    It needs aiohttp 3.12.
 
     :param limit: its callables are given the ``aiohttp.ClientRequest``.
     :raises InvalidArgumentError: where the limit has a manager for sync code.

@@ -1,4 +1,4 @@
-"""A middleware for Starlette, or any other ASGI application on asyncio, and requests made of ASGI's scopes.
+"""A middleware for Starlette, or any other ASGI application on asyncio, and requests made from ASGI's scopes.
 
 ::
 
@@ -30,14 +30,16 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 
 TELLS: Final = "ratelimit.tells"
-"""Is in the scope of a request whose answer a middleware puts the header fields on."""
+"""The key that a middleware sets in the scope of a request to say that it adds the header fields to the answer."""
 
 _EXEMPT: Final = "_ratelimit_exempt"
-_exempted: list[bool] = []  # one for each endpoint that is: to find where a request goes takes time
+# One entry for each exempt endpoint. While there is none, no time is spent to find out where a request goes.
+_exempted: list[bool] = []
 
 _STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.response.start")
 _DENIAL: Final = "websocket.http.response"
-_POLICY_VIOLATION: Final = 1008  # before a handshake is accepted servers make a 403 of any code
+# A server turns any code into a 403 as long as the handshake has not been accepted.
+_POLICY_VIOLATION: Final = 1008
 
 
 class RateLimitMiddleware:
@@ -47,13 +49,13 @@ class RateLimitMiddleware:
     with the same answer where the server can send one (the extension ``websocket.http.response``), else with the 403
     that servers send for a close before the accept.
 
-    Every other answer gets the header fields when it starts, from what has been decided by then, further in as well;
-    without rules, that is all that is done. A field that the application has set itself stays as it is, so that several
-    middlewares send each once. Bodies are not touched. The decision is ``ratelimit`` in ``scope["state"]``, which
-    Starlette has as ``request.state.ratelimit``.
+    Every other answer gets the header fields when it starts. They show all that has been decided by then, also by
+    limits inside the application. Without rules, the middleware does nothing else. A field that the application has
+    set itself stays as it is, so that several middlewares send each field once. Bodies are not touched. The decision is
+    ``ratelimit`` in ``scope["state"]``, which Starlette has as ``request.state.ratelimit``.
 
     :param app: what is limited.
-    :param rules: see :class:`ratelimit.integrations.http.AsyncLimiter`, as for the others.
+    :param rules: see :class:`ratelimit.integrations.http.AsyncLimiter`, also for the other arguments.
 
     The errors of a store pass through to the server where the policy is to raise them.
     """
@@ -109,12 +111,12 @@ async def refuse(scope: Scope, send: Send, answer: HttpAnswer) -> None:
 
 
 def http_request(scope: Scope, native: object = None, router: object = None) -> HttpRequest:
-    """Return the request of a scope of the type ``http`` or ``websocket``, whose ``state`` is made where there is none.
+    """Return the request of a scope of the type ``http`` or ``websocket``, and give the scope a ``state`` if need be.
 
     Its user is the ``user`` that Starlette's ``AuthenticationMiddleware`` has put there.
 
     :param native: what the framework calls a request; None: the scope.
-    :param router: has the routes where the scope does not say yet what has them: an application of Starlette.
+    :param router: the application of Starlette that has the routes; used while the scope does not name one.
     """
     client = scope.get("client")
     return HttpRequest(
@@ -131,7 +133,7 @@ def http_request(scope: Scope, native: object = None, router: object = None) -> 
 
 
 def _path(scope: Scope) -> str:
-    """Return the path that the application's routes are matched with: below where it is mounted."""
+    """Return the path that the application's routes are matched with: the part below the mount point."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if path.startswith(root) and path[len(root) :][:1] in ("", "/"):
@@ -150,22 +152,22 @@ def _user(scope: Scope) -> object:
     if not getattr(user, "is_authenticated", False):
         return None
     try:
-        return user.identity  # type: ignore[union-attr]  # somebody, as it is authenticated
-    except (AttributeError, NotImplementedError):  # which users of Starlette need not have
+        return user.identity  # type: ignore[union-attr]  # an authenticated user is not None
+    except (AttributeError, NotImplementedError):  # Starlette's users need not have it
         return getattr(user, "username", user)
 
 
 def _router_within(app: object) -> object:
-    """Return the application that has routes within middlewares, which keep what they are around as ``app``."""
+    """Return the application with routes from inside middlewares, each of which keeps the next one as ``app``."""
     while app is not None and not hasattr(app, "routes"):
         app = getattr(app, "app", None)
     return app
 
 
 def exempt(endpoint: EndpointT) -> EndpointT:
-    """Decorate an endpoint of Starlette or FastAPI that no middleware and no dependency of this library limits.
+    """Exempt an endpoint of Starlette or FastAPI: no middleware or dependency of this library limits it.
 
-    It stands next to the function, below what registers it.
+    Put this decorator next to the function, below the one that registers the route.
 
     :raises InvalidArgumentError: for what is not callable.
     """
@@ -182,17 +184,17 @@ def is_exempt(scope: Scope, router: object = None) -> bool:
 
 
 def _outermost(scope: Scope, router: object) -> Any:
-    """Return the application of Starlette that a request has come to, or what a middleware around it has found."""
+    """Return the outermost application of Starlette that a request has reached, else the one that a caller knows of."""
     return scope.get("router") or scope.get("app") or router
 
 
 def template_of(scope: Scope, router: object = None) -> str | None:
     """Return the template of the route as Starlette, or FastAPI, knows it; None where there is none.
 
-    Routes know their own part of it only, below mounts. There, and before there is a route, it is looked for as the
-    outermost router does.
+    Below a mount, a route knows only its own part of the template. There, and before a route has been found, the
+    template is looked up from the outermost router on.
     """
-    if "app_root_path" not in scope:  # which mounts put there
+    if "app_root_path" not in scope:  # mounts put it there
         route = _own(scope.get("fastapi", {}).get("effective_route_context") or scope.get("route"))
         template = getattr(route, "path_format", None)
         if isinstance(template, str):
@@ -214,7 +216,7 @@ def _sought(scope: Scope, router: object) -> _Found:
     return _found(routes, {**outermost, "root_path": root, "path_params": {}})
 
 
-# Of each application: how many routes it had, and their templates. It may get more of them.
+# For each application, how many routes it had and their templates. The number shows whether routes were added.
 _known_templates: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 
 
@@ -241,7 +243,7 @@ def _each_template(routes: Sequence[Any]) -> Iterator[str]:
 
 
 def _found(routes: Sequence[Any], scope: Scope) -> _Found:
-    """Return the first route that matches; else one that does but for the method."""
+    """Return the first route that matches; else the first one that matches except for its method."""
     partial: Any = None
     for route in _each(routes):
         match, child = route.matches(scope)
@@ -253,7 +255,7 @@ def _found(routes: Sequence[Any], scope: Scope) -> _Found:
 
 
 def _joined(route: Any, scope: Scope) -> _Found:
-    own: str = getattr(route, "path_format", "")  # none for a host
+    own: str = getattr(route, "path_format", "")  # a Host has none
     inner: Sequence[Any] = getattr(route, "routes", None) or ()
     if not inner:
         return _Found(own or None, scope.get("endpoint"))
@@ -281,7 +283,7 @@ def _raw(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def _with_fields(headers: Iterable[tuple[bytes, bytes]], fields: Headers) -> list[tuple[bytes, bytes]]:
-    """Return headers, and those of the fields that they do not have yet."""
+    """Return headers, with those of the fields added that they lack."""
     headers = list(headers)
     names = {name.lower() for name, _ in headers}
     return [*headers, *((name, value) for name, value in _raw(fields) if name not in names)]

@@ -1,4 +1,4 @@
-"""A base for Celery's tasks that stay under somebody else's limit, all workers together.
+"""A base class for Celery's tasks that stay under somebody else's limit, in all workers together.
 
 ::
 
@@ -24,15 +24,16 @@ with needing("celery"):
 
 __all__ = ["OutboundLimit", "RateLimitedTask"]
 
-_RESERVED: Final = "ratelimit_reserved"  # a header of the message: for which of its attempts there are tokens
+# A header of the message. It names the attempt of the task that tokens are reserved for.
+_RESERVED: Final = "ratelimit_reserved"
 
 
 class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
-    """A task that runs when it is its turn, and until then is a message with a countdown that keeps no worker busy.
+    """A task that runs when its turn comes. Until then it is a message with a countdown, which keeps no worker busy.
 
-    Before it runs, its tokens are reserved. If they are there only later, it is retried once, exactly then, and has
-    them already: first reserved is first served, in whichever worker. Such a retry is not one of the task's own,
-    and does not count against its ``max_retries``; each of its own wants new tokens.
+    Before the task runs, its tokens are reserved. If they will be there only later, it is retried once, exactly then,
+    with its tokens already reserved: first reserved is first served, in whichever worker. This retry does not count
+    against the task's ``max_retries``. Each retry of the task's own needs new tokens.
 
     A task that runs eagerly sleeps, since there is no worker to keep free. One that is called as a function is not
     limited.
@@ -54,7 +55,7 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
         _limit_of(cls).check_face(asynchronous=False)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Go on if it is the task's turn, or come back then. A method that overrides this one must call it first."""
+        """Let the task run if it is its turn, or retry it then. A method that overrides this one must call it first."""
         super().before_start(task_id, args, kwargs)
         limit, request = _limit_of(self), self.request
         if request.is_eager:
@@ -62,7 +63,8 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
             return
         attempt = f"{request.id}:{request.retries}"
         is_reserved = (request.headers or {}).get(_RESERVED) == attempt
-        if is_reserved and not limit.remaining_hold(request):  # else what it has is from before the hold, and void
+        # Tokens that were reserved before a hold are void.
+        if is_reserved and not limit.remaining_hold(request):
             return
         wait = limit.reserve(request)
         if wait:
@@ -72,7 +74,7 @@ class RateLimitedTask(Task):  # type: ignore[misc]  # Celery has no types
             raise Retry(f"its turn is in {wait:g} s", when=wait, sig=signature)
 
     def learn(self, status: int, headers: Mapping[str, str]) -> None:
-        """Hold all tasks back if an answer that this task has got says so."""
+        """Hold all tasks back if an answer that this task has received says so."""
         limit = _limit_of(self)
         limit.learn(limit.key_of(self.request), status, headers)
 

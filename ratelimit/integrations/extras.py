@@ -1,4 +1,4 @@
-"""What an integration says where the package that it is for is not installed."""
+"""The error of an integration whose framework or client is not installed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def needing(extra: str) -> Generator[None]:
-    """Import in here what an extra of this distribution brings.
+    """Import packages of an extra of this distribution within this block.
 
-    :raises ImportError: that says what to install, where something is missing.
+    :raises ImportError: where a package is missing; its message says what to install.
     """
     try:
         yield

@@ -8,13 +8,13 @@
     @app.get("/search", dependencies=[Depends(RateLimit("10/minute"))])
     async def search() -> list[str]: ...
 
-A dependency alone limits, and puts the header fields on the answers that FastAPI makes of what an endpoint returns. It
-reaches neither the responses that an endpoint has made itself nor the OpenAPI document. :func:`configure` does, by a
-middleware that is added as any other.
+By itself, a dependency limits requests and adds the header fields to the answers that FastAPI makes from what an
+endpoint returns. It reaches neither responses that an endpoint makes itself nor the OpenAPI document. :func:`configure`
+reaches both: it adds a middleware.
 """
 
-# No "from __future__ import annotations": FastAPI reads those of RateLimit.__call__, and as texts it could not resolve
-# them, because it looks in the globals of a function, which an object that is called does not have.
+# No "from __future__ import annotations": FastAPI reads the annotations of RateLimit.__call__. As text it could not
+# resolve them, because it looks names up in the globals of a function, and an object that is called has none.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,10 +58,10 @@ _HANDLERS: Final = "starlette.exception_handlers"  # by class and by status, in 
 
 
 class RequestRefused(HTTPException):
-    """A request is refused: by a limit (429), for want of its key (400), or because the store fails (503).
+    """A request is refused: by a limit (429), because it has no key (400), or because the store fails (503).
 
-    It is answered with a problem of RFC 9457; or by the application's own handler for the status, for ``HTTPException``
-    or for this class, for which it has the status and the header fields.
+    The answer is a problem of RFC 9457, unless the application has a handler of its own for the status, for
+    ``HTTPException`` or for this class. For such a handler the exception has the status and the header fields.
 
     :ivar decision: says by which rule.
     :ivar answer: what is sent where there is no such handler.
@@ -94,15 +94,15 @@ class RateLimit:
     :class:`RequestRefused`. Without a name it counts for each route that depends on it; with ``name=``, for all of them
     together. A request pays for a bucket once, however often it meets it.
 
-    Two that are made alike are equal, so that ``app.dependency_overrides`` finds one by another.
+    Limits that are made alike are equal, so that ``app.dependency_overrides`` finds one by another.
 
     :param limits: a ``Rule``, or limits of which one is made with the settings of the rule: ``key=``, ``name=``,
         ``cost=`` and so on, see :class:`ratelimit.integrations.http.Rule`.
-    :param manager: has the buckets; or its URL. None: the one that :func:`configure` has given the application, else
-        that of the variable ``RATELIMIT_URL``, or Redis on this machine.
+    :param manager: the manager that has the buckets, or its URL. None: the one that :func:`configure` has given the
+        application, else that of the variable ``RATELIMIT_URL``, or Redis on this machine.
     :param answers: makes what clients are sent. None: as :func:`configure` says.
     :param on_error: what is decided where the store fails. None: as :func:`configure` says.
-    :raises InvalidConfigurationError: for limits and settings that cannot be.
+    :raises InvalidConfigurationError: for limits and settings that are not valid.
     :raises InvalidArgumentError: for settings beside a ``Rule``, and for a manager of sync code.
     """
 
@@ -122,7 +122,7 @@ class RateLimit:
             self._settings["answers"] = answers
         if on_error is not None:
             self._settings["on_error"] = on_error
-        # By configuration of the application: tests make several. This one is for those without.
+        # One limiter for each configuration, since tests make several applications. This one is for those without.
         self._limiters = {_DEFAULT: self._limiter(_DEFAULT)}
 
     def __eq__(self, other: object) -> bool:
@@ -175,27 +175,26 @@ def configure(
     key: RequestKey | None = None,
     **settings: Unpack[LimiterSettings],
 ) -> None:
-    """Configure the limits of an application, in one place; to be called once, before its first request.
+    """Configure the limits of an application in one place. Call this once, before the first request.
 
-    All answers to limited requests have the header fields then, those that an endpoint has made itself, those to
-    errors, and the accepts of WebSockets included; and the operations have a 429 in the OpenAPI document. It adds a
-    middleware as ``app.add_middleware`` does, and puts ``app.openapi`` in the place of the application's own, around
-    it.
+    From then on all answers to limited requests have the header fields, including responses that an endpoint makes
+    itself, answers to errors, and the accepts of WebSockets; and the limited operations have a 429 in the OpenAPI
+    document. To this end the function adds a middleware by ``app.add_middleware``, and wraps ``app.openapi``.
 
-    :param rules: limit all requests to the application, as those of the middleware do; see
+    :param rules: limit all requests to the application; see
         :class:`ratelimit.integrations.asgi.RateLimitMiddleware`.
-    :param manager: has the buckets of all limits that do not say otherwise; or its URL. None: that of the variable
-        ``RATELIMIT_URL``, or Redis on this machine.
+    :param manager: the manager that has the buckets of all limits that do not say otherwise, or its URL. None: that of
+        the variable ``RATELIMIT_URL``, or Redis on this machine.
     :param key: whose bucket a request draws on, for all rules that do not say otherwise; ``client_ip()`` by default.
     :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
-    :raises InvalidConfigurationError: for what cannot be, and where rules of one name have different limits.
+    :raises InvalidConfigurationError: for arguments that are not valid, and where rules of one name differ in limits.
     :raises InvalidArgumentError: for an application that is configured already, and for a manager of sync code.
     """
     if configuration_of(app) is not None:
         raise InvalidArgumentError("an application must be configured once; this one is configured already")
     configuration = _Configuration(manager, key, settings)
     keyed = [Rule.of(rule).by(key) for rule in rules]
-    # Made here too, so that what is wrong is an error now, and not when the application starts.
+    # Make a limiter here too, so that a mistake is an error now, and not when the application starts.
     AsyncLimiter(*keyed, manager=manager, **settings)
     app.add_middleware(_ConfiguredMiddleware, *keyed, application=app, configuration=configuration)
     app.add_exception_handler(RequestRefused, _answered)  # type: ignore[arg-type]  # what a handler returns is awaited
@@ -220,7 +219,7 @@ def configuration_of(app: FastAPI) -> "_Configuration | None":
 
 
 class _ConfiguredMiddleware(RateLimitMiddleware):
-    """Limits all requests, and says with each how its application is configured."""
+    """Limits all requests, and puts the configuration of the application into the scope of each."""
 
     def __init__(self, app: App, *rules: Rule, application: FastAPI, configuration: _Configuration) -> None:
         super().__init__(app, *rules, manager=configuration.manager, **configuration.settings)
@@ -239,7 +238,7 @@ def _place(scope: Scope) -> str:
 
 
 def _handle_refusals(scope: Scope) -> None:
-    """Let a refusal be answered with its problem, unless the application has a handler of its own.
+    """Answer a refusal with its problem, unless the application has a handler of its own.
 
     An application that is not configured has no handler for refusals. The handlers of a request are in its scope.
     """
@@ -278,7 +277,7 @@ _FIELDS: Final = {
 
 
 def _document(app: FastAPI, document: dict[str, Any]) -> None:
-    """Add a 429 to the operations that are limited; done twice, it is the same."""
+    """Add a 429 to the operations that are limited. Doing it twice changes nothing."""
     outer = list(_limits_of_middleware(app))
     for route in _routes(app):
         limits = [*outer, *((limit.rule, limit.answers_for(app)) for limit in _limits_of(route.dependant))]
@@ -304,7 +303,8 @@ def _limits_of_middleware(app: FastAPI) -> Iterator[tuple[Rule, Answers]]:
 
 def _routes(app: FastAPI) -> Iterator[Any]:
     """Yield the routes, each with all that it depends on, also where a router was included."""
-    each = getattr(routing, "iter_route_contexts", iter)  # before FastAPI 0.130 or so, routes had that themselves
+    # Before FastAPI 0.130 or so, the routes themselves had what they depend on.
+    each = getattr(routing, "iter_route_contexts", iter)
     for route in each(app.routes):
         if isinstance(getattr(route, "original_route", route), routing.APIRoute | routing.APIWebSocketRoute):
             yield route

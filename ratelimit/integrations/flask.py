@@ -69,7 +69,7 @@ def _refused_with(status: int) -> type[RequestRefused]:
 
 @dataclass(slots=True, eq=False)
 class _Installed:
-    """What an application has of the extension."""
+    """What the extension keeps for one application."""
 
     extension: RateLimiter
     manager: ProxyManager | str | None
@@ -80,19 +80,19 @@ class RateLimiter:
     """Limits the requests to Flask applications: all of them by the rules given here, others by :meth:`limit`.
 
     A request has to satisfy all rules that are about it, those of the application first, then those of its blueprints,
-    then those of its view. What it has paid is given back where a later one refuses.
+    then those of its view. If a later rule refuses, what the request has paid is given back.
 
-    The rules of the application count for all requests, those that end with 404 among them, but for views that are
-    :meth:`exempt`, and for the static files that Flask serves.
+    The rules of the application count for all requests, including those that end with 404, except for views that are
+    :meth:`exempt` and for the static files that Flask serves.
 
     :param rules: see :class:`ratelimit.integrations.http.Rule`; limits alone are for all requests, by the address of
         the peer.
     :param app: an application, as with :meth:`init_app`.
-    :param manager: has the buckets; or its URL. None: the URL in the application's configuration, ``RATELIMIT_URL``,
-        else that of the environment variable of this name, or localhost.
+    :param manager: the manager that has the buckets, or its URL. None: the URL ``RATELIMIT_URL`` in the application's
+        configuration, else that of the environment variable of this name, or localhost.
     :param key: whose bucket a request draws on, for all rules that do not say otherwise; ``client_ip()`` by default.
     :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
-    :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.
+    :raises InvalidConfigurationError: for limits that are not valid, and for two rules of one name that differ.
     :raises InvalidArgumentError: for a manager of asyncio.
     """
 
@@ -110,19 +110,19 @@ class RateLimiter:
         for rule in self._rules:
             self._names.add(rule)
         self._manager = _checked_manager(manager)
-        # Made here too, so that what is wrong is an error now, and not at the first request.
+        # Make a limiter here too, so that a mistake is an error now, and not at the first request.
         self._answers = Limiter(manager="memory://", **settings).answers
         self._settings = settings
         if app is not None:
             self.init_app(app)
 
     def init_app(self, app: Flask, *, manager: ProxyManager | str | None = None) -> None:
-        """Limit the requests to an application; to be called before its other ``before_request`` functions are made.
+        """Limit the requests to an application. Call this before you register other ``before_request`` functions.
 
-        Configuration of the application: ``RATELIMIT_ENABLED``, False to admit everything, in tests say, at any time;
-        and ``RATELIMIT_URL``, see :class:`RateLimiter`.
+        The application's configuration may contain ``RATELIMIT_URL``, see :class:`RateLimiter`, and
+        ``RATELIMIT_ENABLED``: everything is admitted while that is False, in tests for example.
 
-        :param manager: has the buckets of this application, in the place of that of the extension.
+        :param manager: the manager that has the buckets of this application, in place of the extension's.
         :raises RuntimeError: for an application that has a ``RateLimiter`` already.
         """
         if _EXTENSION in app.extensions:
@@ -136,16 +136,15 @@ class RateLimiter:
     def limit(self, limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> Callable[[T], T]:
         """Decorate a view, or call it with a blueprint: ``limiter.limit("100/hour")(blueprint)``.
 
-        On a view it stands below ``route``, which would register the view without it otherwise. Classes of views have
-        it in their ``decorators``. A blueprint is limited together with those that are nested in it, except for their
-        static files; limit it before it is registered.
+        On a view the decorator must stand below ``route``, which would otherwise register the view without it. For a
+        class of views, list it in the ``decorators`` of the class. A blueprint is limited together with those that are
+        nested in it, except for their static files; limit it before it is registered.
 
-        Without a name, a limit counts for the view, or for the blueprint. With ``name=`` it counts for all that have
-        it.
+        Without a name, a limit counts for the view, or for the blueprint. Limits of one ``name=`` share their buckets.
 
         :param limits: a :class:`ratelimit.integrations.http.Rule`, or its limits with its other settings.
-        :raises InvalidConfigurationError: for settings that cannot be, and where a rule of the same name has other
-            limits.
+        :raises InvalidConfigurationError: for settings that are not valid, and where a rule of the same name has
+            other limits.
         :raises InvalidArgumentError: for settings beside a rule, and for what is not a view.
         """
         rule = Rule.of(limits, **settings).by(self._key)
@@ -177,9 +176,9 @@ class RateLimiter:
         return decorate
 
     def exempt(self, view: T) -> T:
-        """Let the rules of the application and of blueprints not count for a view, or for all views of a blueprint.
+        """Exempt a view, or all views of a blueprint, from the rules of the application and of blueprints.
 
-        Its own count: with ``limit`` beside it a view has other limits, instead of more of them.
+        Limits of its own still count: with both ``exempt`` and ``limit``, a view has only the limits of its own.
 
         :raises InvalidArgumentError: for what is neither a view nor a blueprint.
         """

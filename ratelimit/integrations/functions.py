@@ -45,9 +45,9 @@ def limited(
     namespace: str | None = None,
     enabled: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Limit how often a function is called, sync or async, in all or by what it is called with.
+    """Limit how often a function, sync or async, is called: in total, or for each key that its arguments give.
 
-    A call takes its tokens before the function begins; they are gone also where the function fails.
+    A call takes its tokens before the function begins; they are spent even if the function fails.
 
     :param limits: text, a ``BucketConfiguration``, a list of limits, ``Plans``, or a callable that is given the key
         (the name, where there is none) and answers with limits, or with None for a key that is not limited.
@@ -57,7 +57,7 @@ def limited(
     :param max_wait: the longest wait for tokens that is accepted, a ``timedelta`` or seconds: a call that would have to
         wait for longer is refused at once. 0: no call waits. None: calls wait as long as it takes.
     :param name: the bucket's key is ``name:key``, or the name alone where there is no key. Functions with one name
-        share their buckets. Without one, a limit counts for the function, by its module, qualified name and limits.
+        share their buckets. Without a name, the module, the qualified name and the limits of the function stand for it.
     :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
         ones and keep their fill level. None: stored buckets keep the limits that they were made with.
     :param manager: a ``ProxyManager`` for sync functions, an ``AsyncProxyManager`` for async ones; or the URL of a
@@ -69,8 +69,8 @@ def limited(
     :raises InvalidArgumentError: at decoration, for other arguments that are not valid, a manager of the other kind,
         and for what is not a function, or is a generator.
 
-    A call that is refused raises :class:`ratelimit.RateLimitExceeded`; a call may raise what the verbs of a bucket
-    raise. The callables may be ``async`` where the function is.
+    A call that is refused raises :class:`ratelimit.RateLimitExceeded`; any call may raise the errors that the verbs of
+    a bucket raise. The callables may be ``async`` where the function is.
     """
     if key is not None and not callable(key):
         instance(key, (str, bytes), "key", "a str, bytes, or a callable")

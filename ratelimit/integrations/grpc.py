@@ -75,7 +75,7 @@ class Rpc:
     @property
     def peer(self) -> str:
         """The address of the client, as gRPC writes it: ``ipv4:203.0.113.7:50123``."""
-        return self.context.peer()  # type: ignore[no-any-return]  # that of a context of either face
+        return self.context.peer()  # type: ignore[no-any-return]  # the context of either face has it
 
 
 M = TypeVar("M", ProxyManager, AsyncProxyManager)
@@ -108,11 +108,11 @@ def metadata_value(name: str, *, secret: str | bytes | None = None) -> RpcKey:
     """Return a key that a client sends in its metadata: ``metadata_value("x-api-key", secret=...)``.
 
     A call in which it is missing, or empty, has no key. One that has it twice is refused with ``INVALID_ARGUMENT``,
-    because nobody knows which of them the service goes by.
+    because nobody knows which of the two the service goes by.
 
-    :param name: of the metadata, in either case.
+    :param name: the name in the metadata, in upper or lower case.
     :param secret: at least 16 bytes, the same in all processes: the value is stored as a keyed hash (HMAC-SHA-256, 128
-        bits), as that of an API key should be. None: as it is, or as a hash where it is longer than 128.
+        bits), as that of an API key should be. None: it is stored as it is, or as a hash if it is longer than 128.
     :raises InvalidConfigurationError: for a secret that is too short.
     """
     return _MetadataValue(name.lower(), None if secret is None else checked_secret(secret))
@@ -137,7 +137,7 @@ class _MetadataValue:
 
 
 class RpcRuleSettings(TypedDict, total=False):
-    """What a rule takes beside its limits."""
+    """What a rule takes besides its limits."""
 
     key: RpcKey | None
     cost: RpcCost
@@ -150,7 +150,7 @@ class RpcRuleSettings(TypedDict, total=False):
 
 
 class RpcRule(Rule[Rpc]):
-    """A limit, and the calls that it is for, where an interceptor has several of them.
+    """A limit and the calls that it is for, for an interceptor that has several limits.
 
     ::
 
@@ -165,14 +165,14 @@ class RpcRule(Rule[Rpc]):
         that is given the :class:`Rpc` and answers with a ``str`` or ``bytes``, or with None for a call without a key.
     :param cost: tokens of a call, an int of 1 or more, or a callable that is given the call; for 0 it is free. A stream
         pays when it begins, and not for what goes through it.
-    :param methods: only these are limited: full names, ``/package.Service/Method``, or a callable that is given one and
-        answers whether. None: all that the server knows.
+    :param methods: only these are limited: full names, ``/package.Service/Method``, or a callable that is given a
+        name and answers whether it is limited. None: all that the server knows.
     :param when: only calls for which this is true are limited.
     :param exempt: calls for which this is true are not limited.
     :param missing: how a call without a key ends: ``error``, with ``INVALID_ARGUMENT``; ``unlimited``, it goes on.
-    :param name: of the policy, as clients are shown it; a bucket's key is ``name:key``, and rules of one name share
-        their buckets. Without a name, clients are shown the text of the limits, or ``default`` where they are looked
-        up, and a rule shares buckets with those alone that have the same limits, methods and kind of key.
+    :param name: the name of the policy that clients see; a bucket's key is ``name:key``, and rules of one name share
+        their buckets. Without a name, clients see the text of the limits, or ``default`` where they are looked up, and
+        a rule shares buckets only with rules that have the same limits, methods and kind of key.
     :param version: of the limits, an int of 0 or more; raise it whenever they change, so that live buckets get the new
         ones and keep their fill level. None: stored buckets keep the limits that they were made with.
     :param enabled: False: the rule limits no call.
@@ -230,7 +230,7 @@ class RpcRule(Rule[Rpc]):
     def bucket_name(self, place: str) -> tuple[str, ...]:
         """Return the name, or the methods, the limits and the kind of key, which distinguish rules without a name.
 
-        :param place: is not looked at: a rule counts for its methods, in whichever interceptor it stands.
+        :param place: ignored: a rule counts for its methods, in whichever interceptor it stands.
         """
         return self._bucket_name
 
@@ -245,7 +245,7 @@ class _AsyncRpcLimiter(AsyncLimiter[Rpc]):
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """How a call ends that does not reach its method."""
+    """How a call ends if it does not reach its method."""
 
     code: grpc.StatusCode
     text: str
@@ -296,10 +296,10 @@ class _Interceptor(Generic[M]):
 class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
     """Limits the calls that a ``grpc.server`` takes. Decisions are made in its threads, after the first message.
 
-    :param limits: as :class:`RpcRule` takes them; or such a rule, with settings of its own.
-    :param more: further ones. They are asked in their order, and where one refuses a call, the tokens that the call has
-        paid before are given back.
-    :param settings: those of a rule, for limits that are not one: ``key=``, which must be given, ``cost=``,
+    :param limits: limits, as :class:`RpcRule` takes them; or such a rule, with settings of its own.
+    :param more: further limits or rules. They are asked in their order, and where one refuses a call, the tokens that
+        the call has paid before are given back.
+    :param settings: the settings of a rule, for limits that are not a rule: ``key=``, which must be given, ``cost=``,
         ``methods=``, ``when=``, ``exempt=``, ``missing=``, ``name=`` and ``version=``.
     :param manager: has the buckets; or the URL of a store, whose manager the process shares. By default that in the
         variable ``RATELIMIT_URL``, or on localhost.
@@ -383,7 +383,7 @@ class AsyncRateLimitInterceptor(_Interceptor[AsyncProxyManager], grpc.aio.Server
             return _undecided(rpc, error)
 
 
-# gRPC chooses by the kind of a function how it is to be called: what is limited must stay of the same kind.
+# gRPC calls a function as its kind demands (plain, async, a generator), so a limited one must stay of the same kind.
 
 
 def _awaited(behavior: Callable[..., Any], decide: Callable[[Any], Awaitable[_Refusal | None]]) -> Callable[..., Any]:
@@ -431,7 +431,7 @@ def _admit(context: Any, refused: _Refusal | None) -> None:
         context.abort(refused.code, refused.text)
 
 
-# By whether the request is a stream, and whether the response is.
+# By two flags: whether the request is a stream, and whether the response is.
 _KINDS: Final = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
@@ -468,7 +468,7 @@ def _undecided(rpc: Rpc, error: Exception) -> _Refusal:
 
 
 def _refusal_of(decision: Decision[Rpc]) -> _Refusal | None:
-    """Return how a call ends that a decision has refused; None where it may go on."""
+    """Return how a call ends if the decision refuses it; None where it may go on."""
     if decision:
         return None
     if decision.refused is not None:

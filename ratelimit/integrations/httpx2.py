@@ -20,7 +20,7 @@ __all__ = ["AsyncRateLimitTransport", "OutboundLimit", "RateLimitTransport", "ho
 
 
 class RateLimitTransport(Transport, httpx2.BaseTransport):
-    """For ``httpx2.Client``: each request waits for its turn, a redirect too, and its answer is learned from.
+    """For ``httpx2.Client``: makes each request, redirects too, wait for its turn, and learns from its answer.
 
     :param limit: its callables are given the ``httpx2.Request``.
     :param transport: what sends the requests; an ``httpx2.HTTPTransport()`` of its own when None.
@@ -32,7 +32,7 @@ class RateLimitTransport(Transport, httpx2.BaseTransport):
 
 
 class AsyncRateLimitTransport(AsyncTransport, httpx2.AsyncBaseTransport):
-    """For ``httpx2.AsyncClient``: each request waits for its turn under asyncio, and its answer is learned from.
+    """For ``httpx2.AsyncClient``: makes each request wait for its turn under asyncio, and learns from its answer.
 
     :raises InvalidArgumentError: where the limit has a manager for sync code.
     """

@@ -24,7 +24,7 @@ __all__ = ["OutboundLimit", "RateLimitAdapter", "host_of"]
 
 
 class RateLimitAdapter(BaseAdapter):
-    """Each request waits for its turn, a redirect too, and its answer is learned from.
+    """Makes each request, redirects too, wait for its turn, and learns from its answer.
 
     :param limit: its callables are given the ``requests.PreparedRequest``.
     :param adapter: what sends the requests; an ``HTTPAdapter()`` when None.
@@ -48,13 +48,13 @@ class RateLimitAdapter(BaseAdapter):
     ) -> requests.Response:
         """Wait for the turn of the request, send it, and learn from the answer, which is given back as it is.
 
-        The timeout is that of the request; the wait for its turn is not in it.
+        The timeout is for the request alone, not for the wait for its turn.
         """
         key = self._limit.acquire(request)
         try:
             response = self._adapter.send(request, stream, timeout, verify, cert, proxies)
         except requests.exceptions.RetryError as error:
-            # The answers that urllib3 has repeated the request for are gone, with their fields.
+            # The answers that made urllib3 repeat the request are gone, with their fields.
             if _was_refused(error):
                 self._limit.learn(key, TOO_MANY_REQUESTS, {})
             raise
@@ -71,6 +71,6 @@ class RateLimitAdapter(BaseAdapter):
 
 
 def _was_refused(error: requests.exceptions.RetryError) -> bool:
-    """Return whether urllib3 has given up because the server went on to answer with 429."""
+    """Return whether urllib3 has given up because the server kept answering with 429."""
     reason = getattr(error.args[0] if error.args else None, "reason", None)
     return str(reason) == ResponseError.SPECIFIC_ERROR.format(status_code=TOO_MANY_REQUESTS)

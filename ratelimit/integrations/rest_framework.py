@@ -33,13 +33,13 @@ __all__ = ["AnonRateLimit", "RateLimitThrottle", "Refused", "ScopedRateLimit", "
 
 
 class Refused(APIException):
-    """A request is refused for another reason than a limit: the store fails (503), or there is no key (400)."""
+    """A request is refused for a reason other than a limit: the store fails (503), or there is no key (400)."""
 
     def __init__(self, decision: HttpDecision) -> None:
         problem = current().answers.problem(decision)
         super().__init__(problem.get("detail") or problem.get("title"), code="refused")
         self.status_code = problem["status"]
-        self.wait = decision.retry_after  # which REST framework makes Retry-After of
+        self.wait = decision.retry_after  # REST framework turns this into Retry-After
 
 
 class RateLimitThrottle(BaseThrottle):
@@ -55,11 +55,11 @@ class RateLimitThrottle(BaseThrottle):
 
     :cvar limits: None: the rate of the scope in ``DEFAULT_THROTTLE_RATES``, which may be written in either way:
         ``100/hour``, ``10/second burst 50``, or a list of these. With a rate of None nothing is limited.
-    :cvar scope: of the rate.
-    :cvar name: by default the scope. A class with limits of its own and without a name counts for itself.
+    :cvar scope: the name of the rate in ``DEFAULT_THROTTLE_RATES``.
+    :cvar name: by default the scope. A class with limits of its own and without a name has buckets of its own.
     :cvar key: whose bucket it is; by default the user's, or that of the address of an anonymous client.
     :cvar cost: tokens of a request.
-    :cvar exempt: not limited are requests for which this is true.
+    :cvar exempt: requests for which this is true are not limited.
     :cvar version: of the limits; raise it whenever they change, so that live buckets get the new ones.
     :cvar enabled: False: the throttle lets every request through.
     """
@@ -78,7 +78,7 @@ class RateLimitThrottle(BaseThrottle):
     def allow_request(self, request: Request, view: Any) -> bool:
         """Return whether a request may go on.
 
-        :raises Refused: where it may not, for another reason than a limit.
+        :raises Refused: where it may not, for a reason other than a limit.
         :raises ImproperlyConfigured: for limits that are not valid.
         """
         rule = self._rule()
@@ -88,7 +88,8 @@ class RateLimitThrottle(BaseThrottle):
         # After a refusal nothing more is asked, although REST framework goes on to the next throttle.
         place = "" if rule.named else f"{type(self).__module__}.{type(self).__qualname__}"
         self._decision = deciding.decide(http_request(native_of(request), asynchronous=False), place)
-        if hasattr(view, "headers"):  # those that REST framework sets on whatever response there will be
+        # REST framework sets the headers of the view on whatever response there will be.
+        if hasattr(view, "headers"):
             view.headers.update(deciding.answers.headers(self._decision))
         if not self._decision and deciding.answers.problem(self._decision)["status"] != 429:
             raise Refused(self._decision)
@@ -105,7 +106,7 @@ class RateLimitThrottle(BaseThrottle):
         if limits is None:
             name, limits = name or self.scope, _rate(cls.__name__, self.scope)
         try:
-            if isinstance(limits, list | tuple):  # which may have no hash
+            if isinstance(limits, list | tuple):  # a list has no hash
                 limits = configuration_of(limits)
             return (
                 None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt, cls.version, cls.enabled)

@@ -22,7 +22,7 @@ from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import ProxyManager
 
 NOTES: Final = "ratelimit.notes"
-"""Where the notes of a request are kept in its environment. Without a dot, it would have to be text."""
+"""The name of a request's notes in its environment. Under a name without a dot they would have to be text."""
 
 
 _INNER: Final = ("wsgi_app", "app", "_app")
@@ -39,9 +39,9 @@ class RateLimitMiddleware:
         ``routes`` is about.
     :param rules: see :class:`ratelimit.integrations.http.Rule`; limits alone are for all requests, by the address of
         the peer.
-    :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
+    :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: see :class:`ratelimit.integrations.http.LimiterSettings`.
-    :raises InvalidConfigurationError: for limits that cannot be, and two rules of one name with other limits.
+    :raises InvalidConfigurationError: for limits that are not valid, and for two rules of one name that differ.
     :raises InvalidArgumentError: for a manager of asyncio.
     """
 
@@ -71,7 +71,7 @@ class RateLimitMiddleware:
             return [] if request.method == "HEAD" else [body]
 
         def start(status: str, headers: Headers, *exc_info: Any) -> Callable[[bytes], object]:
-            # What has been decided by now: the application may have rules of its own, and have asked them by now.
+            # The fields show all that has been decided by now: the application may have asked rules of its own.
             return start_response(status, _with_fields(headers, answers, decision_about(request)), *exc_info)
 
         return self._app(environ, start)
@@ -80,8 +80,8 @@ class RateLimitMiddleware:
 def http_request(environ: WSGIEnvironment) -> HttpRequest:
     """Return a request as rules see it.
 
-    Its path is that below the place where the application is mounted: ``PATH_INFO``, without ``SCRIPT_NAME``. Slashes
-    that it begins with count as one, as they do for Werkzeug's routes.
+    Its path is the part below the mount point of the application: ``PATH_INFO``, without ``SCRIPT_NAME``. Several
+    slashes at its beginning count as one, as they do for Werkzeug's routes.
     """
 
     def header(name: str) -> str | None:
@@ -103,10 +103,10 @@ def http_request(environ: WSGIEnvironment) -> HttpRequest:
 
 
 def _url_map_within(app: Any) -> Any:
-    """Return the map of routes of an application of Werkzeug's, which may be within middlewares; None if there is none.
+    """Return the map of routes of a Werkzeug application, from inside middlewares too; None if there is none.
 
-    ``app.wsgi_app`` is a method of the application. Middlewares keep what they are around as ``app``, ``_app`` or
-    ``wsgi_app``.
+    ``app.wsgi_app`` is a method of the application. A middleware keeps the application that it wraps as ``app``,
+    ``_app`` or ``wsgi_app``.
     """
     for _ in range(_MOST_MIDDLEWARES):
         owner = getattr(app, "__self__", app)
@@ -120,12 +120,12 @@ def _url_map_within(app: Any) -> Any:
 
 
 def ask_router(request: HttpRequest, url_map: Any, find_route: Callable[[], str | None]) -> None:
-    """Let a request know the routes of an application of Werkzeug's, and the one that it goes to."""
+    """Give a request the routes of a Werkzeug application, and a way to find the one that it goes to."""
     request.find_route = find_route
     request.find_routes = lambda: _templates_of(url_map)
 
 
-# Of each map of routes: how many it had, and their templates. It may get more of them.
+# For each map, how many routes it had and their templates. The number shows whether routes were added.
 _known_templates: WeakKeyDictionary[Any, tuple[int, frozenset[str]]] = WeakKeyDictionary()
 
 
@@ -144,7 +144,7 @@ def _found(url_map: Any, environ: WSGIEnvironment) -> str | None:
     for method in adapter.allowed_methods() or ():
         try:
             rule, _ = adapter.match(method=method, return_rule=True)
-        except Exception:  # noqa: BLE001, S112  # Werkzeug's own, for a redirection or nothing: it goes to no route
+        except Exception:  # noqa: BLE001, S112  # Werkzeug raises for a redirection, and where nothing matches
             continue
         template: str = rule.rule
         return template

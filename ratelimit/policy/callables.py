@@ -13,7 +13,7 @@ from ratelimit.runtime.steps import Steps
 
 
 def answer_of(answer: Any) -> Steps[Any]:
-    """Return what a callable has answered, awaited where that can be done.
+    """Return what a callable has answered; an awaitable answer is awaited.
 
     :raises InvalidArgumentError: for a callable that is ``async`` in sync code.
     """
@@ -42,7 +42,7 @@ def check_sync(what: str, error: type[Refusal] = InvalidArgumentError, **callabl
 
 
 def required_arguments(function: Callable[..., object]) -> int:
-    """Return how many positional arguments a callable cannot do without; 0 where nobody can say."""
+    """Return how many positional arguments a callable requires; 0 where that is not known."""
     try:
         parameters = signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature

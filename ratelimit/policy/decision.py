@@ -40,7 +40,7 @@ class ServiceLimit:
     :param effective_window: seconds, rounded up, until the next token comes; until then no more than the remaining ones
         can be used. None where no token will come: the limit is at its capacity.
     :param reset_after: seconds, rounded up, until it is at its capacity again.
-    :param violated: whether this is what the request was refused by.
+    :param violated: whether the request was refused by this limit.
     """
 
     policy: Policy

@@ -35,7 +35,7 @@ OnRefused: TypeAlias = Callable[[R, Decision[R]], Awaitable[object] | object]
 
 
 class LimiterSettings(TypedDict, Generic[R], total=False):
-    """What limiters take beside their rules and their manager."""
+    """What limiters take besides their rules and their manager."""
 
     on_error: ErrorPolicy | None
     """What is decided where the store fails. None: what the manager decides then."""
@@ -63,7 +63,7 @@ class BaseLimiter(OfThisProcess, Generic[R]):
 
     _face: ClassVar[type[Bucket | AsyncBucket]]
     _rule_type: ClassVar[type[Rule[Any]]] = Rule
-    """What limits alone are made into."""
+    """The class of the rules that are made from limits alone."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class BaseLimiter(OfThisProcess, Generic[R]):
         return decision
 
     def _asked(self, rule: Rule[R], place: str, request: R, decision: Decision[R]) -> Steps[Decision[R]]:
-        """Ask one rule, and return the decision as it is then."""
+        """Ask one rule, and return the decision after that."""
         if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
             return decision
         key: Any = rule.key
@@ -141,7 +141,7 @@ class BaseLimiter(OfThisProcess, Generic[R]):
     def _charged(
         self, rule: Rule[R], place: str, key: Key | None, request: R, decision: Decision[R]
     ) -> Steps[Decision[R]]:
-        """Take the tokens of a request that has this key by a rule, unless it has paid for their bucket already."""
+        """Take the tokens of a request to which a rule gives this key, unless it has already paid for the bucket."""
         counted_by = None if key is None else rule.counted_by(request, key)
         stored_key = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
         for paid in decision.outcomes:
@@ -184,7 +184,7 @@ class BaseLimiter(OfThisProcess, Generic[R]):
             record(rule.name, key, admitted=result.value.consumed)
 
     def _compare(self, rule: Rule[R], wanted: Configuration, result: VerboseResult[ConsumptionProbe]) -> None:
-        """Log where a bucket has other limits than its rule; a local bucket that stands in for it has them rightly."""
+        """Log where a bucket has other limits than its rule; a local bucket that stands in for it may have others."""
         if result.configuration is not None and not result.degraded:
             self._other_limits.compare(rule.name, wanted, result.configuration)
 
@@ -214,7 +214,7 @@ class BaseLimiter(OfThisProcess, Generic[R]):
             yield from answer_of(self._on_refused(request, decision))
 
     def _give_back(self, decision: Decision[R]) -> Steps[None]:
-        """Undo what a request has paid that is refused in the end."""
+        """Give back what a request has paid if it is refused in the end."""
         for outcome in decision.outcomes:
             if not outcome.consumed or outcome.probe.degraded:
                 continue
@@ -229,11 +229,11 @@ class BaseLimiter(OfThisProcess, Generic[R]):
 
 
 class Limiter(BaseLimiter[R]):
-    """Rules, and the buckets that they are kept in, for one request after another.
+    """Decides about requests, one after another, by rules whose buckets a manager has.
 
     :param rules: are asked in this order; limits alone stand for a rule for all requests. After a refusal no further
         rule is asked, and what the request has paid for the rules before is given back.
-    :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
+    :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: those of every limiter, see :class:`LimiterSettings`.
     """
 

@@ -55,7 +55,7 @@ class OtherLimits:
         self._warned: set[str] = set()
 
     def compare(self, name: str, wanted: Configuration, stored: Configuration) -> None:
-        """Compare what a bucket was decided by with what the code says."""
+        """Compare the limits by which a bucket was decided with the limits in the code."""
         if stored is wanted or stored == wanted or name in self._warned or len(self._warned) >= _MOST_NAMES:
             return
         self._warned.add(name)

@@ -17,12 +17,12 @@ from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.stores.urls import default_url
 
 PREFIX: Final = "ratelimit:"
-"""What the keys of all buckets begin with that an integration keeps in a manager of its own."""
+"""The beginning of the keys of all buckets that an integration keeps in a manager of its own."""
 
 NAMESPACE_VARIABLE: Final = "RATELIMIT_NAMESPACE"
 """The environment variable that names the namespace of a process whose integrations are not given one."""
 
-# Those that the caches below have let go of are not kept alive by this.
+# Weak references: a manager that the caches below have dropped is not kept alive.
 _made: Final[WeakSet[ProxyManager]] = WeakSet()
 _async_made: Final[WeakSet[AsyncProxyManager]] = WeakSet()
 _replacements: Final[list[tuple[ProxyManager, AsyncProxyManager]]] = []

@@ -22,7 +22,7 @@ from ratelimit.runtime.clock import monotonic
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps
 
-# For this long other callers go on with what is known, while one of them looks it up again.
+# While one caller looks a plan up again, the others go on with the last answer for this long.
 _RENEWAL_SECONDS: Final = 5.0
 
 _logger = logging.getLogger("ratelimit")
@@ -45,7 +45,7 @@ PlanOf: TypeAlias = Callable[[Key], PlanAnswer | Awaitable[PlanAnswer]]
 
 
 class PlanLimits(NamedTuple):
-    """The limits that a plan means for a bucket, and their version; a configuration of None: not limited."""
+    """The limits that a plan sets for a bucket, and their version; a configuration of None: not limited."""
 
     configuration: Configuration | None
     version: int | None
@@ -68,12 +68,12 @@ class Plans(OfThisProcess):
     new buckets only, or None for the default plan.
 
     :param plans: limits by the name of the plan; None: not limited.
-    :param plan_of: the look-up: is called with the key, without the rule's name; plain, or ``async`` where the limiter
-        is. What it raises is raised, unless an older answer is known: then that one stays valid, and a warning is
-        logged.
+    :param plan_of: the look-up, which is called with the key, without the rule's name; plain, or ``async`` where the
+        limiter is. An error that it raises reaches the caller, unless an older answer is known: then that answer stays
+        valid, and a warning is logged.
     :param by: a callable that is given the request, and answers with the key that is looked up; by default that is the
-        key of the rule. It is needed where that one is a hash, or has a route in it: ``by=header("x-api-key")``. A
-        request without this key has the default plan.
+        key of the rule. It is needed where the rule's key is a hash, or has a route in it: ``by=header("x-api-key")``.
+        A request without this key has the default plan.
     :param default: the plan of customers that the look-up does not know. None: then that is an error.
     :param version: the version of the plans themselves: raise it with every change of their limits.
     :param inheritance: how the tokens of a live bucket pass to other limits. By default its fill level is kept, so that
@@ -126,7 +126,7 @@ class Plans(OfThisProcess):
             self._entries.pop(key, None)
 
     def limits_of(self, request: object, key: Key) -> Steps[PlanLimits]:
-        """Return the limits of a request that has this key by its rule: by the look-up, or by its last answer."""
+        """Return the limits of a request to which its rule gives this key, by the look-up or by its last answer."""
         fork_safety.check()
         if self._by is not None:
             looked_up: Any = yield from answer_of(self._by(request))

@@ -1,4 +1,4 @@
-"""Decisions of integrations, for those that want to know of each of them: the fixtures of tests."""
+"""Reports each decision of the integrations to recorders, such as the fixtures for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RecordedDecision(NamedTuple):
 
 
 recorders: Final[list[Callable[[RecordedDecision], None]]] = []
-"""Are called with each decision. Mostly there are none."""
+"""Callables that get each decision. Mostly there are none."""
 
 
 @contextmanager

@@ -31,7 +31,7 @@ LimitsOfKey: TypeAlias = Callable[[Any], Limits | Awaitable[Limits | None] | Non
 LimitsOfRequest: TypeAlias = Callable[[Any, R], Limits | Awaitable[Limits | None] | None]
 RuleLimits: TypeAlias = Limits | Plans | LimitsOfKey | LimitsOfRequest[R]
 
-# What a policy is called by where one of its limits cannot be shown: ASCII is what every protocol and log can carry.
+# Text that a policy may be named by: every protocol and every log can carry printable ASCII.
 PRINTABLE: Final = re.compile(r"[\x20-\x7e]{1,200}")
 
 
@@ -45,7 +45,7 @@ class Missing(Enum):
 
 
 class AmbiguousKeyError(Exception):
-    """Raised by a key for a request that has several of it: the request is in error, whatever ``missing`` says."""
+    """Raised by a key if a request has several values for it: the request is in error, whatever ``missing`` says."""
 
 
 class Rule(Generic[R]):
@@ -73,7 +73,7 @@ class Rule(Generic[R]):
     :param version: of the limits, an int of 0 or more. Raise it whenever the limits of a rule with a name change:
         buckets with limits of a lower version, or none, get the new ones and keep their fill level. None: stored
         buckets keep the limits that they were made with. With ``Plans``, it is added to the version of the plan.
-    :param enabled: False: the rule is about no request.
+    :param enabled: False: the rule limits no request.
     :raises InvalidConfigurationError: for arguments that are not valid.
 
     The callables may be ``async`` where the limiter is.
@@ -177,7 +177,7 @@ class Rule(Generic[R]):
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def by(self, key: RuleKey[R] | None) -> Self:
-        """Return the rule with another key, unless it was given one of its own, or there is none."""
+        """Return the rule with this key; the rule itself if it was given a key of its own, or if this one is None."""
         if self._has_key or key is None:
             return self
         rule = copy(self)
@@ -195,7 +195,7 @@ class Rule(Generic[R]):
         return self.exempt is None or not (yield from answer_of(self.exempt(request)))
 
     def limits_of(self, request: R, key: Key) -> Steps[PlanLimits]:
-        """Return the limits of a request that has this key, and their version, where a look-up says them."""
+        """Look up the limits of a request that has this key, and their version."""
         look_up = self.limits
         if isinstance(look_up, Plans):
             found = yield from look_up.limits_of(request, key)
@@ -233,8 +233,8 @@ class Rule(Generic[R]):
 def checked_rules(rules: Collection[RuleT]) -> tuple[RuleT, ...]:
     """Return the rules of one place.
 
-    :raises InvalidConfigurationError: where two of one name differ in their limits, or two without a name in nothing
-        that their buckets are named by.
+    :raises InvalidConfigurationError: where two rules of one name have different limits, or where two rules without a
+        name would share their buckets.
     """
     names = Names()
     for rule in rules:
@@ -251,8 +251,8 @@ class Names:
     def add(self, rule: Rule[Any], place: str = "") -> None:
         """Add a rule that stands at a place.
 
-        :raises InvalidConfigurationError: where another rule with other limits has its name, or where one without a
-            name differs from it in nothing that their buckets are named by.
+        :raises InvalidConfigurationError: where another rule with other limits has its name, or where it has no name
+            and would share its buckets with another rule.
         """
         name = rule.bucket_name(place)
         other = self._rules.setdefault(name, rule)

@@ -31,7 +31,7 @@ def consumed(bucket: Bucket | AsyncBucket, tokens: int, max_wait: int | None) ->
 def probe_of(result: VerboseResult[Any], wait: int, *, consumed: bool) -> ConsumptionProbe:
     """Return the answer of a reservation as a probe.
 
-    :param wait: how long the wait would have been that was refused, in nanoseconds.
+    :param wait: how long the refused wait would have been, in nanoseconds.
     """
     remaining, full = max(0, result.available_tokens), result.full_refilling_time_nanos
     return ConsumptionProbe(consumed, remaining, wait, full, result.degraded)

@@ -31,7 +31,7 @@ class BoundedMap(Generic[V]):
         """Put a value under a key as the one that was used last; nothing is dropped for it."""
         self.drop(key)
         weight = self.weigh(key, value)
-        # Between these two there is no call, at which the handler of a signal might come in.
+        # There must be no call between these two lines: a signal handler could run there.
         self.values[key] = value
         self.size += weight
 
@@ -40,7 +40,7 @@ class BoundedMap(Generic[V]):
         value = self.values.get(key)
         if value is not None:
             weight = self.weigh(key, value)
-            # As above.
+            # There must be no call here either.
             del self.values[key]
             self.size -= weight
 

@@ -3,7 +3,7 @@
 The limiter's own clocks measure deadlines, pauses and estimates. Tests freeze time by replacing ``time.monotonic``:
 freezegun in every module that holds it, some versions of time-machine inside the interpreter. A deadline that is
 computed by one clock and compared with another passes at once, or never. The clocks here are the machine's whatever
-tests do, also where this module is first imported while time is frozen. They are partial objects and not functions,
+tests do, even if this module is first imported while time is frozen. They are partial objects and not functions,
 because a Python frame would double the cost of a reading.
 """
 
@@ -106,7 +106,7 @@ class MonotonicSleep:
 
 
 def _by_days(nanos: int) -> Iterator[float]:
-    """The seconds of each part of a sleep; a wait of centuries would not fit into the system's types at once."""
+    """Yield the seconds of each part of a sleep: a wait of centuries would not fit into the system's types."""
     for begin in range(0, nanos, _DAY_NANOS):
         yield min(nanos - begin, _DAY_NANOS) / NANOS_PER_SECOND
 

@@ -1,4 +1,4 @@
-"""Copies of objects that belong to their process, since they hold its connections, its locks, or what it counts."""
+"""Copies of objects that belong to their process, because they hold its connections, locks or counts."""
 
 from __future__ import annotations
 

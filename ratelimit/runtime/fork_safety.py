@@ -3,7 +3,7 @@
 A lock that another thread held at that moment would never be released there, what another thread had begun would never
 end, and a connection that both processes use would give each of them replies to requests of the other one. All that is
 dropped before anything else happens in the child: by a hook of the interpreter after ``os.fork``, and by :func:`check`
-after a fork that the interpreter did not notice, as that of uWSGI, which is made in C.
+after a fork that the interpreter did not notice, such as that of uWSGI, which is made in C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 chance: Final = random.SystemRandom()
-"""Draws what no two processes may draw alike. Another generator goes on in a fork in C from where the parent was."""
+"""Draws numbers that differ in each process. After a fork in C, any other generator would repeat the parent's."""
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _calls: set[weakref.WeakMethod[Callable[[], None]]] = set()
@@ -26,7 +26,7 @@ _turns: dict[int, threading.Lock] = {}
 """By process id: the lock under which one thread of that process clears up. A new process finds none that is locked."""
 
 _MADV_WIPEONFORK = 18
-"""Advice to Linux that a forked process is to see zeros in a page of memory. The ``mmap`` module does not name it."""
+"""Asks Linux to show zeros to a forked process in a page of memory. The ``mmap`` module does not name this advice."""
 
 
 class _PageByProcessId:
@@ -58,9 +58,9 @@ _page: Any = _wiped_on_fork()
 
 
 def check() -> None:
-    """Clear up in a process that was forked unnoticed; to be called before any lock or connection is taken.
+    """Clear up in a process that was forked unnoticed. Call this before taking any lock or connection.
 
-    It takes no lock that can be locked already in such a process, and next to no time in all others.
+    In such a process this takes no lock that can be locked already; in all others it takes next to no time.
     """
     if not _page[0]:
         with _turns.setdefault(os.getpid(), threading.Lock()):
@@ -91,7 +91,7 @@ def _after_fork() -> None:
     for reference in list(_calls):
         if (method := reference()) is not None:
             method()
-    # This comes last: an exception of a signal handler may have come before.
+    # This comes last, so that the next check clears up again if a signal handler has raised an exception before.
     _page[0] = 1
 
 

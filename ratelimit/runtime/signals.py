@@ -17,7 +17,7 @@ _AGAIN_SECONDS = 0.01
 class Interrupted(BaseException):
     """A signal asks the command to end.
 
-    It is not a KeyboardInterrupt, since after one ``subprocess.Popen`` does not wait for its process.
+    It is not a KeyboardInterrupt, because after that ``subprocess.Popen`` does not wait for its process.
     """
 
     def __init__(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The only two places where sync and asyncio differ.
+"""How sync code and asyncio run the same logic.
 
 Everything that talks to a store or a clock is a generator. It yields what the store or clock gave back, and is sent
 the settled value: at once by :func:`run`, after an await by :func:`arun`. Where an await fails, or is cancelled,
@@ -24,10 +24,10 @@ def run(steps: Steps[T]) -> T:
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     except BaseException as error:
-        if steps.gi_frame is None:  # type: ignore[attr-defined]  # they have ended by it
+        if steps.gi_frame is None:  # type: ignore[attr-defined]  # the error has ended them
             raise
-        # The handler of a signal has raised it here, while the steps stand still. Left alone they would hold what they
-        # hold for as long as somebody keeps the error, whose traceback has them in it.
+        # The handler of a signal has raised the error here, while the steps stand still. Left alone, they would keep
+        # their locks and connections for as long as somebody keeps the error, whose traceback refers to them.
         return _run_on(steps, error)
 
 
@@ -53,7 +53,7 @@ async def arun(steps: Steps[T]) -> T:
                     break
                 except GeneratorExit:  # this coroutine is being closed: nothing can be awaited any more
                     raise
-                except BaseException as error:  # noqa: BLE001  # it is the steps' to handle or to let pass
+                except BaseException as error:  # noqa: BLE001  # the steps handle it, or let it pass
                     failure = error
                 value, failure = steps.throw(failure), None
     except StopIteration as end:

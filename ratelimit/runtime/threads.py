@@ -1,9 +1,9 @@
-"""Work beside the caller, and waiting for it, by threads or by greenlets, whatever interrupts the caller.
+"""Work in the background, and waiting for it, by threads or by greenlets, whatever interrupts the caller.
 
-An exception may come to a thread between any two of its steps: from the handler of a signal, or from another thread.
-Starting and waiting are single calls into the interpreter's own code here, between whose steps none can come:
-``threading.Thread.start`` and ``threading.Event`` are Python, and keep their locks when they are interrupted. Threads
-of the library's own are reached by nothing of that kind, and do to the end what must not be left half done.
+The handler of a signal, or another thread, may raise an exception in a thread between any two of its steps. So starting
+and waiting are single calls here into the interpreter's own code, within which no exception can come.
+(``threading.Thread.start`` and ``threading.Event`` are Python, and keep their locks when they are interrupted.) No such
+exception reaches the library's own threads: they finish what must not be left half done.
 
 gevent and eventlet replace the sockets of the standard library, and by default its threads, locks and events as well,
 so that all of them are greenlets' own. A program may let them replace the sockets alone. There a thread cannot use the
@@ -38,7 +38,7 @@ class EndingError(RuntimeError):
 
 
 class Event(Protocol):
-    """What one waits for."""
+    """An event that a caller waits for."""
 
     def set(self) -> object: ...
 
@@ -74,7 +74,7 @@ def block_greenlets() -> bool:
 
 
 def start(work: Callable[[], Any]) -> None:
-    """Run some work beside the caller.
+    """Run some work in the background.
 
     :raises EndingError: where the interpreter is about to end.
     :raises RuntimeError: where there are too many threads.
@@ -114,8 +114,8 @@ def beside(work: Callable[[], Any], longest_wait: float = 0.0) -> None:
 class Job(Generic[T]):
     """Work in another thread, or in a greenlet.
 
-    :param late: gets the result once the job is abandoned, and has one.
-    :param at_end: the work where the interpreter is about to end, and it is done by the caller; None: the same.
+    :param late: is called with the result of an abandoned job, once there is one.
+    :param at_end: what the caller does in place of the work if the interpreter is about to end; None: the work itself.
     """
 
     def __init__(self, work: Callable[[], T], late: Callable[[T], Any], at_end: Callable[[], T] | None = None) -> None:
@@ -130,7 +130,7 @@ class Job(Generic[T]):
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin; or do it here and now, where there are too many threads, or the interpreter is about to end."""
+        """Begin; or do the work here and now, if there are too many threads or the interpreter is about to end."""
         try:
             start(self._run)
         except EndingError:
@@ -160,10 +160,11 @@ class Job(Generic[T]):
             self._give_late()
 
     def wait(self, seconds: float | None) -> bool:
-        """Whether it has ended by then; None is as long as it takes. A wait that was interrupted may be repeated."""
+        """Return whether the work ends within this time; None: no bound. An interrupted wait may be repeated."""
         deadline = math.inf if seconds is None else monotonic() + seconds
         while self._to_do and not self.ended:
-            # CPython 3.11 gives what is set on a thread to the one that it is just starting, which ends with that.
+            # CPython 3.11 may raise an exception that is meant for this thread in the one that it is just starting.
+            # That ends the new thread, and another one has to be started.
             if self._over.wait(max(0.0, min(_LONGEST_START, deadline - monotonic()))):
                 return True
             if monotonic() >= deadline:
@@ -178,7 +179,7 @@ class Job(Generic[T]):
         return bool(self._result) or not self.ended
 
     def result(self) -> T:
-        """What the work has given, or raise what it has raised; ``TimeoutError`` where it has not ended."""
+        """Return the result of the work, or raise its error; ``TimeoutError`` if it has not ended."""
         if not self.ended:
             raise TimeoutError
         if self._error is None:
@@ -190,7 +191,7 @@ class Job(Generic[T]):
             self._error = None
 
     def abandon(self) -> None:
-        """Nobody wants the result any more."""
+        """Give the job up: nobody wants the result any more."""
         self._abandoned = True
         self._give_late()
 
@@ -208,13 +209,13 @@ def sleep(seconds: float) -> None:
 
 
 def pause() -> None:
-    """Let other threads or greenlets run, before looking again for what cannot be waited for."""
+    """Let other threads or greenlets run, before the caller looks again for something that has no event."""
     sleep(_PAUSE)
 
 
 @contextmanager
 def taken(lock: threading.Lock) -> Generator[None]:
-    """Hold a lock, and let greenlets run while it is waited for, also where it was made before they were there."""
+    """Hold a lock. Greenlets run while it is waited for, even if it was made before they replaced the locks."""
     while not lock.acquire(blocking=False):
         pause()
     try:

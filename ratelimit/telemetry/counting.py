@@ -11,12 +11,12 @@ _NEVER_REFUSED = ("estimate_ability_to_consume", "try_consume_as_much_as_possibl
 
 
 class CountingListener(OfThisProcess):
-    """Counts, as Bucket4j's ``SimpleBucketListener`` does; safe for threads. One for as many managers as you like.
+    """Counts, as Bucket4j's ``SimpleBucketListener`` does; safe for threads. One listener can serve several managers.
 
     :ivar consumed: tokens consumed.
     :ivar rejected: tokens refused.
     :ivar parked_nanos: for how long threads had to wait in ``consume``.
-    :ivar delayed_nanos: for how long tasks had to.
+    :ivar delayed_nanos: for how long tasks had to wait in it.
     :ivar interrupted: waits that were cut short.
     :ivar degraded: decisions made without the store.
     :ivar failed: decisions that raised an error.

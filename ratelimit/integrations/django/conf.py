@@ -8,16 +8,16 @@
 ``CLIENT_IP``             the key of rules without a key: ``client_ip(hops=1)`` behind a proxy. By default
                           ``client_ip()``, which is the peer
 ``ANSWERS``               what clients are sent: an ``Answers``, or a class of them
-``ON_ERROR``              what is decided where the store fails: an ``OnError``, a callable that gives one, or
+``ON_ERROR``              what is decided where the store fails: an ``OnError``, a callable that returns one, or
                           ``"allow"``, ``"deny"`` or ``"raise"``. By default deny, which is answered with 503
 ``ON_REFUSED``            is called with the request and the decision for each request that is refused
 ``NAMESPACE``             separates services that share a Redis. None: that in the variable ``RATELIMIT_NAMESPACE``
-``ENABLED``               False: nothing is limited; as where the variable ``RATELIMIT_ENABLED`` is ``false``
-``MANAGER``               a ``ProxyManager`` in the place of the URL, for sync code
-``ASYNC_MANAGER``         an ``AsyncProxyManager`` in the place of the URL, for async code
+``ENABLED``               False: nothing is limited, as if the variable ``RATELIMIT_ENABLED`` were ``false``
+``MANAGER``               a ``ProxyManager`` in place of the URL, for sync code
+``ASYNC_MANAGER``         an ``AsyncProxyManager`` in place of the URL, for async code
 ========================= =========================================================================================
 
-All but ``URL`` and ``ENABLED`` may be given as a dotted path. What cannot be raises ``ImproperlyConfigured``.
+All but ``URL`` and ``ENABLED`` may be given as a dotted path. An invalid value raises ``ImproperlyConfigured``.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def async_limiter(rules: tuple[Rule, ...]) -> AsyncLimiter:
 
 @lru_cache(maxsize=1)
 def names() -> Names:
-    """Return the rules of all views by their names; they last as long as the setting: a process has one project."""
+    """Return the rules of all views by their names. A process has one project, so they last as long as the setting."""
     return Names()
 
 

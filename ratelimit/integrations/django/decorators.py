@@ -32,12 +32,12 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
     Class-based views take it by ``method_decorator(rate_limit("10/minute"), name="dispatch")``.
 
     :param limits: a :class:`ratelimit.integrations.http.Rule`, or what one is made of, with its other settings.
-    :raises InvalidConfigurationError: at decoration, for settings that cannot be, and where another view has a rule of
-        the same name with other limits.
+    :raises InvalidConfigurationError: at decoration, for settings that are not valid, and where another view has a
+        rule of the same name with other limits.
     :raises InvalidArgumentError: at decoration, for settings beside a rule, and for a class.
 
-    Without a name, a limit counts for the view; with ``name=`` it is shared by all that have it. A request pays once
-    for a bucket, also where the middleware has the rule too.
+    Without a name, a limit counts for the view; with ``name=`` it is shared by all that have it. A request pays
+    for a bucket once, even if the middleware has the rule too.
     """
     rules = (Rule.of(limits, **settings),)
     if rules[0].named:
@@ -71,7 +71,7 @@ def rate_limit(limits: Rule | RuleLimits, **settings: Unpack[RuleSettings]) -> C
 
 
 def exempt(view: ViewT) -> ViewT:
-    """Let the rules of the middleware not count for a view; those of its own decorators do.
+    """Exempt a view from the rules of the middleware. The rules of its own decorators still count.
 
     Class-based views take it as they take :func:`rate_limit`, or around ``as_view()``. The function itself is marked,
     so that all of its routes are exempt.
@@ -87,7 +87,7 @@ def exempt(view: ViewT) -> ViewT:
 def _place(view: Callable[..., Any]) -> str:
     """Return the view that a limit without a name counts for: ``shop.views.search``.
 
-    ``method_decorator`` gives a decorator the method of an object, which its class may have from another one.
+    ``method_decorator`` gives a decorator a bound method, which the class of its object may have inherited.
     """
     owner = getattr(getattr(view, "func", view), "__self__", None)
     name = getattr(view, "__name__", type(view).__name__)
@@ -99,6 +99,6 @@ def _place(view: Callable[..., Any]) -> str:
 def _is_async(view: object) -> bool:
     if iscoroutinefunction(view):  # pyright: ignore[reportDeprecated]  # inspect's does not see Django's mark in 3.11
         return True
-    # ``dispatch`` is a plain function, also where its class is async and what it returns is awaited.
+    # ``dispatch`` is a plain function, even if its class is async and Django awaits what it returns.
     method = getattr(view, "func", view)
     return bool(getattr(getattr(method, "__self__", None), "view_is_async", False))

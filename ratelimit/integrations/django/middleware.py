@@ -26,7 +26,7 @@ class RateLimitMiddleware:
 
     It is sync under WSGI and async under ASGI, and needs no thread for either.
 
-    :raises ImproperlyConfigured: when the server starts, for a setting that cannot be.
+    :raises ImproperlyConfigured: when the server starts, for a setting that is not valid.
     """
 
     sync_capable = True
@@ -34,7 +34,7 @@ class RateLimitMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         self.get_response = get_response
-        # inspect's own does not see Django's mark in 3.11
+        # In Python 3.11 the function of inspect does not see Django's mark.
         self._asynchronous = iscoroutinefunction(get_response)  # pyright: ignore[reportDeprecated]
         if self._asynchronous:
             markcoroutinefunction(self)

@@ -1,4 +1,4 @@
-"""Requests and responses of Django, and those of the core for HTTP."""
+"""Turns requests of Django into those of the core for HTTP, and answers of the core into responses of Django."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ratelimit.runtime.steps import Steps
 EXEMPT: Final = "_ratelimit_exempt"
 
 exempted: Final[list[bool]] = []
-"""One for each view that is exempt: without any, a middleware does not look where requests go."""
+"""One entry for each exempt view. While there is none, a middleware does not look up where requests go."""
 
 
 def native_of(request: object) -> HttpRequest:
-    """Return Django's own request, also where that of REST framework is around it."""
+    """Return Django's own request, even if a request of REST framework wraps it."""
     native = request if isinstance(request, HttpRequest) else getattr(request, "_request", None)
     if not isinstance(native, HttpRequest):
         raise InvalidArgumentError(
@@ -54,7 +54,7 @@ def http_request(request: HttpRequest, *, asynchronous: bool) -> http.HttpReques
 def answered(
     limiter: Limiter | AsyncLimiter, request: HttpRequest, respond: Callable[[], Any], place: str = ""
 ) -> Steps[HttpResponseBase]:
-    """Return what a request is answered with: what the application responds, or a refusal.
+    """Return the response to a request: the application's, or a refusal.
 
     :param place: the view that is limited; empty for a middleware, whose rules do not count for views that are exempt.
     """
@@ -66,7 +66,7 @@ def answered(
     if not decision:
         return refusal(limiter.answers.refusal(decision))
     response: Any = yield respond()
-    if isinstance(response, HttpResponseBase):  # Django itself complains of everything else
+    if isinstance(response, HttpResponseBase):  # Django itself complains about everything else
         tell(response, limiter.answers.headers(decision_about(asked)))
     return response  # type: ignore[no-any-return]
 
@@ -77,7 +77,7 @@ def refusal(answer: HttpAnswer) -> HttpResponse:
 
 
 def tell(response: HttpResponseBase, headers: Headers) -> None:
-    """Set header fields in place of earlier ones, which know less."""
+    """Set header fields. They replace earlier ones, which were made when less had been decided."""
     for name, value in headers:
         response[name] = value
 
@@ -87,7 +87,7 @@ def _header(request: HttpRequest, name: str) -> str | None:
 
 
 def _match(request: HttpRequest) -> ResolverMatch | None:
-    """Return where a request goes, which in a middleware has not been looked for yet."""
+    """Return where a request goes. In a middleware Django has not looked it up yet, so this does."""
     if request.resolver_match is not None:
         return request.resolver_match
     try:
@@ -107,7 +107,7 @@ def _routes(request: HttpRequest) -> frozenset[str]:
 
 @lru_cache(maxsize=64)
 def _templates_of(urlconf: Any) -> frozenset[str]:
-    """Return the templates of all routes of an URLconf; those that are regular expressions stay what they are."""
+    """Return the templates of all routes of a URLconf; regular expressions are left as they are."""
     return frozenset(canonical(f"/{route}") for route in _each_route(get_resolver(urlconf)))
 
 

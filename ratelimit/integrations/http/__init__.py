@@ -1,8 +1,8 @@
-"""The core of all that limits HTTP requests; knows no framework.
+"""The core of all that limits HTTP requests. It depends on no framework.
 
 A :class:`Rule` says which requests are limited, by which key and to what; a :class:`Limiter`, or :class:`AsyncLimiter`,
-decides about a request by rules; :class:`Answers` makes header fields and refusals of its decision. The modules beside
-this package do that for one framework each.
+decides about a request by rules; :class:`Answers` makes header fields and refusals from its decision. The modules next
+to this package do that for one framework each.
 """
 
 from ratelimit.integrations.http.answers import Answers, Headers, HttpAnswer

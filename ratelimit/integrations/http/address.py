@@ -20,7 +20,7 @@ Hops: TypeAlias = Iterator[Address | None]
 """The addresses that a header lists, from the right; None for an entry that is not an address."""
 
 MOST_HOPS: Final = 100
-"""Entries of a header that are looked at; what comes after them counts as one that is not an address."""
+"""How many entries of a header are read; all that follow count as one entry that is not an address."""
 
 _LONGEST: Final = 100  # characters: 45 of an address, the zone, brackets and port
 
@@ -28,7 +28,7 @@ _LONGEST: Final = 100  # characters: 45 of an address, the zone, brackets and po
 _NODE: Final = re.compile(r"(?:\[(?P<six>[^\[\]]*)\]|(?P<four>[0-9.]+))(?::(?:[0-9]{1,5}|_[A-Za-z0-9._-]+))?")
 
 # An element of Forwarded, spelled backwards. There a quotation mark within a string is followed by the backslash that
-# escapes it, and the one that opens a string by a "=".
+# escapes it, and the one that opens a string is followed by a "=".
 # Python 3.11.2 ends such a loop too soon if it is possessive itself.
 _ELEMENT_BACKWARDS: Final = re.compile(r'(?:[^",]|"(?>(?:[^"]|"(?=\\))*)")*')
 _PAIR: Final = re.compile(
@@ -67,7 +67,7 @@ def _parsed(text: str) -> Address | None:
 
 
 def parse_network(text: str) -> Network:
-    """Return a network like ``10.0.0.0/8``, or that of a single address. One of IPv4-mapped addresses is of IPv4.
+    """Return a network like ``10.0.0.0/8``, or that of a single address. IPv4-mapped addresses give a network of IPv4.
 
     :raises ValueError: for other text, for bits that are set after the prefix, and for a zone.
     """
@@ -103,9 +103,9 @@ def single(text: str) -> Hops:
 def forwarded(text: str) -> Hops:
     """Yield the ``for=`` of each element of ``Forwarded`` (RFC 7239).
 
-    It is taken apart backwards, because a quotation mark on the left that is never closed would swallow, forwards, what
-    the proxies have appended. A comma within a string that a proxy has quoted, of the client's ``host=`` say, does not
-    end an element.
+    The text is read backwards: read forwards, a quotation mark on the left that is never closed would swallow what the
+    proxies have appended. A comma within a string that a proxy has quoted (the client's ``host=``, say) does not end an
+    element.
     """
     backwards, position = text[::-1], 0
     for _ in range(MOST_HOPS):
@@ -141,9 +141,9 @@ def _node(element: str) -> Address | None:
 
 
 def first_untrusted(peer: Address, hops: Iterable[Address | None], trusted: Sequence[Network]) -> Address:
-    """Return the first address, from the peer on, that is not trusted; the last of all where all are.
+    """Return the first address, from the peer on, that is not trusted; the last one where all are trusted.
 
-    It is the peer where something on the way to it is not an address.
+    Where an entry on the way is not an address, return the peer.
     """
     client = peer
     for hop in _path(peer, hops):
@@ -172,7 +172,7 @@ def unwrapped(address: Address) -> Address:
     - ``64:ff9b:1::/48`` (RFC 8215) is for local use. Where the IPv4 address stands there depends on the length of the
       prefix that was chosen; all but a /96 have zeros in the last 24 bits. So it is the last 32 bits where those are
       not zero, and otherwise not known.
-    - 6to4, ``2002::/16``: the site's own; it has 65536 networks of /64 and one IPv4 address.
+    - 6to4, ``2002::/16``: the IPv4 address of the site, which has 65536 networks of /64.
     """
     if isinstance(address, IPv4Address):
         return address

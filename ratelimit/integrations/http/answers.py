@@ -45,10 +45,10 @@ class Answers:
     A method sees the request as ``decision.request``, an :class:`HttpRequest`: its ``header("accept-language")``, say.
 
     :param standard: whether the fields ``RateLimit-Policy`` and ``RateLimit`` are sent.
-    :param x_ratelimit: whether ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` are, and what the last one says:
-        the time at which the bucket is full again in seconds since 1970 (``epoch``), or how many seconds that will take
-        (``delta``). They are about the policy that is closest to its end.
-    :param clock: seconds since 1970.
+    :param x_ratelimit: whether ``X-RateLimit-Limit``, ``-Remaining`` and ``-Reset`` are sent, and what the last one
+        says: the time at which the bucket is full again in seconds since 1970 (``epoch``), or how many seconds that
+        will take (``delta``). They are about the policy that is closest to its end.
+    :param clock: a callable that returns the seconds since 1970.
     """
 
     standard: bool = True

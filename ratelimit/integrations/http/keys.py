@@ -1,7 +1,7 @@
 """Keys: whose bucket a request draws on.
 
 A key is a callable that is given the request and answers with text or bytes, or with None where the request has no such
-key. The ones that are ready-made are frozen values: two that are defined alike are equal, and print how they are made.
+key. The ready-made ones are frozen values: two that are defined alike are equal, and print how they are made.
 """
 
 from __future__ import annotations
@@ -92,8 +92,9 @@ def client_ip(
 ) -> ClientIp:
     """Return the key of the client's address: ``203.0.113.7``, ``2001:db8:1:2::/64``.
 
-    By default that is the peer, and headers, which anybody can send, are not looked at. Behind proxies say which are
-    yours, in one of two ways. Where they list something that is not an address, or too little, the peer counts.
+    By default that is the peer, and headers, which anybody can send, are not looked at. Behind proxies, say which ones
+    are yours by ``trusted_proxies`` or ``hops``. If their header lists something that is not an address, or has too few
+    entries, the peer counts.
 
     IPv4-mapped, NAT64 and 6to4 addresses count as the IPv4 address in them. If the peer is not an
     address, its text is the key. A request over a Unix socket has no peer, and so it has no key.
@@ -103,7 +104,7 @@ def client_ip(
         leftmost counts. At most 100 entries are read.
     :param hops: how many proxies of yours there are, each of which appends the address that has connected to it; 0 to
         100. The last of them is the peer, and the client is the entry of this number from the right: with 2, the first
-        address in ``203.0.113.7, 198.51.100.1``. A client that can connect past the proxies chooses its key. 0: the
+        address in ``203.0.113.7, 198.51.100.1``. A client that can bypass the proxies chooses its key. 0: the
         peer.
     :param header: the one that your proxies write: ``x-forwarded-for``, ``forwarded``, or one that holds nothing but
         the address of the client, like ``cf-connecting-ip``, ``x-real-ip`` and ``fastly-client-ip``. Such a header is
@@ -111,7 +112,7 @@ def client_ip(
     :param ipv6_prefix: 1 to 128. One subscriber has a whole /64, or more of them.
     :param ipv4_prefix: 1 to 32.
     :raises InvalidConfigurationError: for values outside these ranges, for ``trusted_proxies`` and ``hops`` together,
-        for a network that is everybody, and for a header with a single address without either.
+        for a network of all addresses, and for a header with a single address without either.
     """
     networks = _networks(trusted_proxies)
     if hops is not None:
@@ -138,9 +139,9 @@ def _is_of_proxy(peer: str) -> bool:
 
 
 def _warn_of_proxy(request: HttpRequest, peer: str) -> None:
-    """Warn, once for each process, where all clients seem to be counted as the proxy that they come through.
+    """Warn, once in each process, if all clients seem to be counted as one: the proxy that they come through.
 
-    A peer that the header lists is not the proxy, but the client, which the server has put in the place of the proxy.
+    If the header lists the peer, that is not a proxy: the server has already put the client in its place.
     """
     header = next((name for name in _READERS if request.header(name)), None)
     if header is None or address.parse(peer) in _READERS[header](request.header(header) or ""):
@@ -208,15 +209,15 @@ class ApiKey:
 def api_key(header: str | None = None, *, secret: str | bytes, scheme: str | None = None) -> ApiKey:
     """Return the key of the API key in a header, which is stored as a keyed hash only (HMAC-SHA-256, 128 bits).
 
-    Which API keys exist is not known here: let the application refuse others, or a client invents a new one, with a
-    new bucket, for each request. A key ends at a comma, because several headers of one name come joined by commas, and
-    the application may look at the first only.
+    This library does not know which API keys exist. Let the application refuse all others, or a client can invent a
+    new key, with a new bucket, for each request. A key ends at a comma, because several headers of one name come joined
+    by commas, and the application may look at the first only.
 
     :param header: its name; by default ``x-api-key``, and ``authorization`` with a scheme.
-    :param secret: at least 16 bytes, the same in all processes. With another one all buckets are new.
-    :param scheme: what stands before the key: ``Bearer`` for ``Authorization: Bearer <key>``, in either case. A request
-        with another scheme has no such key.
-    :raises InvalidConfigurationError: for a secret that is too short, or a header or scheme that cannot be.
+    :param secret: at least 16 bytes, the same in all processes. A new secret makes all buckets new.
+    :param scheme: what stands before the key: ``Bearer`` for ``Authorization: Bearer <key>``, in upper or lower case. A
+        request with another scheme has no such key.
+    :raises InvalidConfigurationError: for a secret that is too short, or a header or scheme that is not valid.
     """
     if header is None:
         header = "x-api-key" if scheme is None else "authorization"
@@ -309,7 +310,7 @@ class Route:
 def route() -> Route:
     """Return the key of the route, which is its template: ``/users/{id}``, whatever the method.
 
-    A request whose route is not known has no such key. The path is never taken for it: clients could vary it endlessly.
+    A request whose route is not known has no such key. The path never replaces it: clients could vary it endlessly.
     """
     return Route()
 
@@ -361,8 +362,8 @@ def header(name: str) -> Header:
 
     A request in which it is missing or empty has no such key.
 
-    The client chooses it, and may choose another for each request. Take only a header that something in front of the
-    application sets, and removes from what clients send.
+    A client chooses its headers, and may choose others for each request. Take only a header that something in front of
+    the application sets, after removing it from what clients send.
 
     :raises InvalidConfigurationError: for what is not the name of a header.
     """
@@ -392,7 +393,7 @@ class Combined:
         return joined(parts)
 
     async def _rest(self, request: HttpRequest, parts: list[Key], awaited: Awaitable[Key | None]) -> Key | None:
-        """Go on with the first part that has to be awaited, one after the other, so that none is left without it."""
+        """Await a part before the next key is called, so that no coroutine is ever left without being awaited."""
         part = await awaited
         while part is not None:
             parts.append(_checked(self.keys[len(parts)], part))
@@ -407,10 +408,10 @@ class Combined:
 
 
 def combined(*keys: RequestKey) -> Combined:
-    """Return several keys as one: ``203.0.113.7|/users/{id}``. It is missing where one of them is.
+    """Return several keys as one: ``203.0.113.7|/users/{id}``. It is missing if one of them is missing.
 
-    Different parts never give the same text: a ``|`` and a backslash within a part have a backslash before them. Where
-    a part is awaited, so is the whole. It is bytes where a part is.
+    Different parts never give the same text: a ``|`` and a backslash within a part have a backslash before them. If
+    a part is awaited, so is the whole; if a part is bytes, so is the whole.
 
     :raises InvalidConfigurationError: without a key, or for what is not a callable. The key raises
         ``InvalidArgumentError`` where a part is neither text nor bytes.
@@ -459,10 +460,10 @@ class FirstOf:
 
 
 def first_of(*keys: RequestKey) -> FirstOf:
-    """Return the key that is the first of several which a request has: ``first_of(user(), client_ip())``.
+    """Return a key that is the first of these that a request has: ``first_of(user(), client_ip())``.
 
     The answer says which one it is, ``user:42`` or ``ip:203.0.113.7``, so that different keys never give the same text.
-    It is missing where all of them are. Where one is awaited, so is the whole.
+    It is missing if all of them are missing. If one is awaited, so is the whole.
 
     :raises InvalidConfigurationError: without a key, or for what is not a callable. The key raises
         ``InvalidArgumentError`` where one answers with neither text nor bytes.

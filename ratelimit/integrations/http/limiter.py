@@ -1,4 +1,4 @@
-"""The limiters of HTTP requests: their decisions are kept with the request, and answered as :class:`Answers` says."""
+"""The limiters of HTTP requests. They keep a decision with its request; :class:`Answers` makes the answer from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OnRefused: TypeAlias = Callable[[HttpRequest, HttpDecision], Awaitable[object] |
 
 
 class LimiterSettings(TypedDict, total=False):
-    """What limiters and integrations take beside their rules and their manager."""
+    """What limiters and integrations take besides their rules and their manager."""
 
     answers: Answers | None
     """Makes what clients are sent; ``Answers()`` by default."""
@@ -40,14 +40,14 @@ class LimiterSettings(TypedDict, total=False):
 NOTE: Final = "ratelimit"
 """The name under which the decision about a request is kept with it."""
 
-# The name under which the answers of a limiter further in are kept, for limiters that make the fields of the answer.
+# The name under which an inner limiter keeps its answers, for the outer limiter that adds the fields to the answer.
 _ANSWERS: Final = "ratelimit.answers"
 
 _NOTHING_DECIDED: Final = HttpDecision()
 
 
 class _HttpLimiter(BaseLimiter[HttpRequest]):
-    """What a limiter of either face does about an HTTP request beside deciding."""
+    """What a limiter of either face does about an HTTP request besides deciding."""
 
     _rule_type = Rule
 
@@ -76,11 +76,11 @@ class _HttpLimiter(BaseLimiter[HttpRequest]):
 
 
 class Limiter(_HttpLimiter, policy.Limiter[HttpRequest]):
-    """Rules, and the buckets that they are kept in, for one request after another.
+    """Decides about requests, one after another, by rules whose buckets a manager has.
 
     :param rules: are asked in this order; limits alone stand for a rule for all requests, by the peer's address. After
         a refusal no further rule is asked, and what the request has paid for the rules before is given back.
-    :param manager: has the buckets; or its URL, or None for that of the variable ``RATELIMIT_URL``, or localhost.
+    :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: those of every limiter, see :class:`LimiterSettings`.
     """
 
@@ -136,7 +136,7 @@ def decision_in(notes: Mapping[Any, Any]) -> HttpDecision:
 def fields_for(request: HttpRequest, answers: Answers) -> Headers:
     """Return the fields of an answer to a request, from all that has been decided about it.
 
-    :param answers: makes them, unless a limiter further in has answers of its own.
+    :param answers: makes them, unless an inner limiter has answers of its own.
     """
     own = request.notes.get(_ANSWERS, answers)
     return own.headers(decision_about(request))  # type: ignore[no-any-return]  # those that a limiter has put there

@@ -1,9 +1,9 @@
 """Templates of routes: ``/users/{id}``, and which paths they are for.
 
-The router of a framework knows best which requests it sends to a route. Where an adapter lets it be asked, a template
-that the router has is compared with the one that the router has found, so that nothing that the router is lenient about
-(a newline at the end, a slash too many) gets past a rule. Other templates, and those of applications whose router
-cannot be asked, are matched with the path here.
+The router of a framework knows best which requests it sends to a route. If an adapter can ask the router, a template
+of a rule that the router has, too, is compared with the one that the router has found for the request. So nothing that
+the router is lenient about (a newline at the end, a slash too many) gets past a rule. All other templates are matched
+with the path here.
 """
 
 from __future__ import annotations

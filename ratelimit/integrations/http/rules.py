@@ -22,7 +22,7 @@ RuleLimits: TypeAlias = of_any.RuleLimits[HttpRequest]
 
 
 class RuleSettings(TypedDict, total=False):
-    """What a :class:`Rule` takes beside its limits."""
+    """What a :class:`Rule` takes besides its limits."""
 
     key: RequestKey | None
     name: str | None
@@ -55,8 +55,8 @@ class Rule(policy.Rule[HttpRequest]):
         clients see. Without one, clients see the text of the limits, or ``default`` where they are looked up.
     :param methods: only requests with these methods; HEAD belongs to GET. None: all.
     :param routes: only requests to these routes: templates like ``/users/{id}`` (a segment) and ``/files/{rest:path}``
-        (the rest), or as the framework writes them; None: all. A route of the application stands for what its router
-        sends there, another template for the paths that it matches.
+        (the rest), or as the framework writes them; None: all. A route of the application stands for the requests that
+        its router sends there; any other template stands for the paths that it matches.
     :param when: only requests for which this is true.
     :param exempt: only requests for which this is false.
     :param cost: tokens of a request, an int of 1 or more, or a callable that is given the request; for 0 it is exempt.
@@ -65,8 +65,8 @@ class Rule(policy.Rule[HttpRequest]):
     :param version: of the limits, an int of 0 or more. Raise it whenever the limits of a rule with a name change:
         buckets with limits of a lower version, or none, get the new ones and keep their fill level. None: stored
         buckets keep the limits that they were made with. With ``Plans``, it is added to the version of the plan.
-    :param enabled: False: the rule is about no request.
-    :raises InvalidConfigurationError: for arguments outside of these.
+    :param enabled: False: the rule limits no request.
+    :raises InvalidConfigurationError: for arguments that are not valid.
 
     The callables may be ``async`` where the limiter is.
     """
@@ -173,15 +173,15 @@ class Rule(policy.Rule[HttpRequest]):
 def checked_rules(rules: Collection[Rule | RuleLimits]) -> tuple[Rule, ...]:
     """Return the rules of one place, made of whatever callers may give for them.
 
-    :raises InvalidConfigurationError: where two of one name differ in their limits, or two without a name in nothing
-        that their buckets are named by.
+    :raises InvalidConfigurationError: where two rules of one name have different limits, or where two rules without a
+        name would share their buckets.
     """
     return of_any.checked_rules([Rule.of(rule) for rule in rules])
 
 
 def _checked_methods(methods: Collection[str]) -> frozenset[str]:
     listed = {method.upper() for method in _listed(methods, "methods")}
-    # Routers send HEAD to where GET goes, so that a rule for GET could be got around by it.
+    # Routers send HEAD where GET goes, so that HEAD would be a way around a rule for GET.
     return frozenset(listed | {"HEAD"} if "GET" in listed else listed)
 
 

@@ -1,4 +1,4 @@
-"""Staying under somebody else's limit, for all workers of a fleet together: the part that no client library is in."""
+"""Staying under somebody else's limit, for all workers of a fleet together, whatever the client library."""
 
 from ratelimit.integrations.outbound.limit import OutboundLimit, host_of
 

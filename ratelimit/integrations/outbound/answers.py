@@ -1,4 +1,4 @@
-"""What an answer over HTTP says about when to come again. Everything here computes; nothing raises for what is sent."""
+"""What an answer over HTTP says about when to come again. Nothing here raises an error, whatever a server sends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PARTS: Final = ("x-ratelimit-remaining-", "anthropic-ratelimit-")
 
 _SMALLEST_EPOCH_SECONDS: Final = 10**9  # 2001; as a delay it would be thirty years
 _SMALLEST_EPOCH_MILLIS: Final = 10**11  # 1973; as seconds since the epoch it would be the year 5138
-_LONGEST_NUMBER: Final = 30  # characters; what is longer is nobody's time
+_LONGEST_NUMBER: Final = 30  # characters; longer numbers are not times
 
 _NUMBER: Final = r"[0-9]+(?:\.[0-9]+)?"
 _UNITS: Final = {
@@ -40,7 +40,7 @@ _DURATION: Final = rf"({_NUMBER})(ms|us|[dhms])"
 
 
 def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields of an answer by their names in lower case; those that occur several times are one list."""
+    """Return the fields of an answer by their names in lower case; fields of one name are joined into one."""
     fields: dict[str, str] = {}
     for name, value in headers.items():
         known = fields.get(name.lower())
@@ -49,7 +49,7 @@ def fields_of(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def nanos_to_hold(status: int, fields: Mapping[str, str], now: int) -> int | None:
-    """Return how long nobody is to come, in nanoseconds; 0: come, None: the answer does not say.
+    """Return for how many nanoseconds to send nothing; 0: go on, None: the answer does not say.
 
     ``Retry-After`` of an answer that refuses goes first. The other fields are ignored in an answer from a
     cache, because they were true when it was stored.
@@ -118,7 +118,7 @@ def _seconds_since_epoch(date: datetime) -> Fraction:
 
 
 def _of_rate_limit(text: str) -> Iterator[Fraction]:
-    """Give the effective windows of those service limits of which nothing is left."""
+    """Yield the effective windows of those service limits of which nothing is left."""
     try:
         items: Any = http_sf.parse(text.encode(), tltype="list") if text else ()
     except ValueError:
@@ -131,7 +131,7 @@ def _of_rate_limit(text: str) -> Iterator[Fraction]:
 
 
 def _of_older_rate_limit(text: str) -> Iterator[Fraction]:
-    """Give what the seventh draft says: ``limit=100, remaining=0, reset=50``."""
+    """Yield what the seventh draft says: ``limit=100, remaining=0, reset=50``."""
     try:
         members: Any = http_sf.parse(text.encode(), tltype="dictionary")
     except ValueError:
@@ -146,7 +146,7 @@ def _is_over(left: object, window: object) -> bool:
 
 
 def _of_triples(fields: Mapping[str, str], present: Fraction, status: int) -> Iterator[Fraction]:
-    """Give the resets of those older triples of which nothing is left."""
+    """Yield the resets of those older triples of which nothing is left."""
     for prefix in _TRIPLES:
         left = fields.get(f"{prefix}-remaining")
         if left is None and status != TOO_MANY_REQUESTS:
@@ -160,12 +160,12 @@ def _of_triples(fields: Mapping[str, str], present: Fraction, status: int) -> It
             yield reset
         window = re.fullmatch(r"\s*w=([0-9]{1,15})\s*", parameters)
         if window and not resets and status in _REFUSALS:
-            # As Docker Hub says it: nothing is left in a window of this length, which is the longest that it can take.
+            # Docker Hub gives the length of the window only: the wait cannot take longer than that.
             yield Fraction(window[1])
 
 
 def _of_parts(fields: Mapping[str, str], present: Fraction) -> Iterator[Fraction]:
-    """Give the resets of those parts of a limit (requests, tokens) of which nothing is left.
+    """Yield the resets of those parts of a limit (requests, tokens) of which nothing is left.
 
     A reset says when the part is whole again. An answer that does not refuse must not make callers wait that long.
     """
@@ -179,8 +179,8 @@ def _of_parts(fields: Mapping[str, str], present: Fraction) -> Iterator[Fraction
 def _reset(text: str, present: Fraction) -> Fraction | None:
     """Return the seconds until a reset; None where the text is not a time.
 
-    Some send seconds from now, or a duration, some seconds or milliseconds since the epoch, some a date. The sizes of
-    numbers tell them apart.
+    Servers send seconds from now, a duration, seconds or milliseconds since the epoch, or a date. Numbers are told
+    apart by their size.
     """
     text = text.strip()
     number = _seconds(text) if len(text) <= _LONGEST_NUMBER else None

@@ -49,7 +49,7 @@ _logger = logging.getLogger("ratelimit")
 
 
 class _MachineClock(MonotonicSleep):
-    """The wall clock as it was when this began, and the monotonic one since."""
+    """A clock that begins at the wall time and goes on by the monotonic clock."""
 
     def __init__(self) -> None:
         self._now = steady_clock()
@@ -70,7 +70,7 @@ class OutboundLimit(OfThisProcess):
     """A limit of an API that is called by many workers, which share its bucket.
 
     Give the same one to all transports of a process that call the API: it serves sync code and asyncio. For a client
-    library without a transport of this package, put :meth:`acquire` before each call and :meth:`learn` behind it.
+    library without a transport of this package, put :meth:`acquire` before each call and :meth:`learn` after it.
 
     A copy is the limit itself. It can be pickled if its arguments can, with a session for example; the manager must be
     a URL then, or made by one.
@@ -82,14 +82,15 @@ class OutboundLimit(OfThisProcess):
     :param max_wait: the longest wait for a turn that is accepted, a ``timedelta`` or seconds: a call that would have to
         wait for longer is refused at once. 0: no call waits. None: calls wait as long as it takes.
     :param max_hold: the longest time that a server may hold the fleet back; the jitter comes on top of it.
-    :param default_hold: for how long a 429 that does not say how long it counts holds the fleet back; by default the
+    :param default_hold: for how long a 429 that names no time holds the fleet back; by default the
         shortest period of the limits, at least a second and at most a minute.
-    :param prefix: stands before the key in the store, so that it is not the bucket of a client that calls you.
+    :param prefix: stands before the key in the store, so that the bucket is not shared with a client that calls you.
     :param manager: a ``ProxyManager`` for sync code, an ``AsyncProxyManager`` for asyncio; or the URL of a store that
         the process shares, by default that in the variable ``RATELIMIT_URL``, or on this machine.
     :param clock: measures the holds that this process knows of, and sleeps until they end; the machine's by default.
     :param enabled: False: no call waits, as where ``RATELIMIT_ENABLED`` is ``false``.
-    :param jitter: gives numbers from 0 to 1: the part of a tenth of a hold (at most ten seconds) that is added to it.
+    :param jitter: returns numbers from 0 to 1. A hold gets longer by this part of its tenth, or of ten seconds if that
+        is less.
     :raises InvalidConfigurationError: for limits that are not valid.
     :raises InvalidArgumentError: for another argument that is not valid.
     """
@@ -120,7 +121,8 @@ class OutboundLimit(OfThisProcess):
             "clock": clock,
             "enabled": enabled,
         }
-        if jitter is not _random:  # which cannot be pickled
+        # The default cannot be pickled.
+        if jitter is not _random:
             arguments["jitter"] = jitter
         self._made_by = partial(type(self), **arguments), (limits,)
         if not callable(key):
