@@ -136,7 +136,7 @@ class RateLimitExceeded(RateLimitError):  # noqa: N818  # the name that this has
 
     def __str__(self) -> str:
         wait = "never" if self.retry_after is None else f"in {self.retry_after:g} s"
-        return f"the limit of the key {shown(self.key)} is exceeded; tokens enough are there {wait}"
+        return f"the limit of the key {shown(self.key)} is exceeded; retry {wait}"
 
 
 class StoreError(RateLimitError):

@@ -57,7 +57,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     if find_spec("rich") is None:
-        raise DemoError("the demo shows itself with rich: pip install 'ratelimit-redis[demo]'")
+        raise DemoError("the demo needs rich: pip install 'ratelimit-redis[demo]'")
     from ratelimit.demo.command import demo
 
     return demo(arguments.url, buckets.parsed_limits(arguments.limit), arguments.processes, arguments.seconds)

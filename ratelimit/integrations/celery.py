@@ -83,7 +83,7 @@ def _limit_of(task: Any) -> OutboundLimit:
     limit = task.outbound_limit
     if not isinstance(limit, OutboundLimit):
         raise InvalidConfigurationError(
-            f"a RateLimitedTask needs an outbound_limit=OutboundLimit(...), which {task.name} has not",
+            f"a RateLimitedTask needs an outbound_limit=OutboundLimit(...), and {task.name} has none",
             "outbound_limit",
         )
     return limit

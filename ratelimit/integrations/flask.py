@@ -246,7 +246,7 @@ def _checked_manager(manager: ProxyManager | str | None) -> ProxyManager | str |
 
 def _checked_view(view: object) -> Callable[..., Any]:
     if isclass(view):
-        raise InvalidArgumentError(f"a class of views has this in its decorators: {brief(view)}")
+        raise InvalidArgumentError(f"for a class of views, list this in its decorators; got {brief(view)}")
     if not callable(view):
         raise InvalidArgumentError(f"what is exempt must be a view or a blueprint; got {brief(view)}")
     return view

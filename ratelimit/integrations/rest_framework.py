@@ -112,7 +112,7 @@ class RateLimitThrottle(BaseThrottle):
                 None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt, cls.version, cls.enabled)
             )
         except InvalidConfigurationError as error:
-            raise ImproperlyConfigured(f"{cls.__name__} cannot be: {error}") from error
+            raise ImproperlyConfigured(f"{cls.__name__} is not valid: {error}") from error
 
 
 def _rate(throttle: str, scope: str | None) -> Limits | None:

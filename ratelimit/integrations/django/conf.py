@@ -219,7 +219,7 @@ def _namespace(given: Mapping[str, Any]) -> str:
     try:
         return namespace_of(given.get("NAMESPACE"))
     except InvalidConfigurationError as error:
-        _wrong("NAMESPACE", f"cannot be: {error}", error)
+        _wrong("NAMESPACE", f"is not valid: {error}", error)
 
 
 def _rules(given: Any) -> tuple[Rule, ...]:
@@ -229,4 +229,4 @@ def _rules(given: Any) -> tuple[Rule, ...]:
     try:
         return checked_rules([_imported("RULES", one) for one in given])
     except (InvalidConfigurationError, InvalidArgumentError) as error:
-        _wrong("RULES", f"cannot be: {error}", error)
+        _wrong("RULES", f"is not valid: {error}", error)
