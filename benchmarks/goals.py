@@ -271,6 +271,34 @@ GOALS = (
     Goal("32 processes, one key: min/max share, worst round", ">", 0.7, _value(_MANY, "share", min), "{:.2f}", _shares),
     Goal("32 processes, one key: mean round trips per decision", "<", 1.3, _value(_MANY, "trips"), "{:.2f}"),
     Goal("32 processes, one key: most round trips of a decision", "<=", 3, _value(_MANY, "most_trips", max), "{:.0f}"),
+    *(
+        Goal(
+            f"{number} processes, 1,000 shared keys: throughput to the best peer",
+            ">=",
+            1.5,
+            _ratio(f"shared-{number}"),
+        )
+        for number in (2, 4, 8)
+    ),
+    *(
+        Goal(
+            f"{number} processes, 1,000 shared keys: p99 to that of the same peer",
+            "<",
+            1,
+            _ratio(f"shared-{number}", metric="p99_us", chosen_by="rate"),
+        )
+        for number in (2, 4, 8)
+    ),
+    *(
+        Goal(
+            f"{number} processes, 1,000 shared keys: mean round trips per decision",
+            "<=",
+            1.05,
+            _value(f"shared-{number}", "trips"),
+            "{:.2f}",
+        )
+        for number in (2, 4, 8)
+    ),
     Goal(
         "rejections with skip-sync-on-zero, 1 thread: throughput to the best peer that asks Redis",
         ">=",

@@ -45,6 +45,12 @@ FAMILIES: Final = {
         "a bare socket, use a key each.",
         ("rate", "p99_us", "share"),
     ),
+    "shared": Family(
+        "Processes that share keys",
+        "As the workers of a service, whose requests go to any of them: each process visits 1,000 keys at random, "
+        "after a warm-up in which it has visited each of them once. Round trips are the server's reads per decision.",
+        ("rate", "p99_us", "trips"),
+    ),
     "rejections": Family(
         "Rejections",
         "A limit of 10 per day that is exhausted: every answer is no.",
@@ -92,9 +98,10 @@ _NOTES: Final = """\
 Ratios within one run are what counts; absolute numbers depend on the machine, and on what else it does.
 
 - A closed loop: each thread, task or process asks again as soon as it is answered.
-- Slices of {seconds} s (longer for 1,000 tasks, and for processes), {rounds} rounds, fewer of dear scenarios; each
-  round begins with another contender. Every slice starts with an empty server, new connections, and a warm-up that
-  visits every key. Shown are medians over the rounds, and `±`, half the distance from the worst round to the best.
+- Slices of {seconds} s (longer for 1,000 tasks, and for processes), {rounds} rounds, fewer where a scenario takes
+  long; each round begins with another contender. Every slice starts with an empty server, new connections, and a
+  warm-up that visits every key. Shown are medians over the rounds, and `±`, half the distance from the worst round to
+  the best.
 - All contenders have the same limit, 1,000,000 per second, where nothing else is said; it is never reached. Answers are
   counted: a contender that refuses where it should grant, or the other way round, has failed. One that has failed
   loses the round, and at the second time the scenario.
@@ -102,11 +109,11 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
   peers, and the pool that `from_url` gives for this library; timeouts of 30 s.
 - `to floor` compares with the better floor of the table: a bare socket with hiredis, or redis-py's `evalsha`, which
   send the command that replaces a state of 107 bytes and do nothing else. `to best peer` compares with the best of
-  published libraries and textbook scripts. The goals are about published libraries, and tell the ratio to the better of
-  the textbook scripts besides; for 32 processes they are about both. For times and sizes less is better, also as a
+  published libraries and textbook scripts. The goals are about published libraries, and also give the ratio to the
+  better of the textbook scripts; for 32 processes they are about both. For times and sizes less is better, also as a
   ratio.
-- `core ...` and `shared connection alone` are parts of this library without the rest, which tell what its time goes
-  for; they stand for no limiter that anybody could use.
+- `core ...` and `shared connection alone` are parts of this library without the rest, which show where its time
+  goes; none of them is a limiter that anybody could use.
 - `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart here. What they and
   the integrations of this library add to a request is in [INTEGRATIONS.md](INTEGRATIONS.md).
 """

@@ -130,7 +130,8 @@ def processes(run: Run) -> None:
             table = run.table(f"processes-{number}", "processes", f"{number} processes, one key")
 
             def slice(contender: Contender, number: int = number) -> Sample:
-                return _in_processes(run, workers, contender, number, seconds)
+                job = Job(contender.name, Setup(run.server.url, own_keys=True))
+                return _in_processes(run, workers, job, number, seconds)
 
             which = _syncs(run, only) + run.chosen([each for each in contenders.PARTS if each.sync])
             run.interleave(table, which, slice, min(run.rounds, 3))
@@ -138,14 +139,33 @@ def processes(run: Run) -> None:
         workers.close()
 
 
-def _in_processes(run: Run, workers: Workers, contender: Contender, number: int, seconds: float) -> Sample:
+def shared_keys(run: Run) -> None:
+    """Let processes share 1,000 keys, as the workers of a service do whose requests go to any of them."""
+    counts = (4,) if run.quick else (2, 4, 8)
+    seconds = 0.3 if run.quick else 1.0
+    only = (*SLIM[2:], "textbook GCRA", "throttled-py GCRA")
+    workers = Workers(counts[-1])
+    try:
+        for number in counts:
+            table = run.table(f"shared-{number}", "shared", f"{number} processes, 1,000 shared keys")
+
+            def slice(contender: Contender, number: int = number) -> Sample:
+                job = Job(contender.name, Setup(run.server.url), keys=1_000, warm_up=1.0)
+                return _in_processes(run, workers, job, number, seconds)
+
+            run.interleave(table, _syncs(run, only), slice, min(run.rounds, 3))
+    finally:
+        workers.close()
+
+
+def _in_processes(run: Run, workers: Workers, job: Job, number: int, seconds: float) -> Sample:
     run.server.flush()
-    with workers.prepared(Job(contender.name, Setup(run.server.url, own_keys=True)), number) as work:
+    with workers.prepared(job, number) as work:
         before = run.server.counts()
         reports = work(seconds, False)
         after = run.server.counts()
         # Again, with each decision's round trips counted, which takes time of its own.
-        traced = work(seconds / 2, True) if contender.name == OURS else []
+        traced = work(seconds / 2, True) if job.contender == OURS else []
     latencies = array("q")
     for report in reports:
         latencies.extend(report.latencies)
@@ -367,6 +387,7 @@ SCENARIOS: dict[str, Callable[[Run], None]] = {
     "sync": sync,
     "asyncio": asyncio_tasks,
     "processes": processes,
+    "shared": shared_keys,
     "rejections": rejections,
     "bandwidths": bandwidths,
     "memory": in_process,
