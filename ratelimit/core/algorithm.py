@@ -160,6 +160,19 @@ class Level(NamedTuple):
     nanos_until_full: int
 
 
+class Everyday(NamedTuple):
+    """The commonest decision of an algorithm, from bytes to bytes: tokens are consumed that are there.
+
+    :param head_of: ``head_of(configuration, version)`` returns what never changes of such a bucket; None where its
+        decisions are not of that kind. It has ``is_new_when_full``.
+    :param consumed: ``consumed(head, stored, tokens, now)`` returns the new bytes, the tokens that remain, and the
+        nanoseconds until the bucket is full; False where there are too few tokens; None where anything is unusual.
+    """
+
+    head_of: Callable[[Configuration, int | None], Any]
+    consumed: Callable[[Any, bytes, int, int], tuple[bytes, int, int] | bool | None]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Algorithm:
     """What an algorithm does besides what its states do: plain functions, so that a call costs nothing extra."""
@@ -194,6 +207,9 @@ class Algorithm:
 
     levels: Callable[[Configuration, tuple[Any, ...], int], tuple[Level, ...]]
     """``levels(configuration, bandwidth_states, now)`` returns how full each limit is."""
+
+    everyday: Everyday | None = None
+    """The commonest decision in short; None: there is no short form."""
 
     script: str | None = None
     """The script by which a server decides alone; None: states of this algorithm are always swapped."""

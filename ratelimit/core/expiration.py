@@ -91,8 +91,15 @@ class Expiration:
         except ArithmeticError:
             # A stored period or rate of zero: at such a rate the bucket never fills up.
             full = NEVER
+        return self.ttl_until(full, is_new_when_full=state.is_new_when_full)
+
+    def ttl_until(self, full: int, *, is_new_when_full: bool) -> int:
+        """Return the time to live of a bucket that is full after so many nanoseconds, in milliseconds."""
+        fixed = self._fixed_ttl
+        if fixed is not None:
+            return fixed
         if self.kind == "automatic":
-            keep = _MARGIN_MILLIS if state.is_new_when_full else _IDLE_MILLIS
+            keep = _MARGIN_MILLIS if is_new_when_full else _IDLE_MILLIS
             # A time below 0 has wrapped around.
             return keep + (NEVER if full < 0 else full) // NANOS_PER_MILLISECOND
         # The time is rounded up, because a bucket that is forgotten before it is full comes back full. The sum wraps

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ratelimit import Bandwidth, BandwidthState, BucketConfiguration
+from ratelimit import Bandwidth, BandwidthState, BucketConfiguration, Expiration
 from ratelimit.core.commands import (
     Batch,
     Command,
@@ -23,12 +23,13 @@ from ratelimit.core.commands import (
     execute,
 )
 from ratelimit.core.numbers import MAX, MIN, quotient, remainder, saturating_product, truncated, wrap
-from ratelimit.core.token_bucket import codec, modified_utf8
+from ratelimit.core.token_bucket import codec, everyday, modified_utf8
 from ratelimit.core.token_bucket.state import BucketState, _nanos_to_gain, _refilled, _refilled_near_overflow
 from ratelimit.errors import CorruptStateError
 from tests.support.strategies import anything_64_bit, states
 
 NOW = 1_700_000_000 * 10**9
+EXPIRATIONS = (Expiration.none(), Expiration.fixed(2), Expiration.after_refill(0.5), Expiration.automatic())
 
 # Products of two of them are on both sides of 2**63, and so are sums with them.
 numbers = st.one_of(
@@ -124,6 +125,67 @@ def test_a_wait_is_that_of_the_format(case: tuple[BucketState, int], missing: in
         for wanted in (missing, wrap(bandwidth.capacity - numbers.current_size)):
             short = outcome(_nanos_to_gain, bandwidth, numbers, wanted, now)
             assert short == outcome(nanos_to_gain_step_by_step, bandwidth, numbers, wanted)
+
+
+@settings(max_examples=1_000, deadline=None)
+@given(stored_states(), counts, st.booleans(), st.booleans())
+def test_the_everyday_decision_from_bytes_to_bytes_is_that_of_the_states(
+    case: tuple[BucketState, int], tokens: int, about_all: bool, alone: bool
+) -> None:
+    state, now = case
+    if alone:
+        configuration = BucketConfiguration(state.configuration.bandwidths[0])
+        state = state._replace(configuration=configuration, bandwidth_states=state.bandwidth_states[:1])
+    head = everyday.head_of(state.configuration, state.configuration_version)
+    if head is None:
+        assert len(state.configuration) > 1 or state.configuration.only_greedy is None
+        return
+    if about_all:
+        tokens = max(0, state.refilled(now).available_tokens) + tokens % 2
+    done = everyday.consumed(head, codec.encode(state), tokens, now)
+    after, probe = execute(TryConsumeAndReturnRemaining(tokens), Terms(state.configuration), state, now)
+    if done is None:
+        return
+    if isinstance(done, bool):
+        assert (done, after) == (False, None)
+        return
+    assert isinstance(after, BucketState)
+    assert done == (codec.encode(after), probe.remaining_tokens, probe.nanos_to_wait_for_reset)
+    for expiration in EXPIRATIONS:
+        ttl = expiration.ttl_until(done[2], is_new_when_full=head.is_new_when_full)
+        assert ttl == expiration.ttl_millis(after, now)
+
+
+@given(st.sampled_from(["100/minute", "1000/day", "10/second burst 50", "5/hour initial 2 id a"]), st.data())
+def test_what_people_limit_is_everyday(limits: str, data: st.DataObject) -> None:
+    configuration = BucketConfiguration.parse(limits)
+    (bandwidth,) = configuration.bandwidths
+    version = data.draw(st.sampled_from([None, 0, 7]))
+    size = data.draw(st.integers(-10, bandwidth.capacity))
+    part = data.draw(st.integers(0, bandwidth.refill_period_nanos - 1)) if size < bandwidth.capacity else 0
+    numbers = BandwidthState(NOW - data.draw(st.integers(-(10**9), 10**15)), size, part)
+    stored = codec.encode(BucketState(configuration, version, data.draw(st.integers(0, 10**12)), (numbers,)))
+    head = everyday.head_of(configuration, version)
+    assert head is not None
+    assert everyday.consumed(head, stored, data.draw(st.integers(1, 2 * bandwidth.capacity)), NOW) is not None
+
+
+@given(stored_states(), st.integers(0, 120), st.binary(max_size=3))
+def test_the_everyday_decision_leaves_other_bytes_alone(
+    case: tuple[BucketState, int], place: int, other: bytes
+) -> None:
+    state, now = case
+    configuration = BucketConfiguration(state.configuration.bandwidths[0])
+    head = everyday.head_of(configuration, state.configuration_version)
+    if head is None:
+        return
+    stored = codec.encode(state._replace(configuration=configuration, bandwidth_states=state.bandwidth_states[:1]))
+    garbled = stored[:place] + other + stored[place + 1 :]
+    done = everyday.consumed(head, garbled, 1, now)
+    if isinstance(done, tuple):
+        after, _ = execute(TryConsume(1), Terms(configuration), codec.decode(garbled), now)
+        assert isinstance(after, BucketState)
+        assert done[0] == codec.encode(after)
 
 
 @given(stored_states(), counts, st.booleans())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from ratelimit.core.algorithm import Algorithm, register
-from ratelimit.core.token_bucket import codec, share, state
+from ratelimit.core.algorithm import Algorithm, Everyday, register
+from ratelimit.core.token_bucket import codec, everyday, share, state
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.core.token_bucket.inheritance import replaced
 
@@ -18,6 +18,7 @@ TOKEN_BUCKET: Final = Algorithm(
     decode=codec.decode,
     share_of=share.share_of,
     levels=state.levels,
+    everyday=Everyday(everyday.head_of, everyday.consumed),
     script="decide",
 )
 

@@ -30,6 +30,9 @@ _NUMBERS_OF_ONE: Final = 24  # bytes of the numbers of a bandwidth
 _TAIL: Final = _STATISTICS.size  # bytes after these numbers
 _TAIL_WITH_VERSION: Final = _STATISTICS.size + _VERSION.size
 
+VERSION_SIZE: Final = _VERSION.size
+"""The bytes of a version, which are the last of a state that has one."""
+
 _FORMAT_WITHOUT_VERSION: Final = 1
 _FORMAT_WITH_VERSION: Final = 2
 FORMATS: Final = _FORMAT_WITHOUT_VERSION, _FORMAT_WITH_VERSION
@@ -43,9 +46,6 @@ def encode(state: BucketState) -> bytes:
     """Return the bytes of a state."""
     configuration, version, consumed, states = state
     prefix, numbers = _layout(configuration, version is not None)
-    if version is None and len(states) == 1:
-        ((last, size, error),) = states
-        return prefix + numbers.pack(last, size, error, 1, consumed)
     values = [number for one in states for number in one]
     if version is None:
         return prefix + numbers.pack(*values, 1, consumed)
