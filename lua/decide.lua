@@ -1,29 +1,38 @@
 -- Runs operations on a bucket where it is stored: refills it, changes it, and stores the new state with its expiry.
 --
 -- KEYS[1]  key of the bucket
--- ARGV[1]  state from which a missing bucket is made, with its initial sizes; its bandwidths begin at the present time
+-- ARGV[1]  the request, whose parts follow each other:
+--          the present time in nanoseconds since the epoch (i64); flags (u8), a sum of 1 for a strict request, 2 for a
+--          count as the reply, and 4 where a missing bucket is not to be made; the kind of expiration (u8); whether a
+--          configuration version is wanted (u8: 0, or 1 plus the number of the inheritance); how many operations there
+--          are (u16);
+--          for each operation its number (u8), how many times it is run (u32), the tokens, 0 or more (i64), and a further
+--          number (i64): for reserve the longest wait in nanoseconds, for cancel the tokens that were counted as consumed
+--          right after the reservation, for raise an unfinished token, for replace which of the ARGV from ARGV[2] on has
+--          its state, 0 for the first. In the place of the tokens, hold_back has nanoseconds and replace the number of
+--          the inheritance. After cancel, one raise for each bandwidth gives back what the reservation took beside its
+--          tokens;
+--          the milliseconds of the expiration (i64); the configuration version that is wanted (i64);
+--          a state, from which a missing bucket is made, with its initial sizes; its bandwidths begin at the present time
 --          unless they are aligned. Its configuration and version replace those of a bucket whose version is lower than
 --          the wanted one, or that has none
--- ARGV[2]  kind of expiration (u8) and its milliseconds (i64); whether a configuration version is wanted (u8: 0, or 1
---          plus the number of the inheritance) and which one (i64); the present time in nanoseconds since the epoch
---          (i64); then for each operation its number (u8), how many times it is run (u32), the tokens, 0 or more (i64),
---          and a further number (i64): for reserve the longest wait in nanoseconds, for cancel the tokens that were
---          counted as consumed right after the reservation, for raise an unfinished token, for replace the place of its
---          state, 0 for ARGV[4]. In the place of the tokens, hold_back has nanoseconds and replace the number of the
---          inheritance. After cancel, one raise for each bandwidth gives back what the reservation took beside its
---          tokens
--- ARGV[3]  1 where a missing bucket is not to be made; it may be absent, as may what follows
--- ARGV[4]  and further ones: states like ARGV[1], whose configurations the operation replace puts in place
+-- ARGV[2]  and further ones: states, whose configurations the operation replace puts in place
 --
--- Reply: {1, before} when the operations were run on the state `before`, or on a new bucket where that is nil;
---        {0, before} when they were not, and nothing was changed: the bucket is missing and is not to be made, or its
---        bytes (the first 16385 of them, if there are more) are not those of a state as they would be written again:
---        another format or length, more than 16384 bytes or 64 bandwidths, a flag other than 0 and 1, a count of
+-- Reply: before, the state on which the operations were run, nil for a new bucket. With flag 2, where everything was
+--        plain, it is the number of tokens that were consumed instead;
+--        {before} when they were not run, and nothing was changed: the request is strict, and not sure to be seen
+--        afterwards; or the bucket is missing and is not to be made; or its bytes (the first 16385 of them, if there
+--        are more) are not those of a state as they would be written again: another format or length, more than 16384 bytes or 64 bandwidths, a flag other than 0 and 1, a count of
 --        numbers that is not three per bandwidth, a character of an id that is written in a longer form than needed;
 --        or they are, but have two equal ids, or a capacity, period or number of refill tokens below 1. A bucket that
 --        was made from valid limits has none of these bytes.
 --
--- The numbers in ARGV and in a state are big-endian. The state that is stored at the end follows from `before` and from
+-- A strict request is for one operation, try_consume. It is run only where it leaves a trace, or where nothing has to:
+-- the present time must be later than the last refill of the first bandwidth, which then is the present time, and of
+-- several times the operation is run all are granted or none. So a caller that got no reply can repeat the request: it
+-- is run once, whichever of the two arrives, and the state shows whether it was.
+--
+-- All numbers in a request and in a state are big-endian. The state that is stored at the end follows from `before` and from
 -- the arguments: the state with all operations applied, if one of them has changed it or if the bucket is new, and
 -- else still `before`.
 --
@@ -32,24 +41,34 @@
 -- takes longer than deciding.
 
 -- include: operation_numbers
--- 0: proportionally, 1: as they are, 2: none, 3: additively.
-local INHERIT_PROPORTIONALLY, INHERIT_NOTHING, INHERIT_ADDITIVELY = 0, 2, 3
+local key, request = KEYS[1], ARGV[1]
+local unpack, pack, format = struct.unpack, struct.pack, string.format
+local LONGEST_STATE = '16384'
+local STRICT, COUNTING, MUST_EXIST = 1, 2, 4
 -- 0: no expiry, 1: fixed, 2: after refill, 3: automatic.
 local NO_EXPIRY, FIXED, AFTER_REFILL = 0, 1, 2
 -- An automatic expiration keeps a full bucket for the margin where a new one would be equal, and else for longer.
 local MARGIN_MILLIS, IDLE_MILLIS = 10000, 30 * 86400000
--- The server adds a time to live to the present time, and their sum must fit into 64 bits.
-local LONGEST_TTL = 2^53
-local LONGEST_STATE, MOST_BANDWIDTHS = '16384', 64
 local NANOS_PER_MILLISECOND = 1000000
-
-local key, request = KEYS[1], ARGV[2]
-local unpack, pack, floor, ceil = struct.unpack, struct.pack, math.floor, math.ceil
 
 -- This reads one byte more than a state may have, and so tells a value that is too long.
 local before = redis.call('GETRANGE', key, '0', LONGEST_STATE)
 
+local now_high, now_low, flags, expiration, wanted, operations = unpack('>i4I4BBBI2', request)
+local strict, counting, must_exist = flags % 2 == STRICT, flags % 4 >= COUNTING, flags >= MUST_EXIST
+
 -- include: token_bucket_everyday
+
+-- 0: proportionally, 1: as they are, 2: none, 3: additively.
+local INHERIT_PROPORTIONALLY, INHERIT_NOTHING, INHERIT_ADDITIVELY = 0, 2, 3
+-- The server adds a time to live to the present time, and their sum must fit into 64 bits.
+local LONGEST_TTL = 2^53
+local MOST_BANDWIDTHS = 64
+-- Where the first operation is, where what follows the operations is, and where the state is that follows that.
+local FIRST_OPERATION = 14
+local rules = FIRST_OPERATION + 21 * operations
+local template = rules + 16
+local floor, ceil = math.floor, math.ceil
 
 if before == '' then
   -- The bucket is missing, or the value is empty: then the new bucket is not stored at the end, and the reply says so.
@@ -58,8 +77,7 @@ end
 
 -- include: numbers
 
-local expiration, duration_high, duration_low, wanted, wanted_high, wanted_low, now_high, now_low =
-  unpack('>Bi4I4Bi4I4i4I4', request)
+local duration_high, duration_low, wanted_high, wanted_low = unpack('>i4I4i4I4', request, rules)
 local now = whole(now_high, now_low)
 
 -- include: token_bucket_state
@@ -67,11 +85,11 @@ local now = whole(now_high, now_low)
 local state
 if before then
   state = decode(before)
-elseif ARGV[3] ~= '1' then
-  state = decode_template(ARGV[1])
+elseif not must_exist then
+  state = decode_template(request:sub(template))
 end
 if not state then
-  return {0, before}
+  return {before}
 end
 
 -- include: token_bucket
@@ -116,35 +134,44 @@ local function ttl_millis()
   return full + (same_when_new() and MARGIN_MILLIS or IDLE_MILLIS)
 end
 
+local first = state.bandwidths[1]
+if strict and before and (first.intervally or not less(first.last, now)) then
+  return {before}
+end
 for _, bandwidth in ipairs(state.bandwidths) do
   refill(bandwidth)
 end
 local changed = not before
 if before and wanted ~= 0 and (not state.version or less(state.version, whole(wanted_high, wanted_low))) then
-  local template = decode_template(ARGV[1])
-  if not template then
-    return {0, before}
+  local raised = decode_template(request:sub(template))
+  if not raised then
+    return {before}
   end
-  replace(template, wanted - 1)
-  state.version = template.version
+  replace(raised, wanted - 1)
+  state.version = raised.version
   for _, bandwidth in ipairs(state.bandwidths) do
     refill(bandwidth)
   end
   changed = true
 end
-for position = 27, #request, 21 do
+for position = FIRST_OPERATION, rules - 1, 21 do
   local number, times, tokens_high, tokens_low, further_high, further_low = unpack('>BI4i4I4i4I4', request, position)
   if number == REPLACE then
     for _ = 1, times do
-      local template = decode_template(ARGV[4 + further_low])
-      if not template then
-        return {0, before}
+      local other = decode_template(ARGV[2 + further_low])
+      if not other then
+        return {before}
       end
-      replace(template, tokens_low)
+      replace(other, tokens_low)
     end
     changed = true
   else
-    changed = run(number, times, whole(tokens_high, tokens_low), whole(further_high, further_low)) or changed
+    local tokens = whole(tokens_high, tokens_low)
+    local available = available_tokens()
+    if strict and not less(available, tokens) and less(available, product(tokens, times)) then
+      return {before}
+    end
+    changed = run(number, times, tokens, whole(further_high, further_low)) or changed
   end
 end
 if changed then
@@ -155,12 +182,12 @@ if changed then
   local after, condition = encode(state), before and 'XX' or 'NX'
   local stored
   if less(0, ttl) then
-    stored = redis.call('SET', key, after, 'PX', string.format('%.0f', ttl), condition)
+    stored = redis.call('SET', key, after, 'PX', format('%.0f', ttl), condition)
   else
     stored = redis.call('SET', key, after, condition)
   end
   if not stored then
-    return {0, ''}
+    return {''}
   end
 end
-return {1, before}
+return before

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ratelimit.core.algorithm import State, decode, out_of_range
-from ratelimit.core.commands import Transition, execute
+from ratelimit.core.commands import Transition, TryConsume, TryConsumeAndReturnRemaining, execute
+from ratelimit.core.results import ConsumptionProbe
 from ratelimit.engine.cancellation import seen_through
-from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
+from ratelimit.engine.last_seen import NOTHING_SEEN, UNKNOWN, Sighting
 from ratelimit.engine.question import Question, new_tuple
 from ratelimit.engine.store_requests import Requests
 from ratelimit.errors import BucketNotFoundError, ContentionError, StoreError, StoreTimeoutError
@@ -27,6 +28,7 @@ class Attempt:
 
     :ivar before: the bytes that are believed to be stored; None: nothing.
     :ivar state: the state that these bytes hold; None also where they have not been decoded.
+    :ivar is_everyday: whether the last step was computed in short, from bytes to bytes.
     :ivar is_fresh: whether the store has shown ``before`` to this very decision, and not to an earlier one.
     :ivar swaps: swaps that this decision has lost.
     :ivar now: the time to decide by; None: it has to be asked for.
@@ -34,6 +36,9 @@ class Attempt:
     :ivar must_read: whether the store must be read for that.
     :ivar should_delegate: whether the store is to decide by itself.
     :ivar has_delegated: whether the store was asked to, which happens once at most.
+    :ivar learns: whether the decision of the store is to show how much the key can be trusted.
+    :ivar trust: the trust in the key as far as this decision has shown; see ``delegation``.
+    :ivar behind: how often of late a strict request was not run.
     :ivar new: the bytes that the last swap was meant to store.
     :ivar ttl: the time to live of these bytes, in milliseconds.
     :ivar seen: what the manager had seen under the key when this decision began.
@@ -41,11 +46,13 @@ class Attempt:
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
     is_fresh: bool = False
+    is_everyday: bool = False
     is_ready: bool = True
     swaps: int = 0
     must_read: bool = False
     should_delegate: bool = False
     has_delegated: bool = False
+    learns: bool = False
     new: bytes = b""
     ttl: int = 0
 
@@ -57,24 +64,21 @@ class Attempt:
         self.command = command
         key = target.stored_key
         self.seen = seen = requests.last_seen(key, NOTHING_SEEN)
-        self.before, state, losses, _ = seen
+        self.before, state, self.trust, self.behind = seen
         self.state: Any = state
         self.now: Any = requests.known_now(key)
-        if losses >= requests.tuning.losses_before_delegation and self._is_delegable():
-            self.is_ready, self.should_delegate = False, True
-        if state is None or self.now is None:
+        if self.trust < requests.habit.needed_trust or not requests.tuning.swaps:
+            # This is what _is_delegable returns at this time.
+            self.should_delegate = requests.decide is not None and requests.tuning.delegates and not command.only_reads
+        if self.now is None or self.should_delegate or self.before is None or command.only_reads:
             self.is_ready = False
-            self.must_read = self._must_read_first()
+            if self.now is None or command.only_reads or target.must_exist_once_made:
+                self.must_read = self._must_read_first()
 
     @property
     def must_exist(self) -> bool:
         """Whether a missing bucket is an error."""
         return self.target.must_exist_once_made and self.target.made
-
-    @property
-    def losses(self) -> int:
-        """Swaps under the key that were lost in a row, by this decision and by those before it."""
-        return self.seen.losses + self.swaps
 
     def read(self) -> Steps[None]:
         """Read what is stored."""
@@ -91,28 +95,43 @@ class Attempt:
             now = self.requests.now_nanos(key, deadline=self.question.deadline)
         self.now = yield now
 
-    def decode(self) -> None:
-        """Decode the bytes that are stored; then the attempt is ready."""
-        if self.state is None and self.before is not None:
-            self.state = decode(self.before, self.target.key)
-        self.is_ready = True
-
     def compute(self) -> Transition[Any]:
-        """Return the state to store (None: nothing), and the answer."""
+        """Return the state to store (None: nothing; True: the one whose bytes are ``new``), and the answer."""
+        before, command = self.before, self.command
+        if before is not None:
+            if type(command) is TryConsume or type(command) is TryConsumeAndReturnRemaining:
+                configuration, version, _ = self.terms
+                everyday = configuration.algorithm.everyday
+                if everyday is not None and (head := everyday.head_of(configuration, version)) is not None:
+                    done = everyday.consumed(head, before, command.tokens, self.now)
+                    if done:
+                        self.is_everyday = True
+                        self.new, remaining, full = done
+                        self.ttl = self.target.expiration.ttl_until(full, is_new_when_full=head.is_new_when_full)
+                        if type(command) is TryConsume:
+                            return True, True  # type: ignore[return-value]
+                        return True, ConsumptionProbe(True, remaining, 0, full)  # type: ignore[return-value]
+                    if done is False and not self.is_fresh:
+                        # What is remembered never refuses alone: the answer will be another one.
+                        return None, None
+            if self.state is None:
+                self.state = decode(before, self.target.key)
+        self.is_everyday = False
         try:
-            return execute(self.command, self.terms, self.state, self.now)
+            return execute(command, self.terms, self.state, self.now)
         except ArithmeticError as error:
-            raise out_of_range(self.before or b"", self.target.key) from error
+            raise out_of_range(before or b"", self.target.key) from error
 
-    def swap(self, after: State) -> Steps[Lost | None]:
+    def swap(self, after: Any) -> Steps[Lost | None]:
         """Return the steps that replace ``before`` by a state; nothing is sent until they are run."""
         requests, question, target = self.requests, self.question, self.target
-        self.new = new = after.configuration.algorithm.encode(after)
-        self.ttl = ttl = target.expiration.ttl_millis(after, self.now)
+        if not self.is_everyday:
+            self.new = after.configuration.algorithm.encode(after)
+            self.ttl = target.expiration.ttl_millis(after, self.now)
         question.course.round_trips += 1
         if question.holds:
             return self._swap_seen_through()
-        return requests.swapping(target.stored_key, self.before, new, ttl, question.deadline)
+        return requests.swapping(target.stored_key, self.before, self.new, self.ttl, question.deadline)
 
     def _swap_seen_through(self) -> Steps[Lost | None]:
         question = self.question
@@ -130,19 +149,34 @@ class Attempt:
 
     def remembered(self, answer: Any) -> Any:
         """Remember what the store has shown, and return the answer of a command that stores nothing."""
-        undisturbed = self.seen.undisturbed if self.before == self.seen.stored else 0
-        self.requests.remember(self.target.stored_key, Sighting(self.before, self.state, self.losses, undisturbed))
+        seen, trust = self.seen, self.trust
+        if trust == UNKNOWN:
+            trust = 0
+        elif self.swaps == 0 and seen.stored is not None and seen.stored != self.before:
+            trust = self.requests.habit.changed(seen)
+        self.remember(self.before, self.state, trust)
         return answer
 
-    def won(self, after: State, answer: Any) -> Any:
+    def won(self, after: Any, answer: Any) -> Any:
         """Remember what the swap has stored, and return the answer of its command."""
-        # A swap that succeeds at the first attempt shows that the bucket is not contended any more.
-        losses = self.losses if self.swaps else 0
-        state, target = self.state, self.target
-        self.requests.remember(target.stored_key, new_tuple(Sighting, (self.new, after, losses, 0)))
-        if state is None or state.configuration_version != after.configuration_version:
-            target.made = True
+        trust = self.trust
+        if trust <= 0 and self.swaps == 0:
+            trust = 0 if self.is_fresh else self.requests.habit.proved(self.seen)
+        if self.is_everyday:
+            after = None
+        elif self.state is None or self.state.configuration_version != after.configuration_version:
+            self.target.made = True
+        self.requests.remember(self.target.stored_key, new_tuple(Sighting, (self.new, after, trust, self.behind)))
         return answer
+
+    def states(self) -> tuple[State | None, State]:
+        """Return the state that was to be replaced, and the one that was to replace it."""
+        key = self.target.key
+        return None if self.before is None else decode(self.before, key), decode(self.new, key)
+
+    def remember(self, stored: bytes | None, state: State | None, trust: int) -> None:
+        """Remember what is stored, if anybody knows, and how much that can be trusted."""
+        self.requests.remember(self.target.stored_key, Sighting(stored, state, trust, self.behind))
 
     def lost(self, loss: Lost) -> Steps[None]:
         """Go on from the bytes of the writer that has won, after a pause where many swaps were lost.
@@ -155,10 +189,11 @@ class Attempt:
             raise self.question.course.interruption
         requests = self.requests
         self.swaps += 1
+        self.trust = requests.habit.changed(self.seen, self.swaps)
         self.shown(loss.state)
         late = self.is_late()
         if late or self.swaps >= requests.tuning.most_attempts:
-            requests.remember(self.target.stored_key, Sighting(self.before, None, self.losses))
+            self.remember(self.before, None, self.trust)
             if late:
                 raise StoreTimeoutError(
                     self.target.key, f"there was no time left after {self.swaps} swaps that were lost"
@@ -190,8 +225,8 @@ class Attempt:
         self.should_delegate = self._is_contended() and self._is_delegable()
 
     def _is_contended(self) -> bool:
-        tuning, trips = self.requests.tuning, self.question.course.round_trips
-        return self.losses >= tuning.losses_before_delegation or trips >= tuning.trips_before_delegation
+        # After two round trips that brought no answer, a swap could be lost as well.
+        return self.swaps > 0 or self.question.course.round_trips > 1 or not self.requests.tuning.swaps
 
     def _must_read_first(self) -> bool:
         if self.command.only_reads or (self.before is None and self.must_exist):
@@ -201,7 +236,7 @@ class Attempt:
 
     def _is_delegable(self) -> bool:
         # A command that only reads is answered from its read, unless that shows a bucket to be made or replaced.
-        can_delegate = self.requests.decide is not None and not self.has_delegated
+        can_delegate = self.requests.decide is not None and not self.has_delegated and self.requests.tuning.delegates
         return can_delegate and (self.swaps > 0 or not self.command.only_reads)
 
 

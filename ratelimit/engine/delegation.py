@@ -1,87 +1,90 @@
-"""What precedes a swap: reading the bucket and the time, or letting the store decide where swaps would be lost."""
+"""Choose between a swap and the script, by whether what a process remembers of a bucket is likely to be current.
+
+Both ways take one round trip where nothing comes in between. A *swap* is computed here from the bytes that are
+remembered, and takes the server the least time. But where another process has written the bucket since, the swap is
+lost, and its round trip with it. The *script* is right whatever is stored. It takes the server about a third more time
+than a swap, and this process less. So a swap pays only where it is nearly always won: one that is lost costs as much as
+some fifty others gain.
+
+- A key of which nothing is known is decided by the script, and so is a key that others write.
+- Bytes that this process wrote last, or has seen once, are swapped. But where bytes that were seen once have mostly
+  been found changed, as where the workers of a service share all keys, they are not swapped before they are proved.
+- A swap that is lost takes the trust in its key away. From then on, about every seventh decision by the script asks for
+  the state, and the next one looks whether it is still there. If so, the trust grows, and in the end the key is swapped
+  again; else it falls further.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
-from ratelimit.core.algorithm import decode, encode
-from ratelimit.core.commands import execute
-from ratelimit.engine.attempt import Attempt
-from ratelimit.engine.cancellation import seen_through
-from ratelimit.engine.last_seen import Sighting
-from ratelimit.engine.script_arguments import request
-from ratelimit.runtime.steps import Steps
+from ratelimit.engine.last_seen import UNKNOWN, Sighting
 
-NOT_DECIDED: Final = object()
-"""Stands for no answer: the store has changed nothing, and the decision is to be computed here."""
+PROVED: Final = 1
+"""The trust in bytes that nobody but this process is known to write."""
 
-_UNDISTURBED_BEFORE_SWAPS: Final = 16
-"""After so many decisions of the store without another writer in between, this process swaps again."""
+_LEAST_TRUST: Final = -64
+_LOST_BY_CHANGE: Final = 16
+_GAINED_BY_PROOF: Final = 8
+
+# Of bytes that were seen once: a change counts as much as seven proofs, and where changes prevail they are not swapped.
+_MOST_CHANGES: Final = 64
+_CHANGES_THAT_PREVAIL: Final = 16
+_CHANGE: Final = 7
+
+# One in so many decisions by the script asks for the state, to learn whose the bucket is. It is a prime, because other
+# writers may have a rhythm, too.
+_ASK_ONE_IN: Final = 7
+
+BUSY: Final = 8
+"""Others write a bucket that is so often behind, so often that a strict request would mostly not be run.
+
+Two strict requests in a row that were not run make a bucket a busy one, for which they are dropped for a while.
+"""
+
+_NOT_RUN: Final = 4
+_BUSIEST: Final = 16
 
 
-def prepared(attempt: Attempt) -> Steps[Any]:
-    """Make an attempt ready to be computed: learn what is stored and what time it is, or let the store decide.
+class Habit:
+    """What has become of the bytes that a manager remembered.
 
-    :returns: the answer of the store, or ``NOT_DECIDED``.
+    Threads change it without a lock: a change that is lost costs nothing but a guess.
+
+    :ivar needed_trust: the trust that bytes need to be swapped.
     """
-    while not attempt.is_ready:
-        if attempt.must_read:
-            yield from attempt.read()
-        if attempt.now is None:
-            yield from attempt.read_clock()
-        if not attempt.should_delegate:
-            attempt.decode()
-        elif (answer := (yield from _delegated(attempt))) is not NOT_DECIDED:
-            return answer
-    return NOT_DECIDED
+
+    __slots__ = ("_changes", "_turn", "needed_trust")
+
+    def __init__(self) -> None:
+        self.needed_trust = 0
+        self._changes = 0
+        self._turn = 0
+
+    def proved(self, seen: Sighting) -> int:
+        """Return the trust in a key whose bytes were found as they were remembered."""
+        if seen.trust == 0:
+            self._count(-1)
+        return PROVED if seen.trust + _GAINED_BY_PROOF >= 0 else seen.trust + _GAINED_BY_PROOF
+
+    def changed(self, seen: Sighting, times: int = 1) -> int:
+        """Return the trust in a key whose bytes were found changed by others."""
+        if seen.trust == 0:
+            self._count(_CHANGE)
+        return max(_LEAST_TRUST, min(seen.trust, UNKNOWN) - times * _LOST_BY_CHANGE)
+
+    def _count(self, changes: int) -> None:
+        self._changes = counted = max(0, min(_MOST_CHANGES, self._changes + changes))
+        self.needed_trust = PROVED if counted >= _CHANGES_THAT_PREVAIL else 0
+
+    def wants_to_see(self, seen: Sighting) -> bool:
+        """Return whether a decision by the script is to show the state, for what can be learnt from it."""
+        if seen.stored is not None or (seen.trust == UNKNOWN and self.needed_trust == 0):
+            return True
+        self._turn = turn = (self._turn + 1) % _ASK_ONE_IN
+        return turn == 0
 
 
-def _delegated(attempt: Attempt) -> Steps[Any]:
-    """Let the store decide, once in an attempt; return ``NOT_DECIDED`` where it cannot for this command or bucket."""
-    attempt.should_delegate, attempt.has_delegated = False, True
-    question, requests = attempt.question, attempt.requests
-    now: int = attempt.now
-    target, course = attempt.target, question.course
-    arguments = request(
-        attempt.command,
-        attempt.terms,
-        target.expiration,
-        now,
-        must_exist=attempt.must_exist,
-    )
-    if arguments is None:
-        # The script does not know this command. The loop goes on with a swap.
-        return NOT_DECIDED
-    course.round_trips += 1
-    if question.holds:
-        deciding = requests.decide(target.stored_key, arguments, deadline=question.deadline)  # type: ignore[misc]
-        done, before = yield from seen_through(deciding, course)
-    else:
-        done, before = yield from requests.deciding(target.stored_key, arguments, question.deadline)  # type: ignore[misc]
-    if done:
-        return _explained(attempt, before, now)
-    if course.interruption is not None:
-        # The store has changed nothing, so that nothing has to be undone.
-        raise course.interruption
-    attempt.shown(before)
-    return NOT_DECIDED
-
-
-def _explained(attempt: Attempt, before: bytes | None, now: int) -> Any:
-    """Compute the answer that belongs to a decision of the store, whose reply holds only what was stored before.
-
-    Also remember what is stored now, and whether the store is to decide the next time.
-    """
-    target, seen = attempt.target, attempt.seen
-    state = None if before is None else decode(before, target.key)
-    # The script makes the same transition, to the byte. So the transition is computed here again, from the same bytes:
-    # it gives the answer and what is stored now.
-    after, answer = execute(attempt.command, attempt.terms, state, now)
-    stored = before if after is None else encode(after)
-    # If the store had what this process has last seen, no other writer came in between.
-    undisturbed = seen.undisturbed + 1 if before == seen.stored else 0
-    losses = 0 if undisturbed >= _UNDISTURBED_BEFORE_SWAPS else attempt.requests.tuning.losses_before_delegation
-    attempt.requests.remember(target.stored_key, Sighting(stored, after or state, losses, undisturbed))
-    if state is None or (after is not None and state.configuration_version != after.configuration_version):
-        target.made = True
-    return answer
+def busier(seen: Sighting) -> int:
+    """Return how busy a bucket is after a strict request that was not run."""
+    return min(_BUSIEST, seen.behind + _NOT_RUN)

@@ -15,22 +15,28 @@ _OVERHEAD_BYTES: Final = 400  # of an entry: two bytes objects, a tuple, and a p
 _BYTES_OF_A_BYTE: Final = 5  # what a stored byte takes here: itself, and its part of the state as numbers, roughly
 
 
+UNKNOWN: Final = -1
+"""The trust in a key of which nothing is known."""
+
+
 class Sighting(NamedTuple):
     """What is known of a key.
 
-    :param stored: the bytes that were stored; None: nothing.
+    :param stored: the bytes that were stored; None: nothing was, or nobody knows what.
     :param state: the state that these bytes hold, if they have been decoded.
-    :param losses: swaps that were lost to others, since one was won at the first attempt.
-    :param undisturbed: decisions of the store itself, since one before which another writer had come.
+    :param trust: whether the bytes are likely to be there still: above 0 where a swap has shown that nobody else had
+        written them, 0 where they were seen once, and below ``UNKNOWN`` where others write the bucket, the more the
+        further below.
+    :param behind: how often of late a strict request was not run, because its time was not later than the last refill.
     """
 
     stored: bytes | None
     state: State | None = None
-    losses: int = 0
-    undisturbed: int = 0
+    trust: int = 0
+    behind: int = 0
 
 
-NOTHING_SEEN: Final = Sighting(None)
+NOTHING_SEEN: Final = Sighting(None, None, UNKNOWN)
 
 
 class LastSeen:
@@ -52,16 +58,16 @@ class LastSeen:
         self.put(key, NOTHING_SEEN)
 
     def put(self, key: bytes, sighting: Sighting) -> None:
-        """Remember what was seen; a key under which nothing is stored is forgotten."""
+        """Remember what was seen; a key of which nothing is known is forgotten."""
         values, stored = self._values, sighting.stored
         with self._lock:
             old = values.get(key)
-            if old is not None and stored is not None and len(stored) == len(old.stored):  # type: ignore[arg-type]  # nothing is not kept
+            if old is not None and stored is not None and old.stored is not None and len(stored) == len(old.stored):
                 # Both weigh the same, as they usually do.
                 values[key] = sighting
                 values.move_to_end(key)
                 return
-            if stored is None:
+            if stored is None and sighting.trust >= UNKNOWN:
                 self._sightings.drop(key)
             else:
                 self._sightings.put(key, sighting)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ratelimit.core.algorithm import encode
 from ratelimit.core.commands import (
@@ -35,22 +35,31 @@ from ratelimit.core.commands import (
 )
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.engine.question import new_tuple
 from ratelimit.stores.operations import Operation
 
 _EXPIRATIONS: Final = {"none": 0, "fixed": 1, "after_refill": 2, "automatic": 3}
 
+STRICT: Final = 1
+"""The flag of a request whose effect can be seen in the state afterwards; see ``lua/decide.lua``."""
+
+COUNTING: Final = 2
+"""The flag of a request to which the number of consumed tokens is answer enough."""
+
+MUST_EXIST: Final = 4
+"""The flag of a request that does not make a missing bucket."""
+
+# The time, the flags, the kind of expiration, 0 or 1 + inheritance, and the number of operations.
+_HEAD: Final = struct.Struct(">qBBBH")
 # The number of the operation, how many times it is run, the tokens, and a further number.
 _OPERATION: Final = struct.Struct(">BIqq")
-_NOW: Final = struct.Struct(">q")
-_ONE_OPERATION: Final = struct.Struct(">qBIqq")
-# The kind of expiration, its milliseconds, 0 or 1 + inheritance, and the version.
-_PLAN: Final = struct.Struct(">BqBq")
+# Both for one operation.
+_HEAD_OF_ONE: Final = struct.Struct(">qBBBHBIqq")
+# The milliseconds of the expiration, and the version.
+_TAIL: Final = struct.Struct(">qq")
 
 # Looking this up in the enumeration would take a tenth of the time of a request.
 _TRY_CONSUME: Final = Operation.TRY_CONSUME.value
-
-_MAY_BE_MADE: Final = b"0"
-_MUST_EXIST: Final = b"1"
 
 # An operation, its tokens, and what it needs besides them: a number, or the configuration that a replacement puts in
 # place.
@@ -61,41 +70,103 @@ class _UnknownCommandError(Exception):
     """The script does not know the command, or not with these tokens."""
 
 
-def request(
-    command: Command[Any], terms: Terms, expiration: Expiration, now: int, *, must_exist: bool
-) -> tuple[bytes, ...] | None:
-    """Return the arguments of the script for this command; None where the script does not know the command.
+class Form(NamedTuple):
+    """What all requests about buckets of the same terms have in common.
 
-    :param must_exist: whether a missing bucket is left missing, and not made.
+    :param kind: the number of the kind of expiration.
+    :param wanted: 0, or 1 + the number of the inheritance where a version is wanted.
+    :param tail: the end of a request.
+    :param is_open: whether the state of a new bucket still has to follow, because it depends on the time.
+    :param traceable_tokens: the most tokens whose consumption leaves the time in the state, as the last refill's;
+        0 where it never does. If a new bucket had too few, the time would be there although nothing was consumed.
     """
-    if terms.configuration.algorithm.script is None:
+
+    kind: int
+    wanted: int
+    tail: bytes
+    is_open: bool
+    traceable_tokens: int
+
+    def request_to_consume(
+        self, tokens: int, calls: int, terms: Terms, now: int, flags: int
+    ) -> tuple[bytes, ...] | None:
+        """Return the arguments of the script for so many calls that consume tokens if they are there."""
+        kind, wanted, tail, is_open, _ = self
+        try:
+            packed = _HEAD_OF_ONE.pack(now, flags, kind, wanted, 1, _TRY_CONSUME, calls, tokens, 0) + tail
+        except struct.error:
+            # This is a number of more than 64 bits.
+            return None
+        return (packed + encode(terms.initial(now)) if is_open else packed,)
+
+    def request(self, command: Command[Any], terms: Terms, now: int, flags: int) -> tuple[bytes, ...] | None:
+        """Return the arguments of the script for this command; None where the script does not know the command."""
+        try:
+            operations, replacements = _packed(command, now)
+            packed = _HEAD.pack(now, flags, self.kind, self.wanted, len(operations)) + b"".join(operations) + self.tail
+        except (_UnknownCommandError, struct.error):
+            # A struct.error is a number of more than 64 bits, or more operations than a request may have.
+            return None
+        return packed + encode(terms.initial(now)) if self.is_open else packed, *replacements
+
+
+# The values in the key are mostly the very objects of the last decision, and a configuration keeps its hash. So finding
+# an entry by value takes 0.25 us, and would take no less by the id() of the configuration.
+@lru_cache(maxsize=1024)
+def form_of(terms: Terms, expiration: Expiration) -> Form | None:
+    """Return what all requests about such buckets have in common; None where there is no script for them."""
+    configuration, version, inheritance = terms
+    if configuration.algorithm.script is None:
         return None
-    replacements: tuple[bytes, ...] = ()
+    bandwidths = configuration.bandwidths
+    wanted = 0 if version is None else 1 + inheritance.value
     try:
-        if (type(command) is TryConsume or type(command) is TryConsumeAndReturnRemaining) and command.tokens >= 0:
-            operations = _ONE_OPERATION.pack(now, _TRY_CONSUME, 1, command.tokens, 0)
-        else:
-            packed, replacements = _packed(command, now)
-            operations = _NOW.pack(now) + packed
-        rules, template = _fixed_part(terms, expiration)
-        if template is None:
-            template = encode(terms.initial(now))
-    except (_UnknownCommandError, struct.error):
-        # A struct.error is a number of more than 64 bits.
+        tail = _TAIL.pack(expiration.duration_millis, version or 0)
+    except struct.error:
         return None
-    if must_exist or replacements:
-        return template, rules + operations, _MUST_EXIST if must_exist else _MAY_BE_MADE, *replacements
-    return template, rules + operations
+    is_open = any(bandwidth.adaptive_initial_tokens for bandwidth in bandwidths)
+    if not is_open:
+        tail += encode(terms.initial(0))
+    traceable = 0 if bandwidths[0].refill_intervally else min(bandwidth.initial_tokens for bandwidth in bandwidths)
+    return Form(_EXPIRATIONS[expiration.kind], wanted, tail, is_open, traceable)
 
 
-def _packed(command: Command[Any], now: int) -> tuple[bytes, tuple[bytes, ...]]:
+class PlainConsumption(NamedTuple):
+    """What a command is that only consumes tokens if they are there.
+
+    :param tokens: the tokens of one call, 1 or more.
+    :param calls: how many such calls the command carries.
+    :param is_shown: whether the answer shows the bucket.
+    """
+
+    tokens: int
+    calls: int
+    is_shown: bool
+
+
+def plain_consumption(command: Command[Any]) -> PlainConsumption | None:
+    """Return what the command consumes, if it does nothing else."""
+    kind: type[Command[Any]] = type(command)
+    calls = 1
+    if kind is Batch:
+        commands: tuple[Command[Any], ...] = command.commands  # type: ignore[attr-defined]  # a batch has them
+        command, calls = commands[0] if commands else command, len(commands)
+        if commands.count(command) != calls:
+            return None
+        kind = type(command)
+    if (kind is TryConsume or kind is TryConsumeAndReturnRemaining) and command.tokens >= 1:  # type: ignore[attr-defined]  # both have tokens
+        return new_tuple(PlainConsumption, (command.tokens, calls, kind is not TryConsume))  # type: ignore[attr-defined]
+    return None
+
+
+def _packed(command: Command[Any], now: int) -> tuple[list[bytes], tuple[bytes, ...]]:
     """Pack the steps of a command, equal neighbours as one with a count; and the states that replace others."""
     places: dict[BucketConfiguration, int] = {}
     packed = []
     for (operation, tokens, further), equal in groupby(_steps(command)):
         number = places.setdefault(further, len(places)) if isinstance(further, BucketConfiguration) else further
         packed.append(_OPERATION.pack(operation, sum(1 for _ in equal), tokens, number))
-    return b"".join(packed), tuple(encode(Terms(limits).initial(now)) for limits in places)
+    return packed, tuple(encode(Terms(limits).initial(now)) for limits in places)
 
 
 def _steps(command: Command[Any]) -> Iterator[_Step]:
@@ -154,15 +225,3 @@ def _at_least_0(tokens: int) -> int:
     if tokens < 0:
         raise _UnknownCommandError
     return tokens
-
-
-# The values in the key are mostly the very objects of the last decision, and a configuration keeps its hash. So finding
-# an entry by value takes 0.25 us, of 0.6 us for a request, and would take no less by the id() of the configuration.
-@lru_cache(maxsize=1024)
-def _fixed_part(terms: Terms, expiration: Expiration) -> tuple[bytes, bytes | None]:
-    """Return the packed rules, and the state of a new bucket, None where that depends on the time."""
-    configuration, version, inheritance = terms
-    wanted = 0 if version is None else 1 + inheritance.value
-    rules = _PLAN.pack(_EXPIRATIONS[expiration.kind], expiration.duration_millis, wanted, version or 0)
-    adaptive = any(bandwidth.adaptive_initial_tokens for bandwidth in configuration)
-    return rules, None if adaptive else encode(terms.initial(0))

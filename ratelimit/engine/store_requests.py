@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+from ratelimit.engine.delegation import Habit
 from ratelimit.engine.face import Face
 from ratelimit.engine.last_seen import LastSeen, Sighting
 from ratelimit.runtime.clock import Clock, has_unique_readings
@@ -14,16 +15,16 @@ from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, 
 
 
 class Tuning(NamedTuple):
-    """When the loop changes its ways.
+    """How the loop decides; tests set it, to send all decisions one way.
 
     :param most_attempts: swaps that one decision may lose before it gives up.
-    :param losses_before_delegation: swaps that were lost under a key, after which the store is asked to decide.
-    :param trips_before_delegation: round trips of one decision, after which the store is asked to decide.
+    :param swaps: whether bytes that are remembered are swapped, as long as they are likely to be current.
+    :param delegates: whether the store is asked to decide, where it can.
     """
 
     most_attempts: int = 100
-    losses_before_delegation: int = 2
-    trips_before_delegation: int = 2
+    swaps: bool = True
+    delegates: bool = True
 
 
 DEFAULT_TUNING: Final = Tuning()
@@ -49,6 +50,7 @@ class Requests:
     :param last_seen: gives what was last seen under a key, or the sighting beside it.
     :param remember: keeps what was seen under a key.
     :param unique_readings: whether no two readings of ``now`` are alike, in whichever process.
+    :param habit: whether what the manager remembers is usually current.
     """
 
     get: Callable[..., Any]
@@ -59,13 +61,14 @@ class Requests:
     known_now: Callable[[bytes], Any]
     delete: Callable[..., Any]
     decide: Callable[..., Any] | None
-    deciding: Callable[..., Steps[Decided]] | None
+    deciding: Callable[..., Steps[Decided | int]] | None
     pause: Callable[[int], Any]
     monotonic: Callable[[], float]
     unique_readings: bool
     last_seen: Callable[[bytes, Sighting], Sighting]
     remember: Callable[[bytes, Sighting], None]
     tuning: Tuning
+    habit: Habit = field(default_factory=Habit)
 
 
 def requests_to(

@@ -1,10 +1,9 @@
 """The layer that decides by compare-and-swap, in the only loop that does.
 
-It computes from what the manager remembers, swaps, and computes again from the winner's bytes whenever another writer
-got there first. After two losses the store is asked to decide by itself, if it can. It is then asked at once for every
-decision about this bucket, until no other process has written it for a while. So, with a store that can decide, no
-decision takes more than three round trips: one read or swap, one more swap, and then the store's own decision or, if
-the reply to that swap was lost, its repetition.
+It computes from what the manager remembers, and swaps. Where that is not likely to be current, or another writer got
+there first, the store is asked to decide by itself, if it can: ``delegation`` has the reasons. So, with a store that
+can decide, no decision takes more than three round trips: one read or swap, the store's own decision, and its
+repetition where the first one was not run or its reply was lost.
 
 The loop is about contention; the one failure that it repairs is a reply that was lost. Four rules hold it together:
 
@@ -15,8 +14,10 @@ The loop is about contention; the one failure that it repairs is a reply that wa
    other writer reads alike. Otherwise nobody can say whether the swap was carried out, and the error says that it is in
    doubt. The bytes hold no such reading where tokens come back by whole periods, where the clock is coarse, or where it
    is behind the last refill.
-3. A decision of the store whose reply was lost is not asked for again: nothing shows whether it was carried out, and a
-   second one would consume the tokens twice. The error says that it is in doubt.
+3. A decision of the store whose reply was lost is asked for again where the request was strict: it is run only at a
+   time later than the last refill, which then is that time. So it is run once, whichever of the two arrives, and the
+   state shows whether it was. Other decisions are not repeated, because a second one would consume the tokens twice.
+   The error says that they are in doubt.
 4. Where a store cannot decide, a pause between attempts is followed by a fresh read. A client that swaps from bytes
    older than its pause loses to those that did not pause, again and again.
 """
@@ -26,8 +27,8 @@ from __future__ import annotations
 from typing import Any
 
 from ratelimit.engine.attempt import Attempt
-from ratelimit.engine.delegation import NOT_DECIDED, prepared
 from ratelimit.engine.lost_reply import repeated
+from ratelimit.engine.preparing import NOT_DECIDED, prepared
 from ratelimit.engine.question import Question
 from ratelimit.engine.store_requests import Requests
 from ratelimit.errors import CorruptStateError, StoreError
@@ -62,7 +63,7 @@ class Swapping:
                 except BaseException as error:
                     if not attempt.may_repeat(error):
                         raise
-                    loss = yield from repeated(attempt, after, error)
+                    loss = yield from repeated(attempt, error)
                 if loss is None:
                     return attempt.won(after, answer)
                 yield from attempt.lost(loss)

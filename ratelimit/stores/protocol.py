@@ -75,7 +75,11 @@ class AsyncStore(Protocol):
 
 
 class Decided(NamedTuple):
-    """The answer of a store that decides: whether it has decided, and what was stored before."""
+    """The answer of a store that decides.
+
+    :param done: whether the store has decided.
+    :param before: what was stored before.
+    """
 
     done: bool
     before: bytes | None
@@ -92,9 +96,10 @@ class DecidingStore(Protocol):
     """
 
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
-        """Carry out what :func:`ratelimit.engine.script_arguments.request` says; return, or await, a :class:`Decided`.
+        """Carry out a request of ``ratelimit.engine.script_arguments``; return, or await, a :class:`Decided`.
 
-        A bucket that the store cannot decide exactly stays untouched. Do not repeat a call whose reply was lost.
+        Where the request asks for a count, the answer may be the number of tokens that were consumed instead. A bucket
+        that the store cannot decide exactly stays untouched. If a reply is lost, repeat only a strict request.
         """
         ...
 
@@ -102,7 +107,7 @@ class DecidingStore(Protocol):
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
     ) -> Steps[Lost | None]: ...
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]: ...
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]: ...
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -37,9 +37,9 @@ from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine import script_arguments
-from ratelimit.engine.script_arguments import request
+from ratelimit.engine.script_arguments import COUNTING, STRICT, form_of, plain_consumption
 from ratelimit.stores.operations import Operation
+from tests.support.script_requests import request
 
 NOW = 1_700_000_000_000_000_000
 CONFIGURATION = BucketConfiguration.parse("10/second; 100/hour")
@@ -50,14 +50,37 @@ OTHERS = [BucketConfiguration.parse(text) for text in ("5/minute", "7/minute id 
 Packed = tuple[int, int, int, int]
 
 
+class Unpacked(NamedTuple):
+    """The parts of a request."""
+
+    now: int
+    flags: int
+    expiration: int
+    wanted: int
+    operations: list[Packed]
+    millis: int
+    version: int
+    template: bytes
+
+
+def unpacked(arguments: tuple[bytes, ...] | None) -> Unpacked:
+    assert arguments is not None
+    request = arguments[0]
+    now, flags, expiration, wanted, count = struct.unpack_from(">qBBBH", request)
+    packed, rest = request[13 : 13 + 21 * count], request[13 + 21 * count :]
+    millis, version = struct.unpack_from(">qq", rest)
+    operations: list[Any] = list(struct.iter_unpack(">BIqq", packed))
+    return Unpacked(now, flags, expiration, wanted, operations, millis, version, rest[16:])
+
+
 def operations(command: Command[Any]) -> list[Packed] | None:
-    """Unpack the number, times, tokens and further number of each operation; the time goes first."""
+    """Unpack the number, times, tokens and further number of each operation."""
     arguments = request(command, Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     if arguments is None:
         return None
-    assert arguments[0] == TEMPLATE
-    assert arguments[1][18:26] == struct.pack(">q", NOW)
-    return list(struct.iter_unpack(">BIqq", arguments[1][26:]))
+    parts = unpacked(arguments)
+    assert (parts.now, parts.template) == (NOW, TEMPLATE)
+    return parts.operations
 
 
 @pytest.mark.parametrize(
@@ -165,8 +188,7 @@ def test_the_limits_that_replace_others_go_along_once_each() -> None:
     batch = Batch((first, TryConsume(1), second, second, first, first))
     arguments = request(batch, Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=False)
     assert arguments is not None
-    template, _, must_exist, *states = arguments
-    assert (template, must_exist) == (TEMPLATE, b"0")
+    _, *states = arguments
     assert states == [codec.encode(BucketState.initial(limits, None, NOW)) for limits in OTHERS]
     assert operations(batch) == [
         (Operation.REPLACE, 1, 3, 0),
@@ -219,16 +241,15 @@ def test_the_expiration_and_the_wanted_version(
     for _ in range(2):  # the second time from the cache
         terms = Terms(CONFIGURATION, version, inheritance)
         arguments = request(TryConsume(1), terms, expiration, NOW, must_exist=False)
-        assert arguments is not None
-        assert struct.unpack(">BqBq", arguments[1][:18]) == expected
+        parts = unpacked(arguments)
+        assert (parts.expiration, parts.millis, parts.wanted, parts.version) == expected
 
 
 def test_a_new_bucket_is_made_from_a_template_without_the_time() -> None:
     terms = Terms(CONFIGURATION, 7)
     arguments = [request(TryConsume(1), terms, AUTOMATIC, now, must_exist=False) for now in (NOW, NOW + 1)]
-    assert arguments[0] is not None
-    assert arguments[1] is not None
-    assert arguments[0][0] == arguments[1][0] == codec.encode(BucketState.initial(CONFIGURATION, 7, 0))
+    templates = {unpacked(each).template for each in arguments}
+    assert templates == {codec.encode(BucketState.initial(CONFIGURATION, 7, 0))}
 
 
 def test_initial_tokens_that_adapt_to_the_time_are_those_of_this_time() -> None:
@@ -243,14 +264,23 @@ def test_initial_tokens_that_adapt_to_the_time_are_those_of_this_time() -> None:
     configuration = BucketConfiguration(adaptive)
     for now in (NOW - 10**9, NOW - 10**8):
         arguments = request(TryConsume(1), Terms(configuration), AUTOMATIC, now, must_exist=False)
-        assert arguments is not None
-        assert arguments[0] == codec.encode(BucketState.initial(configuration, None, now))
+        assert unpacked(arguments).template == codec.encode(BucketState.initial(configuration, None, now))
 
 
 def test_a_bucket_that_must_exist_is_said_to() -> None:
-    arguments = request(TryConsume(1), Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=True)
-    assert arguments is not None
-    assert (arguments[0], *arguments[2:]) == (TEMPLATE, b"1")
+    for flags, sent in ((0, 4), (STRICT, 5), (STRICT | COUNTING, 7)):
+        arguments = request(TryConsume(1), Terms(CONFIGURATION), AUTOMATIC, NOW, must_exist=True, flags=flags)
+        assert unpacked(arguments).flags == sent
+
+
+def test_what_only_consumes_is_known() -> None:
+    one, other, shown = TryConsume(3), TryConsume(4), TryConsumeAndReturnRemaining(3)
+    assert plain_consumption(one) == (3, 1, False)
+    assert plain_consumption(shown) == (3, 1, True)
+    assert plain_consumption(Batch((one, TryConsume(3), one))) == (3, 3, False)
+    for command in (Reserve(3), TryConsume(0), TryConsumeTwice(3), Batch(()), Batch((one, other)), Batch((one, shown))):
+        assert plain_consumption(command) is None
+    assert plain_consumption(Batch((Batch((one, one)),))) is None
 
 
 def test_numbers_of_more_than_64_bits_are_no_request() -> None:
@@ -265,7 +295,7 @@ def test_numbers_of_more_than_64_bits_are_no_request() -> None:
 
 def test_plans_are_told_apart_however_many_there_are() -> None:
     seen = set()
-    cached = script_arguments._fixed_part.cache_info
+    cached = form_of.cache_info
     most = cached().maxsize
     assert most is not None
     for capacity in range(1, 2 * most):
@@ -275,3 +305,20 @@ def test_plans_are_told_apart_however_many_there_are() -> None:
         seen.add(arguments[0])
         assert cached().currsize <= most
     assert len(seen) == 2 * most - 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "tokens"),
+    [
+        ("10/second", 10),
+        ("10/second; 5/minute", 5),
+        ("10/second burst 50 initial 7", 7),
+        ("10/second intervally", 0),
+        ("10/second intervally; 5/minute", 0),
+        ("10/second; 5/minute intervally", 5),
+    ],
+)
+def test_what_a_new_bucket_has_leaves_a_trace_where_tokens_come_back_continuously(limits: str, tokens: int) -> None:
+    form = form_of(Terms(BucketConfiguration.parse(limits)), AUTOMATIC)
+    assert form is not None
+    assert form.traceable_tokens == tokens

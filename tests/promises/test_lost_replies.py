@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import struct
 from collections.abc import AsyncGenerator, Generator
 from urllib.parse import urlsplit
 
@@ -14,6 +16,7 @@ from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
 from ratelimit import AsyncProxyManager, AsyncRedisStore, ProxyManager, RedisStore, StoreUnavailableError
+from ratelimit.stores.operations import Operation
 from ratelimit.stores.redis.scripts import load
 from tests.support.both_faces import Settled
 from tests.support.decision_paths import By, deciding_by
@@ -133,13 +136,16 @@ async def test_a_read_whose_reply_is_lost_is_an_error_without_doubt_about_tokens
     assert consumed(witness) == 1
 
 
-@pytest.mark.parametrize("loss", ["lose_replies", "lose_requests"])
+losses = pytest.mark.parametrize("loss", ["lose_replies", "lose_requests"])
+
+
+@losses
 async def test_a_lost_decision_is_in_doubt_and_not_repeated(
     face: Settled, proxy: Proxy, witness: ProxyManager, redis_url: str, loss: str
 ) -> None:
     proxy.about = load("decide").sha.encode()
     taken = 3 if loss == "lose_replies" else 0
-    for number, verb in enumerate(("try_consume", "consume", "consume_ignoring_rate_limits"), start=1):
+    for number, verb in enumerate(("consume", "consume_ignoring_rate_limits"), start=1):
         with deciding_by(By.SCRIPT, face):
             for _ in range(2):
                 assert await face.try_consume(verb)
@@ -156,6 +162,63 @@ async def test_a_lost_decision_is_in_doubt_and_not_repeated(
             assert consumed(witness, verb) == 3 + taken
 
 
+@losses
+async def test_tokens_that_are_consumed_if_they_are_there_are_asked_for_again_and_taken_once(
+    face: Settled, proxy: Proxy, witness: ProxyManager, redis_url: str, loss: str
+) -> None:
+    proxy.about = load("decide").sha.encode()
+    with deciding_by(By.SCRIPT, face):
+        for key in ("another key", "and another"):
+            assert await face.try_consume(key)
+        for number in range(10):
+            key = f"key {number}"
+            setattr(proxy, loss, 1)
+            with monitored(redis_url) as monitor:
+                if number % 2:
+                    assert await face.try_consume(key, 3)
+                else:
+                    probe = await face.try_consume_and_return_remaining(key, 3)
+                    assert (probe.consumed, probe.remaining_tokens) == (True, 97)
+                sent = [command for command in monitor.sent() if command not in ("TIME", "GETRANGE")]
+            assert sent == ["EVALSHA"] * (2 if loss == "lose_replies" else 1)
+            assert consumed(witness, key) == 3
+            assert not await face.try_consume(key, 98)
+            setattr(proxy, loss, 1)
+            assert not await face.try_consume(key, 98)
+            assert consumed(witness, key) == 3
+            proxy.lose_replies = proxy.lose_requests = 0
+
+
+async def test_a_lost_decision_is_in_doubt_where_others_have_taken_tokens_since(
+    face: Settled, proxy: Proxy, witness: ProxyManager
+) -> None:
+    proxy.about = load("decide").sha.encode()
+    with deciding_by(By.SCRIPT, face):
+        assert await face.try_consume("key")
+        proxy.lose_replies = 1
+        proxy.after_loss = lambda: witness.try_consume("key", 5)
+        with pytest.raises(StoreUnavailableError, match="while others were changing") as caught:
+            await face.try_consume("key", 3)
+    assert caught.value.in_doubt
+    assert consumed(witness) == 9
+
+
+@losses
+async def test_merged_calls_are_asked_for_again_together(proxy: Proxy, witness: ProxyManager, loss: str) -> None:
+    async with AsyncProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", LIMITS) as manager:
+        with deciding_by(By.SCRIPT, manager):
+            for key in ("key", "another"):
+                assert await manager.try_consume(key)
+            # Of the second five, 20 tokens each, four go together, and only three of them are admitted.
+            for tokens, admitted in ((1, 5), (20, 4)):
+                proxy.about = re.escape(struct.pack(">BIq", Operation.TRY_CONSUME, 4, tokens))
+                setattr(proxy, loss, 1)
+                answers = await asyncio.gather(*(manager.try_consume("key", tokens) for _ in range(5)))
+                assert answers == [True] * admitted + [False] * (5 - admitted)
+            assert proxy.lost == 2
+    assert consumed(witness) == 86
+
+
 async def test_all_merged_calls_learn_of_a_doubt(proxy: Proxy, witness: ProxyManager) -> None:
     proxy.about = load("decide").sha.encode()
     async with AsyncProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", LIMITS) as manager:
@@ -163,7 +226,9 @@ async def test_all_merged_calls_learn_of_a_doubt(proxy: Proxy, witness: ProxyMan
             for _ in range(2):
                 assert await manager.try_consume("key")
             proxy.lose_replies = 2  # of the first alone, and of the others together
-            answers = await asyncio.gather(*(manager.try_consume("key") for _ in range(5)), return_exceptions=True)
+            bucket = manager.bucket("key")
+            calls = [bucket.consume_ignoring_rate_limits(1) for _ in range(5)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
     assert [isinstance(answer, StoreUnavailableError) and answer.in_doubt for answer in answers] == [True] * 5
     assert len(set(map(id, answers))) == 5
     assert consumed(witness) == 2 + 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import struct
 import time
 from collections.abc import Callable, Generator
@@ -40,13 +41,14 @@ from ratelimit.core.commands import (
     execute,
 )
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.numbers import MAX, MIN
+from ratelimit.core.numbers import MAX, MIN, wrap
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine.script_arguments import request
+from ratelimit.engine.script_arguments import COUNTING, STRICT, plain_consumption
 from ratelimit.errors import CorruptStateError
 from ratelimit.stores.operations import Operation
 from ratelimit.stores.redis.scripts import load
+from tests.support.script_requests import request
 
 pytestmark = pytest.mark.redis
 
@@ -64,20 +66,24 @@ LONGEST_TTL = 2**53
 CONSUMED = 1_000_000  # tokens that a bucket has counted, often
 OLD_TTL = 10**12  # far from anything that the script sets
 
-# This is the script with the time to live that it sets added to its reply: -1 for none, -2 where it stores nothing.
+# This is the script with another reply: whether it has decided, what it replies to that, and the time to live that it
+# sets: -1 for none, -2 where it stores nothing.
 TELLING = b"""
 local told = -2
 local real = redis
 local redis = {call = function(command, ...)
   local reply = real.call(command, ...)
   if command == 'SET' and reply then
-    told = select(4, ...) or '-1'
+    local _, _, px, ttl = ...
+    told = px == 'PX' and string.format('%.0f', ttl) or '-1'
   end
   return reply
 end}
-""" + SCRIPT.text.replace(b"return {1, before}", b"return {1, before, told}").replace(
-    b"return {0, before}", b"return {0, before, told}"
-).replace(b"return {0, ''}", b"return {0, '', told}")
+""" + re.sub(
+    rb"return (\{)?((?:before|not missing|taken|counting|'').*?)\}?\n",
+    lambda found: b"return {%d, %b, told}\n" % (0 if found[1] else 1, found[2]),
+    SCRIPT.text.replace(b"local before", b"local before", 1) + b"\n",
+)
 
 
 @pytest.fixture
@@ -95,11 +101,32 @@ class Case(NamedTuple):
     must_exist: bool
     everyday: bool
     """Nothing in it is out of the ordinary: it must be decided."""
+    flags: int = 0
 
     def request(self) -> tuple[bytes, ...]:
-        arguments = request(self.command, self.plan, self.expiration, self.now, must_exist=self.must_exist)
+        arguments = request(
+            self.command, self.plan, self.expiration, self.now, must_exist=self.must_exist, flags=self.flags
+        )
         assert arguments is not None
         return arguments
+
+    def leaves_a_trace(self, expected: Outcome) -> bool:
+        """Whether a strict request is run: then its effect can be seen afterwards."""
+        consumption = plain_consumption(self.command)
+        assert consumption is not None
+        if 0 < self.consumed(expected) < consumption.tokens * consumption.calls:
+            return False
+        if self.before is None:
+            return True
+        before = codec.decode(self.before)
+        first, ours = before.configuration.bandwidths[0], before.bandwidth_states[0]
+        return not (first.refill_intervally or ours.last_refill_time_nanos >= self.now)
+
+    def consumed(self, expected: Outcome) -> int:
+        """How many tokens a plain consumption takes."""
+        before = 0 if self.before is None else codec.decode(self.before).consumed_tokens
+        assert expected.stored is not None
+        return wrap(codec.decode(expected.stored).consumed_tokens - before)
 
 
 class Outcome(NamedTuple):
@@ -336,7 +363,13 @@ def everyday_case(rng: random.Random) -> Case:
         plan = Terms(others(), rng.choice([1, 7, 8, 9]), rng.choice(INHERITANCES))
     if rng.random() < 0.1:
         command = replacing(rng, command, others)
-    return Case(before, command, plan, expiration(rng), now, must_exist, everyday=True)
+    return flagged(rng, Case(before, command, plan, expiration(rng), now, must_exist, everyday=True))
+
+
+def flagged(rng: random.Random, case: Case) -> Case:
+    if plain_consumption(case.command) is None:
+        return case
+    return case._replace(flags=rng.choice([0, 0, STRICT, COUNTING, STRICT | COUNTING]))
 
 
 def edge_case(rng: random.Random) -> Case:
@@ -371,7 +404,7 @@ def edge_case(rng: random.Random) -> Case:
         command = replacing(rng, command, others)
     limits = configuration if rng.random() < 0.7 else others()
     plan = Terms(limits, wanted, rng.choice(INHERITANCES))
-    return Case(before, command, plan, rules, now, rng.random() < 0.1, everyday=False)
+    return flagged(rng, Case(before, command, plan, rules, now, rng.random() < 0.1, everyday=False))
 
 
 def garbled_case(rng: random.Random) -> Case:
@@ -379,40 +412,134 @@ def garbled_case(rng: random.Random) -> Case:
     case = everyday_case(rng)
     data = bytearray(case.before or codec.encode(BucketState.initial(case.plan.configuration, 3, case.now)))
     for _ in range(rng.choice([1, 1, 2])):
-        position = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(76, len(data)))
+        position = rng.choice([rng.randrange(len(data)), rng.randrange(min(76, len(data))), len(data) - 9])
         data[position] = rng.choice([0, 1, 2, 3, 255, rng.randrange(256)])
     if rng.random() < 0.3:
         del data[rng.randrange(len(data)) :]
     return case._replace(before=bytes(data), everyday=False)
 
 
+PEOPLES_LIMITS = [
+    *("100/minute", "1000/day", "10/second burst 50", "5000/hour", "100000/hour", "1000000/week", "1/hour", "3/second"),
+    *("60/minute burst 10", "7777/day", "12345/hour", "10000000/day", "5/15 minutes", "10000/30 days", "1/second"),
+    *("1000000/week burst 3000000", "1000/day burst 5000", "1000/30 days", "1000000000/day", "100/hour initial 7"),
+    *("10/second burst 50; 1000/hour", "100/minute; 5000/day", "5/second; 100000/30 days", "1/second; 60/minute"),
+]
+EDGES_OF_PRODUCTS = [2**53, 2**63]
+
+
+def greedy_bandwidth(rng: random.Random) -> Bandwidth:
+    """Return limits of any size for which doubles may do, and some for which they may not."""
+    period = rng.choice([log_uniform(rng, 2**54), rng.choice([1, 7, 60, 3600, 86_400, 604_800, 2_592_000]) * SECOND])
+    capacity = rng.choice([log_uniform(rng, 2**20), log_uniform(rng, 2**54), rng.randint(1, 100)])
+    rate = min(period, rng.choice([log_uniform(rng, 2**40), log_uniform(rng, 2**53), capacity, rng.randint(1, 50)]))
+    initial = rng.choice([capacity, capacity, rng.randint(0, capacity), capacity + 1])
+    return Bandwidth(capacity=capacity, refill_tokens=rate, refill_period_nanos=period, initial_tokens=initial)
+
+
+def elapsed_at_an_edge(rng: random.Random, bandwidth: Bandwidth) -> int:
+    """Return nanoseconds since a last refill that bring a product to an edge, a period to its end, or are ordinary."""
+    period, rate = bandwidth.refill_period_nanos, bandwidth.refill_tokens
+    return rng.choice(
+        [
+            *(0, -log_uniform(rng, 2**40), log_uniform(rng, 2**45), log_uniform(rng, 2**54)),
+            rng.randint(0, 2 * period),
+            period * rng.randint(0, 5) + rng.randint(-2, 2),
+            rng.choice(EDGES_OF_PRODUCTS) // rate + rng.randint(-1000, 1000) * rng.choice([0, 1, 1000]),
+        ]
+    )
+
+
+def part_at_an_edge(rng: random.Random, bandwidth: Bandwidth, elapsed: int, missing: int) -> int:
+    """Return the part of a token that brings a sum to an edge, or a wait to a whole millisecond."""
+    period, rate = bandwidth.refill_period_nanos, bandwidth.refill_tokens
+    since = elapsed % period if elapsed > period else elapsed
+    wanted = [
+        *(0, 1, period - 1, rng.randrange(period), rng.randrange(period)),
+        rng.choice(EDGES_OF_PRODUCTS) - since * rate + rng.choice([rng.randint(-3, 3), rng.randint(-5000, 5000)]),
+        missing * period % (rate * MILLISECOND) + rng.randint(-2, 2),
+    ]
+    part = rng.choice(wanted)
+    return part if 0 <= part < period else rng.randrange(period)
+
+
+def greedy_case(rng: random.Random, *, of_people: bool = False) -> Case:
+    """Return a case of what the script decides in doubles, at the edges of that or as people have it."""
+    if of_people or rng.random() < 0.6:
+        configuration = BucketConfiguration.parse(rng.choice(PEOPLES_LIMITS))
+    else:
+        configuration = BucketConfiguration(*(greedy_bandwidth(rng) for _ in range(rng.choice([1, 1, 2]))))
+    now = NOW + rng.randrange(DAY)
+    smallest = min(bandwidth.capacity for bandwidth in configuration)
+    tokens = rng.choice([1, 1, 1, rng.randint(1, 10), rng.randint(1, smallest + 1)])
+    calls = rng.choice([1, 1, 1, rng.randint(2, 60)])
+    states = []
+    for bandwidth in configuration:
+        capacity = bandwidth.capacity
+        elapsed = rng.randrange(2 * DAY) if of_people else elapsed_at_an_edge(rng, bandwidth)
+        size = rng.choice([rng.randint(0, capacity), 0, capacity, capacity - 1, min(capacity, rng.randint(0, 5))])
+        if not of_people and rng.random() < 0.1:
+            size = rng.choice([-rng.randint(1, 1000), -log_uniform(rng, 2**54), capacity + 1])
+        part = part_at_an_edge(rng, bandwidth, elapsed, capacity - size + tokens) if size < capacity else 0
+        states.append(BandwidthState(now - elapsed, size, part))
+    consumed = rng.randrange(10**9) if of_people or rng.random() < 0.95 else rng.choice([-1, 2**53 - 5, MAX, MIN])
+    version = rng.choice([None, 7])
+    before = codec.encode(BucketState(configuration, version, consumed, tuple(states)))
+    command: Command[Any] = TryConsume(tokens) if rng.random() < 0.5 else TryConsumeAndReturnRemaining(tokens)
+    if calls > 1:
+        command = Batch((command,) * calls)
+    made = Case(
+        None if rng.random() < 0.1 else before,
+        command,
+        Terms(configuration, version),
+        expiration(rng),
+        now,
+        must_exist=False,
+        everyday=of_people,
+    )
+    return made if of_people else flagged(rng, made)
+
+
 def any_case(rng: random.Random) -> Case:
     kind = rng.random()
-    return everyday_case(rng) if kind < 0.7 else edge_case(rng) if kind < 0.93 else garbled_case(rng)
+    if kind < 0.4:
+        return greedy_case(rng)
+    return everyday_case(rng) if kind < 0.8 else edge_case(rng) if kind < 0.95 else garbled_case(rng)
 
 
 class Tally:
     def __init__(self) -> None:
-        self.cases = self.stored = self.left = self.refused = 0
+        self.cases = self.stored = self.left = self.refused = self.traceless = self.counted = 0
         self.everyday = 0
 
     def __str__(self) -> str:
         return (
-            f"{self.cases} cases, {self.everyday} of them everyday: {self.stored} stored, {self.left} changed nothing; "
+            f"{self.cases} cases, {self.everyday} of them everyday: {self.stored} stored, {self.left} changed nothing, "
+            f"{self.counted} were answered by a number; {self.traceless} would have left no trace; "
             f"handed back {self.refused} that the script must not decide, and {self.undecided} others "
             f"({self.undecided / self.cases:.2%})"
         )
 
     @property
     def undecided(self) -> int:
-        return self.cases - self.stored - self.left - self.refused
+        return self.cases - self.stored - self.left - self.refused - self.traceless
 
     def check(self, case: Case, reply: list[Any], stored: bytes | None, pttl: int) -> None:
         decided, before, ttl = reply
         self.cases += 1
         self.everyday += case.everyday
-        assert before == case.before or (case.before == b"" and case.must_exist), case  # read, it is not there
         expected = by_the_core(case)
+        if type(before) is int:
+            assert case.flags & COUNTING, case
+            assert expected is not None, case
+            assert before == case.consumed(expected), case
+            self.counted += 1
+        else:
+            assert before == case.before or (case.before == b"" and case.must_exist), case  # read, it is not there
+        if expected is not None and case.flags & STRICT and not case.leaves_a_trace(expected):
+            assert (decided, stored) == (0, case.before), case
+            self.traceless += 1
+            return
         if expected is None:
             assert decided == 0, case
             self.refused += 1
@@ -430,11 +557,12 @@ class Tally:
             assert pttl == -2 if stored is None else OLD_TTL - 60_000 <= pttl <= OLD_TTL, case
 
 
-def test_script_and_core_agree_to_the_byte_on_random_cases(client: redis.Redis) -> None:
+def compared(client: redis.Redis, script: bytes, most: int, make: Callable[[random.Random], Case]) -> Tally:
+    """Run a script on cases at random, and compare what it does with what the core does."""
     rng, tally = random.Random(SEED), Tally()
-    sha = client.script_load(TELLING)
-    while tally.cases < CASES:
-        cases = [any_case(rng) for _ in range(ROUND_TRIP)]
+    sha = client.script_load(script)
+    while tally.cases < most:
+        cases = [make(rng) for _ in range(ROUND_TRIP)]
         client.flushdb()
         with client.pipeline(transaction=True) as pipe:  # in one transaction no key expires under way
             for number, case in enumerate(cases):
@@ -448,8 +576,73 @@ def test_script_and_core_agree_to_the_byte_on_random_cases(client: redis.Redis) 
             if case.before is not None:
                 next(replies)
             tally.check(case, next(replies), next(replies), next(replies))
+    return tally
+
+
+def test_script_and_core_agree_to_the_byte_on_random_cases(client: redis.Redis) -> None:
+    tally = compared(client, TELLING, CASES, any_case)
     print(tally)
     assert tally.undecided < 0.02 * tally.cases, tally
+
+
+MUTANTS = [
+    ("gained >= 2^53", "gained >= 2^56"),
+    ("since = elapsed % period", "since = elapsed"),
+    ("gained < 2^63 - 2^12", "gained < 2^66"),
+    ("gained - whole * odd", "gained"),
+    ("size, part = capacity, 0", "size = capacity"),
+    ("part = gained % period", "part = 0"),
+    ("available - available % tokens", "available"),
+    ("elapsed <= 0 and strict", "elapsed < 0 and strict"),
+    ("elseif strict and exact then", "elseif false then"),
+    ("taken == 0 and exact and not missing", "taken == 0 and exact and false"),
+    ("if size < available then", "if false then"),
+    ("full + -full % NANOS_PER_MILLISECOND", "full - full % NANOS_PER_MILLISECOND"),
+    ("wait > full", "true"),
+    ("needed < 2^63 - 2^12", "needed < 2^66"),
+    ("missing * ((period - odd) / rate)", "missing * (period / rate)"),
+    ("wait = needed - part", "wait = needed"),
+    ("local same_when_new = initial == capacity\n", "local same_when_new = true\n"),
+    ("initial == capacity and initial_2 == capacity_2", "initial == capacity"),
+    ("ttl < 1 and 1 or ttl", "ttl"),
+    ("size <= capacity", "true"),
+    ("size_2 <= capacity_2", "true"),
+    ("part < period", "true"),
+    ("statistics == 1", "true"),
+    ("suffix:byte() == 1", "true"),
+    ("formats == 2 * 2^32 + 1", "true"),
+    ("version >= wanted_version", "true"),
+    ("stored:sub(72)", "request"),
+    ("stored:sub(119)", "request"),
+    ("stored:sub(143)", "request"),
+    ("after .. suffix", "after"),
+    ("consumed + tokens * times < 2^53", "true"),
+    ("counting and 0 or before", "before and 0"),
+]
+"""Changes of the everyday case, each of which breaks something."""
+
+
+@pytest.mark.any_server
+@pytest.mark.parametrize(("right", "wrong"), MUTANTS)
+def test_a_mutant_of_the_everyday_case_is_found(client: redis.Redis, right: str, wrong: str) -> None:
+    everyday, functions, rest = TELLING.partition(b"local function not_a_number")
+    mutant = everyday.replace(right.encode(), wrong.encode())
+    assert mutant != everyday
+    with pytest.raises((AssertionError, redis.ResponseError)):
+        compared(client, mutant + functions + rest, 30_000, any_case)
+
+
+def test_what_people_limit_is_decided_without_functions(client: redis.Redis) -> None:
+    rng, left = random.Random(SEED), 0
+    before_functions, _, _ = TELLING.partition(b"local function whole")
+    sha = client.script_load(before_functions + b"return 'left'")
+    for _ in range(3000):
+        case = greedy_case(rng, of_people=True)
+        client.delete("key")
+        if case.before is not None:
+            client.set("key", case.before)
+        left += client.evalsha(sha, 1, "key", *case.request()) == b"left"
+    assert left == 0
 
 
 def decided(client: redis.Redis, case: Case) -> list[Any]:
@@ -457,7 +650,7 @@ def decided(client: redis.Redis, case: Case) -> list[Any]:
     client.delete("key")
     if case.before is not None:
         client.execute_command("SET", "key", case.before, "PX", OLD_TTL)
-    reply = client.execute_command("EVAL", SCRIPT.text, 1, "key", *case.request())
+    reply: Any = client.execute_command("EVAL", TELLING, 1, "key", *case.request())
     assert isinstance(reply, list)
     assert reply[1] == case.before
     return reply
@@ -588,8 +781,9 @@ def test_each_operation(client: redis.Redis, command: Command[Any], size: int) -
 
 
 def test_no_operation_is_forgotten_here() -> None:
-    sent = [case("10/second", command=command).request()[1][26:] for command, _ in EACH_OPERATION]
-    assert {number for packed in sent for number, *_ in struct.iter_unpack(">BIqq", packed)} == set(Operation)
+    sent = [case("10/second", command=command).request()[0] for command, _ in EACH_OPERATION]
+    numbers = {packed[13 + 21 * place] for packed in sent for place in range(*struct.unpack_from(">H", packed, 11))}
+    assert numbers == set(Operation)
 
 
 def test_a_reservation_that_waits_under_several_limits_is_undone_to_the_byte(client: redis.Redis) -> None:

@@ -19,17 +19,16 @@ from ratelimit.stores.redis.channel import Replies
 from ratelimit.stores.redis.scripts import load
 from tests.support.inside import pipeline_of
 
-_NEVER = 2**63
 _DECIDE = load("decide")
 
 
 class By(Enum):
-    """How a decision is made; the values are the lost swaps and the round trips after which the server decides."""
+    """How a decision is made; the values say whether the client may swap, and whether the server may decide."""
 
-    EITHER = (DEFAULT_TUNING.losses_before_delegation, DEFAULT_TUNING.trips_before_delegation)
-    """The client decides by swaps, and the server by its script once a bucket is contended."""
-    SWAPS = (_NEVER, _NEVER)
-    SCRIPT = (0, 0)
+    EITHER = (True, True)
+    """The client decides by swaps what it knows to be its own, and the server by its script all else."""
+    SWAPS = (True, False)
+    SCRIPT = (False, True)
 
 
 class Way(NamedTuple):
@@ -50,8 +49,8 @@ def tuning() -> Tuning:
 
 def decide_by(by: By) -> None:
     """Let all managers that are made from now on in this process decide so."""
-    losses, trips = by.value
-    decided = DEFAULT_TUNING._replace(losses_before_delegation=losses, trips_before_delegation=trips)
+    swaps, delegates = by.value
+    decided = DEFAULT_TUNING._replace(swaps=swaps, delegates=delegates)
     manager: Any = ratelimit.manager
     manager.DEFAULT_TUNING = decided
 

@@ -27,7 +27,7 @@ class Proxy:
     that one of them came over is cut. Only those of commands in which the pattern ``about`` is found count, not the
     handshakes;
     at first these are the swaps, whether by a script or by the server's own command. Commands and replies are small
-    here: each is one chunk.
+    here: each is one chunk. ``after_loss`` is called after each, before the connection is cut.
 
     The faults are there until the end of their ``with`` blocks. Connections that a fault has touched do not get well
     again.
@@ -38,6 +38,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.lose_replies = 0
         self.lose_requests = 0
+        self.after_loss: Callable[[], object] = lambda: None
         self.about = SWAPS
         self.lost = 0
         self.connections = 0
@@ -147,6 +148,7 @@ class Proxy:
                     requests[:] = [data]
                 about = re.search(self.about, requests[0])
                 if about and self._loses("lose_requests" if forth else "lose_replies"):
+                    self.after_loss()
                     break
                 if forth:
                     drain.sendall(data)

@@ -128,12 +128,24 @@ class RedisSteps(OfThisProcess):
         reply = yield from self._run(node, script, key, arguments[1:], deadline)
         return None if reply == 1 else Lost(_state(reply, key))
 
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]:
         """Return the steps of ``decide``, for callers that are steps themselves."""
-        reply = yield from self._run(self._node_of(key), _DECIDE, key, arguments, deadline)
-        if not isinstance(reply, list) or len(reply) != 2 or not isinstance(reply[0], int):
+        node = self._only or self._node_of(key)
+        if node.swaps_natively is not None and _DECIDE.sha in node.scripts and self._monotonic() < node.time.stale_at:
+            # This repeats the commonest case of _run, as swapping does.
+            (reply,) = yield self._channel.send(key, ((*_DECIDE.call, key, *arguments),), deadline)
+            if isinstance(reply, NoScriptError):
+                node.scripts.clear()
+                reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
+        else:
+            reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
+        if type(reply) is int:
+            return reply
+        if type(reply) is not list:
+            return Decided(True, _state(reply, key))
+        if len(reply) != 1:
             raise _senseless(reply, key)
-        return Decided(reply[0] == 1, _state(reply[1], key))
+        return Decided(False, _state(reply[0], key))
 
     def _deleting(self, key: bytes, deadline: float | None) -> Steps[None]:
         yield from self._asking(key, (b"DEL", key), deadline)

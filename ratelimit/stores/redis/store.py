@@ -67,7 +67,7 @@ class RedisStore(RedisSteps):
         """Replace ``before`` (None: nothing) by ``after``; return None when done, otherwise what is stored."""
         return run(self.swapping(key, before, after, ttl_millis, deadline))
 
-    def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
+    def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided | int:
         """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return run(self.deciding(key, arguments, deadline))
 
@@ -131,7 +131,7 @@ class AsyncRedisStore(RedisSteps):
         """Replace ``before`` (None: nothing) by ``after``; return None when done, otherwise what is stored."""
         return await arun(self.swapping(key, before, after, ttl_millis, deadline))
 
-    async def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided:
+    async def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided | int:
         """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return await arun(self.deciding(key, arguments, deadline))
 

@@ -85,7 +85,7 @@ class SimulatedStore:
     ) -> Steps[Lost | None]:
         return (yield self.swap(key, before, after, ttl_millis, deadline=deadline))  # type: ignore[no-any-return]  # as the server answers
 
-    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided]:
+    def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]:
         return (yield self.decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]  # the same
 
     def delete(self, key: bytes, *, deadline: float | None = None) -> Any:

@@ -88,6 +88,7 @@ _COMMANDS: Final[tuple[Command[Any], ...]] = (
     AddTokens(2),
     GetAvailableTokens(),
     Batch((TryConsume(1), TryConsume(1), TryConsume(3))),
+    Batch((TryConsume(2),) * 3),
 )
 
 _GAPS: Final = (0, 100_000, MILLISECOND, 5 * MILLISECOND, 30 * MILLISECOND)

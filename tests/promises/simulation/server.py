@@ -31,12 +31,12 @@ class Server:
         self._write(decision, after, ttl_millis)
         return None
 
-    def decide(self, decision: Decision, arguments: tuple[bytes, ...]) -> Decided:
+    def decide(self, decision: Decision, arguments: tuple[bytes, ...]) -> Decided | int:
         before = _state(self._record(decision.key))
-        done, after, ttl_millis = script.decide(before, arguments)
+        done, after, ttl_millis, consumed = script.decide(before, arguments)
         if after is not None:
             self._write(decision, after, ttl_millis)
-        return Decided(done, before)
+        return Decided(done, before) if consumed is None else consumed
 
     def delete(self, decision: Decision) -> None:
         record = self._record(decision.key)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from ratelimit.core.algorithm import decode
 from ratelimit.core.commands import TryConsume, execute
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.state import BucketState
-from ratelimit.engine import delegation, lost_reply, swapping
+from ratelimit.engine import lost_reply, preparing, swapping
 from ratelimit.engine.attempt import Attempt
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
 from ratelimit.engine.local_decisions import LocalDecisions
@@ -125,8 +126,16 @@ def a_script_that_is_repeated_when_its_reply_is_lost(patch: pytest.MonkeyPatch) 
     patch.setattr(clients, "Swapping", repeating)
 
 
+def a_script_that_runs_a_strict_request_at_any_time(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(script, "STRICT", 0)
+
+
+def a_script_that_grants_a_strict_request_in_part(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(script, "all", lambda _: True, raising=False)
+
+
 def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(delegation, "request", lambda *_, **__: None)
+    patch.setattr(preparing, "form_of", lambda *_: None)
 
 
 def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -152,8 +161,8 @@ def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
         def admit(question: Question) -> Steps[Any]:
             ((target, terms, command),) = question.parts
             seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
-            if seen.state is not None and isinstance(command, TryConsume):
-                after, answer = execute(command, terms, seen.state, now)
+            if seen.stored is not None and isinstance(command, TryConsume):
+                after, answer = execute(command, terms, seen.state or decode(seen.stored), now)
                 if answer:
                     requests.remember(target.stored_key, Sighting(seen.stored, after))
                     return answer
@@ -212,7 +221,7 @@ def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
-    def repeat(attempt: Attempt, _after: Any, failure: BaseException) -> Steps[Lost | None]:
+    def repeat(attempt: Attempt, failure: BaseException) -> Steps[Lost | None]:
         if not isinstance(failure, StoreError) or not failure.in_doubt:
             raise failure
         return Lost((yield attempt.requests.get(attempt.target.stored_key, deadline=attempt.question.deadline)))
@@ -272,6 +281,8 @@ MUTANTS: list[tuple[Mutant, str]] = [
     (a_store_that_swaps_whatever_is_there, "has stored"),
     (a_store_whose_bytes_are_cut_off, "cannot be read"),
     (a_store_that_lets_clients_wait, "after its deadline"),
+    (a_script_that_runs_a_strict_request_at_any_time, "is stored twice|is charged"),
+    (a_script_that_grants_a_strict_request_in_part, "is told|is stored twice|is charged"),
     (a_script_that_is_repeated_when_its_reply_is_lost, "is stored twice|is charged"),
     (a_script_that_is_never_asked, "round trips"),
     (a_clock_that_is_ahead, "is told|has stored"),
@@ -293,7 +304,7 @@ MUTANTS: list[tuple[Mutant, str]] = [
 def test_a_mutant_is_caught(mutant: Mutant, violation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant(monkeypatch)
     with pytest.raises(ViolationError, match=violation):
-        for seed in range(2_000):
+        for seed in range(5_000):
             simulate(seed)
 
 
