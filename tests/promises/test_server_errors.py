@@ -428,10 +428,11 @@ async def test_a_master_that_its_replicas_have_left_is_left_for_the_new_one(
 ) -> None:
     """NOREPLICAS: Sentinel would take ten seconds to make a replica of it."""
     with servers.sentinel(server_binary) as setup:
-        ask(setup.master, "CONFIG SET", "min-replicas-to-write", 1)
-        ask(setup.master, "CONFIG SET", "min-replicas-max-lag", 1)
         async with managing(face, setup.url) as manager:
             assert await manager.try_consume("key", 3)
+            # Not before: a replica may be a second behind at any time.
+            ask(setup.master, "CONFIG SET", "min-replicas-max-lag", 1)
+            ask(setup.master, "CONFIG SET", "min-replicas-to-write", 1)
             promote(setup)
             wait_until(lambda: refuses(setup.master), "the former master refuses to write")
             await until_served(manager, "key")
