@@ -6,39 +6,40 @@
 --          count as the reply, and 4 where a missing bucket is not to be made; the kind of expiration (u8); whether a
 --          configuration version is wanted (u8: 0, or 1 plus the number of the inheritance); how many operations there
 --          are (u16);
---          for each operation its number (u8), how many times it is run (u32), the tokens, 0 or more (i64), and a further
---          number (i64): for reserve the longest wait in nanoseconds, for cancel the tokens that were counted as consumed
---          right after the reservation, for raise an unfinished token, for replace which of the ARGV from ARGV[2] on has
---          its state, 0 for the first. In the place of the tokens, hold_back has nanoseconds and replace the number of
---          the inheritance. After cancel, one raise for each bandwidth gives back what the reservation took beside its
---          tokens;
+--          for each operation its number (u8), how many times it is run (u32), the tokens, 0 or more (i64), and a
+--          further number (i64): for reserve the longest wait in nanoseconds, for cancel the tokens that were counted
+--          as consumed right after the reservation, for raise an unfinished token, for replace which of the ARGV from
+--          ARGV[2] on has its state, 0 for the first. In the place of the tokens, hold_back has nanoseconds and replace
+--          the number of the inheritance. After cancel, one raise for each bandwidth gives back what the reservation
+--          took beside its tokens;
 --          the milliseconds of the expiration (i64); the configuration version that is wanted (i64);
---          a state, from which a missing bucket is made, with its initial sizes; its bandwidths begin at the present time
---          unless they are aligned. Its configuration and version replace those of a bucket whose version is lower than
---          the wanted one, or that has none
+--          a state, from which a missing bucket is made, with its initial sizes; its bandwidths begin at the present
+--          time unless they are aligned. Its configuration and version replace those of a bucket whose version is lower
+--          than the wanted one, or that has none
 -- ARGV[2]  and further ones: states, whose configurations the operation replace puts in place
 --
--- Reply: before, the state on which the operations were run, nil for a new bucket. With flag 2, where everything was
---        plain, it is the number of tokens that were consumed instead;
---        {before} when they were not run, and nothing was changed: the request is strict, and not sure to be seen
---        afterwards; or the bucket is missing and is not to be made; or its bytes (the first 16385 of them, if there
---        are more) are not those of a state as they would be written again: another format or length, more than 16384 bytes or 64 bandwidths, a flag other than 0 and 1, a count of
---        numbers that is not three per bandwidth, a character of an id that is written in a longer form than needed;
---        or they are, but have two equal ids, or a capacity, period or number of refill tokens below 1. A bucket that
---        was made from valid limits has none of these bytes.
+-- Reply: before, the state on which the operations were run, nil for a new bucket; with flag 2, where everything was
+--        plain, the number of tokens that were consumed instead;
+--        {before} when they were not run, and nothing was changed: the request is strict, and would not be sure to be
+--        seen afterwards; or the bucket is missing and is not to be made; or its bytes (the first 16385 of them, if
+--        there are more) are not those of a state as they would be written again: another format or length, more than
+--        16384 bytes or 64 bandwidths, a flag other than 0 and 1, a count of numbers that is not three per bandwidth, a
+--        character of an id that is written in a longer form than needed; or they are, but have two equal ids, or a
+--        capacity, period or number of refill tokens below 1. A bucket that was made from valid limits has none of
+--        these bytes.
 --
--- A strict request is for one operation, try_consume. It is run only where it leaves a trace, or where nothing has to:
--- the present time must be later than the last refill of the first bandwidth, which then is the present time, and of
--- several times the operation is run all are granted or none. So a caller that got no reply can repeat the request: it
--- is run once, whichever of the two arrives, and the state shows whether it was.
+-- A strict request is for one operation, try_consume. It is run only where it leaves a trace: the present time must be
+-- later than the last refill of the first bandwidth, and becomes the last refill. Where the operation is run several
+-- times, all of them are granted or none. So a caller that got no reply can repeat the request: it is run once,
+-- whichever of the two arrives, and the state shows whether it was.
 --
--- All numbers in a request and in a state are big-endian. The state that is stored at the end follows from `before` and from
--- the arguments: the state with all operations applied, if one of them has changed it or if the bucket is new, and
+-- All numbers in a request and in a state are big-endian. The state that is stored at the end follows from `before` and
+-- from the arguments: the state with all operations applied, if one of them has changed it or if the bucket is new, and
 -- else still `before`.
 --
--- A line `include` stands for a file beside this one, or for a text that is made of the list of operations; it is replaced
--- when the script is loaded. The everyday case comes before all else and makes no function, as making the functions
--- takes longer than deciding.
+-- A line `include` stands for a file beside this one, or for a text that is made of the list of operations; it is
+-- replaced when the script is loaded. The everyday case comes before all else and makes no function, as making the
+-- functions takes longer than deciding.
 
 -- include: operation_numbers
 local key, request = KEYS[1], ARGV[1]

@@ -4,8 +4,8 @@
 -- Offers  nothing: either it returns the reply of the script, or what follows decides
 -- To      token_bucket_everyday
 
--- `fixed` holds what is alike in all such states: not by intervals, not aligned, not adaptive, no id; and then that there
--- are numbers of 64 bits, in format 1, three of them.
+-- `fixed` holds what is alike in all such states: not by intervals, not aligned, not adaptive, no id; and then that
+-- there are numbers of 64 bits, in format 1, three of them.
 local formats, counts, capacity, initial, period, rate, fixed, last_high, last_low, size, part, statistics, consumed =
   unpack('>i8i8i8i8i8i8c23i4I4i8i8i4i8', stored)
 if missing then
