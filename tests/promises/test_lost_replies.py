@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import struct
+import threading
 from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
@@ -22,6 +25,7 @@ from tests.support.both_faces import Settled
 from tests.support.decision_paths import By, deciding_by
 from tests.support.proxies import Proxy
 from tests.support.redis_monitor import monitored
+from tests.support.servers import RedisServer
 
 pytestmark = pytest.mark.redis
 
@@ -201,6 +205,46 @@ async def test_a_lost_decision_is_in_doubt_where_others_have_taken_tokens_since(
             await face.try_consume("key", 3)
     assert caught.value.in_doubt
     assert consumed(witness) == 9
+
+
+WRITERS, DECISIONS, SHARED = 3, 400, 30
+
+
+def doubts_over_shared_keys(server: RedisServer, by: By, witness: ProxyManager) -> tuple[int, int]:
+    """Let writers share keys while each loses a tenth of its replies; return how many it lost, and were in doubt."""
+    books: dict[str, list[int]] = {f"{by.name} {number}": [0, 0] for number in range(SHARED)}
+    lock = threading.Lock()
+
+    def write(seed: int) -> int:
+        chance = random.Random(seed)
+        with Proxy(server.port) as proxy, deciding_by(by):
+            with ProxyManager.from_url(f"redis://127.0.0.1:{proxy.port}/0", "1000000/day") as manager:
+                for _ in range(DECISIONS):
+                    key = chance.choice(list(books))
+                    proxy.lose_replies = chance.random() < 0.1
+                    try:
+                        outcome = 0 if manager.try_consume(key) else None
+                    except StoreUnavailableError as error:
+                        outcome = 1 if error.in_doubt else None
+                    if outcome is not None:
+                        with lock:
+                            books[key][outcome] += 1
+            return proxy.lost
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        lost = sum(threads.map(write, range(WRITERS)))
+    for key, (acknowledged, in_doubt) in books.items():
+        assert acknowledged <= consumed(witness, key) <= acknowledged + in_doubt
+    return lost, sum(in_doubt for _, in_doubt in books.values())
+
+
+@pytest.mark.usefixtures("admin")  # which empties the server
+def test_over_shared_keys_decisions_of_the_server_are_in_doubt_no_more_often_than_swaps(server: RedisServer) -> None:
+    with ProxyManager.from_url(server.url, "1000000/day") as witness:
+        lost_swaps, doubtful_swaps = doubts_over_shared_keys(server, By.SWAPS, witness)
+        lost, doubtful = doubts_over_shared_keys(server, By.EITHER, witness)
+    assert min(lost, lost_swaps) > WRITERS * DECISIONS / 20
+    assert doubtful / lost <= doubtful_swaps / lost_swaps
 
 
 @losses
