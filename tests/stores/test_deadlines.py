@@ -116,17 +116,28 @@ def test_a_result_in_time_is_not_late(until_the_threads_end: Callable[[], None])
 
 
 def test_an_interruption_of_the_wait_leaves_the_result_to_late() -> None:
-    work, main = Held(), threading.get_ident()
+    work, main, raised = Held(), threading.get_ident(), threading.Event()
+
+    def handler(*_: object) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise KeyboardInterrupt
 
     def interrupt() -> None:
         assert work.begun.wait(10)
-        # Nothing shows that the main thread has begun to wait. A signal that came before would not wake it.
-        time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
+        # Nothing shows that the main thread has begun to wait, and a signal that comes just before does not wake it.
+        while not raised.wait(0.05):
+            signal.pthread_kill(main, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        within(never(), work, late=work.take)
+    before = signal.signal(signal.SIGINT, handler)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            within(never(), work, late=work.take)
+    finally:
+        interrupting.join()
+        signal.signal(signal.SIGINT, before)
     work.may_end.set()
     assert work.was_late.wait(10)
     assert work.late == ["done"]
