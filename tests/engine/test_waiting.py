@@ -340,7 +340,12 @@ from ratelimit import ProxyManager
 ProxyManager.from_url({redis_url!r}, "10/hour").consume("key", 15)
 """
     with ProxyManager.from_url(redis_url, "10/hour") as manager:
-        waiter = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+        # A program that was started in the background ignores SIGINT, and so would its children.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            waiter = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
+        finally:
+            signal.signal(signal.SIGINT, before)
         with contextlib.ExitStack() as stack:
             stack.callback(waiter.kill)
             wait_until(lambda: manager.available_tokens("key") == -5, "the other process waits")

@@ -109,7 +109,7 @@ class Account:
     until: int = 0  # in virtual time, that of waits included
     added: int = 0
     lost: int = 0  # charged, and forgotten by the store since
-    doubled: int = 0  # charged once more by a request that came late, and found again what it was to replace
+    doubled: int = 0  # charged by a request that came late, and found again what it was to replace
 
 
 class Ledger:
@@ -164,6 +164,9 @@ class Ledger:
         if state != before and any(write.decision is decision for write in writes):
             if not self._recurring(decision, before, state, outcome.bucket):
                 self.fail(decision, "is stored twice")
+            account.doubled += abs(outcome.charge)
+        elif record is None and decision.outcome == "told" and decision.unanswered and not decision.told_charge:
+            # A strict request has come late: its repetition was refused, and the bucket has expired since.
             account.doubled += abs(outcome.charge)
         if record is not None and not outcome.stored:
             self.fail(decision, "has stored something, though there is nothing to store")
