@@ -61,6 +61,7 @@ class Decision:
     :ivar unanswered: those whose reply it did not get.
     :ivar shown: the bucket as its last reply has shown it, None where there was none.
     :ivar written: what it has stored, also what was lost since.
+    :ivar is_forgotten: whether the store has forgotten something of that, so that a repetition may decide otherwise.
     :ivar outcome: "told" an answer, "failed" for certain, or in "doubt"; None: it is under way.
     """
 
@@ -74,6 +75,7 @@ class Decision:
     unanswered: int = 0
     shown: Bucket | None = None
     written: list[Write] = field(default_factory=list)
+    is_forgotten: bool = False
     outcome: str | None = None
     told_charge: int = 0
 
@@ -165,7 +167,7 @@ class Ledger:
             if not self._recurring(decision, before, state, outcome.bucket):
                 self.fail(decision, "is stored twice")
             account.doubled += abs(outcome.charge)
-        elif record is None and decision.outcome == "told" and decision.unanswered and not decision.told_charge:
+        elif decision.outcome == "told" and decision.unanswered and not decision.told_charge:
             # A strict request has come late: its repetition was refused, and the bucket has expired since.
             account.doubled += abs(outcome.charge)
         if record is not None and not outcome.stored:
@@ -205,6 +207,8 @@ class Ledger:
         kept = () if after is None else after.writes
         forgotten = [] if before is None else [write for write in before.writes if write not in kept]
         self.account(key).lost += sum([max(0, write.charge) for write in forgotten])
+        for write in forgotten:
+            write.decision.is_forgotten = True
 
     # What the clients are told.
 
@@ -222,7 +226,8 @@ class Ledger:
         if isinstance(command, Remove):
             self._ended(decision)
             return
-        if decision.written:
+        is_of_repetition = decision.unanswered and decision.is_forgotten and answer != decision.written[-1].answer
+        if decision.written and not is_of_repetition:
             charge, expected = decision.written[-1].charge, decision.written[-1].answer
         else:
             now = self.now_of(decision)
