@@ -272,6 +272,8 @@ class Process:
             and decision is not None
             and isinstance(plain(decision.command), Reserve)
             and decision.told_charge
+            # Otherwise the charge is of tokens that were handed out before, and booked together with a refusal.
+            and any(write.answer != NEVER for write in decision.written)
         ):
             self.ledger.fail(decision, f"ends with {error!r}, and its tokens are not given back")
 

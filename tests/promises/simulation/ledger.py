@@ -7,6 +7,7 @@ has made none, against the bucket that its last reply has shown.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -197,18 +198,19 @@ class Ledger:
         if self.expiration.kind == "automatic" and (missing or Bucket.initial(self.limits, EPOCH).missing()):
             raise ViolationError(f"{key!r} expires with {missing} tokens missing")
         self.account(key).lost += max(0, missing)
+        _forget(record.writes)
 
     def removed(self, key: bytes, record: Record) -> None:
         """A record was removed."""
         self.account(key).lost += max(0, record.bucket.missing())
+        _forget(record.writes)
 
     def failed_over(self, key: bytes, before: Record | None, after: Record | None) -> None:
         """The store has gone back to an earlier state."""
         kept = () if after is None else after.writes
         forgotten = [] if before is None else [write for write in before.writes if write not in kept]
         self.account(key).lost += sum([max(0, write.charge) for write in forgotten])
-        for write in forgotten:
-            write.decision.is_forgotten = True
+        _forget(forgotten)
 
     # What the clients are told.
 
@@ -356,6 +358,11 @@ def plain_answer(answer: Any) -> Any:
         case ConsumptionProbe():
             return answer.consumed, answer.remaining_tokens
     return answer
+
+
+def _forget(writes: Iterable[Write]) -> None:
+    for write in writes:
+        write.decision.is_forgotten = True
 
 
 def _is_as_seen_later(decision: Decision, answer: Any, expected: Any) -> bool:
