@@ -30,9 +30,6 @@ _NUMBERS_OF_ONE: Final = 24  # bytes of the numbers of a bandwidth
 _TAIL: Final = _STATISTICS.size  # bytes after these numbers
 _TAIL_WITH_VERSION: Final = _STATISTICS.size + _VERSION.size
 
-VERSION_SIZE: Final = _VERSION.size
-"""The bytes of a version, which are the last of a state that has one."""
-
 _FORMAT_WITHOUT_VERSION: Final = 1
 _FORMAT_WITH_VERSION: Final = 2
 FORMATS: Final = _FORMAT_WITHOUT_VERSION, _FORMAT_WITH_VERSION
@@ -45,7 +42,7 @@ _NOT_ALIGNED: Final = MIN
 def encode(state: BucketState) -> bytes:
     """Return the bytes of a state."""
     configuration, version, consumed, states = state
-    prefix, numbers = _layout(configuration, version is not None)
+    prefix, numbers = layout(configuration, version is not None)
     values = [number for one in states for number in one]
     if version is None:
         return prefix + numbers.pack(*values, 1, consumed)
@@ -53,7 +50,7 @@ def encode(state: BucketState) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _layout(configuration: BucketConfiguration, has_version: bool) -> tuple[bytes, struct.Struct]:
+def layout(configuration: BucketConfiguration, has_version: bool) -> tuple[bytes, struct.Struct]:
     """Return the bytes of a state up to its numbers, and the layout of these: bandwidths, statistics, and version."""
     count = 3 * len(configuration)
     prefix = (
@@ -135,10 +132,10 @@ def _decode(state: bytes, key: Key) -> BucketState:
     if format == _FORMAT_WITH_VERSION and reader.read(_BYTE) != (0,):
         (version,) = reader.read(_LONG)
     states = tuple(BandwidthState(*numbers[i : i + 3]) for i in range(0, 3 * bandwidths, 3))
-    prefix, layout = _layout(configuration, version is not None)
+    prefix, layout_of_numbers = layout(configuration, version is not None)
     if len(_known_prefixes) >= _KNOWN_PREFIXES:
         _known_prefixes.clear()
-    _known_prefixes[prefix] = configuration, layout
+    _known_prefixes[prefix] = configuration, layout_of_numbers
     return BucketState(configuration, version, consumed, states)
 
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from ratelimit.core.numbers import MAX
 from ratelimit.core.token_bucket import codec
 from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
-from ratelimit.core.token_bucket.state import BucketState
+from ratelimit.core.token_bucket.state import BucketState, refilled_in_short
 
 # When the bandwidth was last refilled, its tokens, its unfinished token; the format of the statistics, tokens consumed.
 _NUMBERS: Final = Struct(">qqqiq")
@@ -25,17 +25,16 @@ class Head(NamedTuple):
     """What never changes of a bucket with such a configuration.
 
     :param prefix: the bytes of its state up to its numbers.
-    :param suffix: those after its numbers: its version.
+    :param suffix: the bytes after its numbers: its version.
+    :param length: how many bytes its state has.
+    :param greedy: the capacity, the refill tokens and the refill period of its bandwidth.
     :param is_new_when_full: whether a new bucket is full.
     """
 
     prefix: bytes
     suffix: bytes
     length: int
-    begin: int
-    capacity: int
-    rate: int
-    period: int
+    greedy: tuple[int, int, int]
     is_new_when_full: bool
 
 
@@ -45,11 +44,10 @@ def head_of(configuration: BucketConfiguration, version: int | None) -> Head | N
     greedy = configuration.only_greedy
     if greedy is None:
         return None
-    capacity, rate, period = greedy
+    prefix, _ = codec.layout(configuration, version is not None)
     state = codec.encode(BucketState.initial(configuration, version, 0))
-    begin = len(state) - _NUMBERS.size - (0 if version is None else codec.VERSION_SIZE)
-    end = begin + _NUMBERS.size
-    return Head(state[:begin], state[end:], len(state), begin, capacity, rate, period, configuration.starts_full)
+    suffix = state[len(prefix) + _NUMBERS.size :]
+    return Head(prefix, suffix, len(state), greedy, configuration.starts_full)
 
 
 def consumed(head: Head, stored: bytes, tokens: int, now: int) -> tuple[bytes, int, int] | bool | None:
@@ -57,23 +55,17 @@ def consumed(head: Head, stored: bytes, tokens: int, now: int) -> tuple[bytes, i
 
     :returns: False where there are too few tokens; None where the bucket is not an everyday one.
     """
-    prefix, suffix, length, begin, capacity, rate, period, _ = head
+    prefix, suffix, length, greedy, _ = head
     if len(stored) != length or not (stored.startswith(prefix) and stored.endswith(suffix)):
         return None
-    last, size, part, statistics, counted = _NUMBERS.unpack_from(stored, begin)
+    last, size, part, statistics, counted = _NUMBERS.unpack_from(stored, len(prefix))
+    capacity, rate, period = greedy
     if size > capacity or not 0 <= part < period or statistics != _STATISTICS_FORMAT:
         return None
-    if now > last:
-        if size < capacity:
-            # In token x nanosecond: whole periods of it are tokens, and the rest is the unfinished token.
-            total = (now - last) * rate + part
-            if total >= MAX:
-                return None
-            size += total // period
-            part = total % period
-            if size >= capacity:
-                size, part = capacity, 0
-        last = now
+    refilled = refilled_in_short(greedy, (last, size, part), now)
+    if refilled is None:
+        return None
+    last, size, part = refilled
     if tokens > size:
         return False
     size -= tokens

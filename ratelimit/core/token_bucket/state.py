@@ -63,26 +63,15 @@ class BucketState(NamedTuple):
         greedy = configuration.only_greedy
         if greedy is not None:
             # The commonest case does without a function for each part.
-            capacity, gained, period = greedy
-            ((last, size, error),) = states
-            if now > last:
-                if size < capacity:
-                    # In token x nanosecond: whole periods of it are tokens, and the rest is the unfinished token.
-                    total = (now - last) * gained + error
-                    if total >= MAX or not 0 <= error < period:
-                        _, size, error = _refilled_near_overflow(configuration.bandwidths[0], states[0], now)
-                    else:
-                        size += total // period
-                        error = total % period
-                        if size >= capacity:
-                            size, error = capacity, 0
-                last = now
+            (one,) = states
+            last, size, error = refilled_in_short(greedy, one, now) or _refilled(configuration.bandwidths[0], one, now)
             if tokens > size:
                 return None
             consumed += tokens
             # The tokens are there, so that the difference does not overflow.
-            one = (_new(BandwidthState, (last, size - tokens, error)),)
-            return _new(BucketState, (configuration, version, consumed if consumed <= MAX else wrap(consumed), one))
+            after_one = (_new(BandwidthState, (last, size - tokens, error)),)
+            counted = consumed if consumed <= MAX else wrap(consumed)
+            return _new(BucketState, (configuration, version, counted, after_one))
         after = []
         for bandwidth, state in zip(configuration.bandwidths, states, strict=True):
             last, size, error = _refilled(bandwidth, state, now)
@@ -271,6 +260,30 @@ def initial_state(bandwidth: Bandwidth, now: int) -> BandwidthState:
     share = saturating_product(left, tokens)
     due = quotient(share, period) if share != MAX else truncated(float(left) * float(tokens) / float(period))
     return BandwidthState(last, min(capacity, wrap(max(0, capacity - tokens) + due)), 0)
+
+
+def refilled_in_short(
+    greedy: tuple[int, int, int], state: tuple[int, int, int], now: int
+) -> tuple[int, int, int] | None:
+    """Return the three numbers of a greedy bandwidth, refilled; None where that takes the format's own steps.
+
+    :param greedy: what ``BucketConfiguration.only_greedy`` has.
+    :param state: the three numbers of a :class:`BandwidthState`.
+    """
+    last, size, error = state
+    if now <= last:
+        return state
+    capacity, gained, period = greedy
+    if size < capacity:
+        # In token x nanosecond: whole periods of it are tokens, and the rest is the unfinished token.
+        total = (now - last) * gained + error
+        if total >= MAX or not 0 <= error < period:
+            return None
+        size += total // period
+        if size >= capacity:
+            return now, capacity, 0
+        error = total % period
+    return now, size, error
 
 
 def _refilled(bandwidth: Bandwidth, state: BandwidthState, now: int) -> BandwidthState:
