@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ratelimit.core.algorithm import State, decode, out_of_range
-from ratelimit.core.commands import Transition, TryConsume, TryConsumeAndReturnRemaining, execute
+from ratelimit.core.algorithm import State, decode, encode, out_of_range
+from ratelimit.core.commands import TryConsume, TryConsumeAndReturnRemaining, execute
 from ratelimit.core.results import ConsumptionProbe
 from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.last_seen import NOTHING_SEEN, UNKNOWN, Sighting
@@ -28,7 +28,7 @@ class Attempt:
 
     :ivar before: the bytes that are believed to be stored; None: nothing.
     :ivar state: the state that these bytes hold; None also where they have not been decoded.
-    :ivar is_everyday: whether the last step was computed in short, from bytes to bytes.
+    :ivar after: the state that was computed last; None where nothing is to be stored, or only its bytes were computed.
     :ivar is_fresh: whether the store has shown ``before`` to this very decision, and not to an earlier one.
     :ivar swaps: swaps that this decision has lost.
     :ivar now: the time to decide by; None: it has to be asked for.
@@ -39,14 +39,14 @@ class Attempt:
     :ivar learns: whether the decision of the store is to show how much the key can be trusted.
     :ivar trust: the trust in the key as far as this decision has shown; see ``delegation``.
     :ivar behind: how often of late a strict request was not run.
-    :ivar new: the bytes that the last swap was meant to store.
+    :ivar new: the bytes that were computed last, to be stored by a swap.
     :ivar ttl: the time to live of these bytes, in milliseconds.
     :ivar seen: what the manager had seen under the key when this decision began.
     """
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
     is_fresh: bool = False
-    is_everyday: bool = False
+    after: Any = None
     is_ready: bool = True
     swaps: int = 0
     must_read: bool = False
@@ -95,9 +95,10 @@ class Attempt:
             now = self.requests.now_nanos(key, deadline=self.question.deadline)
         self.now = yield now
 
-    def compute(self) -> Transition[Any]:
-        """Return the state to store (None: nothing; True: the one whose bytes are ``new``), and the answer."""
+    def compute(self) -> tuple[bool, Any]:
+        """Compute the next state and the answer; return whether there is a state to store, and the answer."""
         before, command = self.before, self.command
+        self.after = None
         if before is not None:
             if type(command) is TryConsume or type(command) is TryConsumeAndReturnRemaining:
                 configuration, version, _ = self.terms
@@ -105,29 +106,27 @@ class Attempt:
                 if everyday is not None and (head := everyday.head_of(configuration, version)) is not None:
                     done = everyday.consumed(head, before, command.tokens, self.now)
                     if done:
-                        self.is_everyday = True
                         self.new, remaining, full = done
                         self.ttl = self.target.expiration.ttl_until(full, is_new_when_full=head.is_new_when_full)
-                        if type(command) is TryConsume:
-                            return True, True  # type: ignore[return-value]
-                        return True, ConsumptionProbe(True, remaining, 0, full)  # type: ignore[return-value]
+                        return True, True if type(command) is TryConsume else ConsumptionProbe(True, remaining, 0, full)
                     if done is False and not self.is_fresh:
                         # What is remembered never refuses alone: the answer will be another one.
-                        return None, None
+                        return False, None
             if self.state is None:
                 self.state = decode(before, self.target.key)
-        self.is_everyday = False
         try:
-            return execute(command, self.terms, self.state, self.now)
+            self.after, answer = execute(command, self.terms, self.state, self.now)
         except ArithmeticError as error:
             raise out_of_range(before or b"", self.target.key) from error
+        if self.after is None:
+            return False, answer
+        self.new = encode(self.after)
+        self.ttl = self.target.expiration.ttl_millis(self.after, self.now)
+        return True, answer
 
-    def swap(self, after: Any) -> Steps[Lost | None]:
-        """Return the steps that replace ``before`` by a state; nothing is sent until they are run."""
+    def swap(self) -> Steps[Lost | None]:
+        """Return the steps that replace ``before`` by ``new``; nothing is sent until they are run."""
         requests, question, target = self.requests, self.question, self.target
-        if not self.is_everyday:
-            self.new = after.configuration.algorithm.encode(after)
-            self.ttl = target.expiration.ttl_millis(after, self.now)
         question.course.round_trips += 1
         if question.holds:
             return self._swap_seen_through()
@@ -157,17 +156,23 @@ class Attempt:
         self.remember(self.before, self.state, trust)
         return answer
 
-    def won(self, after: Any, answer: Any) -> Any:
+    def won(self, answer: Any) -> Any:
         """Remember what the swap has stored, and return the answer of its command."""
-        trust = self.trust
+        trust, after = self.trust, self.after
         if trust <= 0 and self.swaps == 0:
             trust = 0 if self.is_fresh else self.requests.habit.proved(self.seen)
-        if self.is_everyday:
-            after = None
-        elif self.state is None or self.state.configuration_version != after.configuration_version:
-            self.target.made = True
+        if after is not None:
+            self.note_what_was_made(self.state, after)
         self.requests.remember(self.target.stored_key, new_tuple(Sighting, (self.new, after, trust, self.behind)))
         return answer
+
+    def note_what_was_made(self, before: State | None, after: State | None) -> None:
+        """Note that the bucket was made, or its configuration replaced, if so.
+
+        :param after: the state that was stored; None: ``before`` has stayed.
+        """
+        if before is None or (after is not None and before.configuration_version != after.configuration_version):
+            self.target.made = True
 
     def states(self) -> tuple[State | None, State]:
         """Return the state that was to be replaced, and the one that was to replace it."""

@@ -140,13 +140,12 @@ def _explained(attempt: Attempt, before: bytes | None) -> Any:
 
     Also learn from it how much what is remembered of the bucket can be trusted.
     """
-    target, seen, trust = attempt.target, attempt.seen, attempt.trust
-    state = None if before is None else decode(before, target.key)
+    seen, trust = attempt.seen, attempt.trust
+    state = None if before is None else decode(before, attempt.target.key)
     # The script makes the same transition, to the byte. So the transition is computed here again, from the same bytes:
     # it gives the answer and what is stored now.
     after, answer = execute(attempt.command, attempt.terms, state, attempt.now)
-    if state is None or (after is not None and state.configuration_version != after.configuration_version):
-        target.made = True
+    attempt.note_what_was_made(state, after)
     if attempt.behind == seen.behind and attempt.behind > 0:
         attempt.behind -= 1
     if attempt.learns:

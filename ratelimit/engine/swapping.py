@@ -50,14 +50,14 @@ class Swapping:
                     answer = yield from prepared(attempt)
                     if answer is not NOT_DECIDED:
                         return answer
-                after, answer = attempt.compute()
+                is_changed, answer = attempt.compute()
                 # A command that only reads, or that is refused, stores nothing.
-                if after is None:
+                if not is_changed:
                     if attempt.is_fresh:
                         return attempt.remembered(answer)
                     attempt.must_read_again()
                     continue
-                swap = attempt.swap(after)
+                swap = attempt.swap()
                 try:
                     loss = yield from swap
                 except BaseException as error:
@@ -65,7 +65,7 @@ class Swapping:
                         raise
                     loss = yield from repeated(attempt, error)
                 if loss is None:
-                    return attempt.won(after, answer)
+                    return attempt.won(answer)
                 yield from attempt.lost(loss)
         except (StoreError, CorruptStateError) as error:
             error.key = attempt.target.key
