@@ -17,7 +17,6 @@ local exact = counts == 2^32 + 1 and fixed == '\0\128\0\0\0\0\0\0\0\0\0\0\0\0\3\
   and statistics == 1 and consumed > -2^53 and consumed + tokens * times < 2^53
   and capacity >= 1 and capacity < 2^53 and period < 2^53 and rate >= 1 and rate < 2^53
   and size <= capacity and size > -2^53 and part >= 0 and part < period and elapsed < 2^53
-local suffix = ''
 -- include: everyday_version
 if exact and elapsed <= 0 and strict and not missing then
   return {before}

@@ -22,7 +22,6 @@ local exact = counts == 2 * 2^32 + 1 and fixed == '\0\128\0\0\0\0\0\0\0\0\0' and
   and size <= capacity and size > -2^53 and part >= 0 and part < period and elapsed < 2^53
   and capacity_2 >= 1 and capacity_2 < 2^53 and period_2 < 2^53 and rate_2 >= 1 and rate_2 < 2^53
   and size_2 <= capacity_2 and size_2 > -2^53 and part_2 >= 0 and part_2 < period_2 and elapsed_2 < 2^53
-local suffix = ''
 -- include: everyday_version
 if exact and elapsed <= 0 and strict and not missing then
   return {before}

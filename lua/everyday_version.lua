@@ -1,9 +1,10 @@
 -- Looks at the format of a state, and at the version of its configuration, which must be the wanted one or higher.
 --
--- Uses    stored, length, formats, wanted, request; suffix, exact
--- Offers  nothing: it sets suffix to what follows the state's numbers, and exact to false where the version will not do
+-- Uses    stored, length, formats, wanted, request; exact
+-- Offers  suffix, what follows the state's numbers; it sets exact to false where the version will not do
 -- To      everyday_one, everyday_two
 
+local suffix = ''
 if length == 107 or length == 178 then
   exact = exact and formats == 2^32 + 1 and wanted == 0
 else
