@@ -33,7 +33,7 @@ __all__ = ["AnonRateLimit", "RateLimitThrottle", "Refused", "ScopedRateLimit", "
 
 
 class Refused(APIException):
-    """A request is refused for a reason other than a limit: the store fails (503), or there is no key (400)."""
+    """Raised where a request cannot be checked: the store has failed (503), or the request has no key (400)."""
 
     def __init__(self, decision: HttpDecision) -> None:
         problem = current().answers.problem(decision)
