@@ -34,7 +34,21 @@ LEGEND: Final = {
     Kind.FLOOR: "floor",
     Kind.PART: "some of this library",
 }
-_LINES: Final = ("#c2334d", "#2f7fb5", "#d99a2b", "#3a8f5c", "#7d5ba6", "#8a94a6")
+_LINES: Final = (
+    "#c2334d",
+    "#2f7fb5",
+    "#d99a2b",
+    "#3a8f5c",
+    "#7d5ba6",
+    "#8a94a6",
+    "#6b4423",
+    "#17a2a2",
+    "#b5479b",
+    "#9aa520",
+    "#34495e",
+    "#e07b54",
+    "#5dade2",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ def lines(title: str, unit: str, series: Mapping[str, Sequence[tuple[float, floa
     points = [point for line in series.values() for point in line]
     if not points:
         return _svg(60, title, [_text(12, 24, f"{title} ({unit})", size=16, weight="bold")])
-    left, top, width, height = 80.0, 84.0, WIDTH - 120.0, 260.0
+    places_of_names = _legend(list(series))
+    left, top, width, height = 80.0, 84.0 + max(down for _, down in places_of_names), WIDTH - 120.0, 260.0
     first, last = (math.log10(choose(x for x, _ in points)) for choose in (min, max))
     most = _round_up(max(y for _, y in points))
 
@@ -103,16 +118,27 @@ def lines(title: str, unit: str, series: Mapping[str, Sequence[tuple[float, floa
         across, _ = place(x, 0)
         body += [_text(across, top + height + 18, f"{x:,.0f}", anchor="middle")]
     body.append(_text(left + width / 2, top + height + 38, x_label, anchor="middle"))
-    x = 12.0
-    for number, (name, line) in enumerate(series.items()):
+    for number, ((name, line), (x, down)) in enumerate(zip(series.items(), places_of_names, strict=True)):
         colour = _LINES[number % len(_LINES)]
         places = [place(*point) for point in line]
-        path = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
+        path = " ".join(f"{across:.1f},{below:.1f}" for across, below in places)
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        body += [f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3.5" fill="{colour}"/>' for across, down in places]
-        body += [_rect(x, 38, 12, 12, colour), _text(x + 17, 48, name)]
-        x += 30 + 7 * len(name)
+        body += [f'<circle cx="{across:.1f}" cy="{below:.1f}" r="3.5" fill="{colour}"/>' for across, below in places]
+        body += [_rect(x, 38 + down, 12, 12, colour), _text(x + 17, 48 + down, name)]
     return _svg(top + height + 50, title, body)
+
+
+def _legend(names: Sequence[str]) -> list[tuple[float, float]]:
+    """Return where each name begins, and how far below the first row, in as many rows as it takes."""
+    places: list[tuple[float, float]] = []
+    x, down = 12.0, 0.0
+    for name in names:
+        width = 30 + 7 * len(name)
+        if x > 12 and x + width > WIDTH:
+            x, down = 12.0, down + 20
+        places.append((x, down))
+        x += width
+    return places
 
 
 def _round_up(value: float) -> float:
