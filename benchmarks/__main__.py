@@ -12,11 +12,12 @@ from benchmarks import report
 from benchmarks.command import Progress, allow_many_files, environment, terminated
 from benchmarks.contenders import ENTRANTS
 from benchmarks.model import Results
-from benchmarks.scenarios import SCENARIOS, Run, run_all
+from benchmarks.run import Run
+from benchmarks.scenarios import SCENARIOS, run_all
 from benchmarks.server import binaries, running
 
 HERE = Path(__file__).parent
-PACKAGES = ("redis", "hiredis", "limits", "throttled-py", "pyrate-limiter", "self-limiters")
+PACKAGES = ("redis", "hiredis", "uvloop", "limits", "throttled-py", "pyrate-limiter", "self-limiters")
 
 
 def main() -> None:

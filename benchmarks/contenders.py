@@ -13,16 +13,18 @@ CORE: Final = "core over a bare socket"
 CONNECTION: Final = "shared connection alone"
 CORE_OVER_CONNECTION: Final = "core over the shared connection"
 SKIP_SYNC: Final = f"{OURS}, skip-sync-on-zero"
+FORGETFUL: Final = f"{OURS}, nothing remembered"
+GCRA: Final = "textbook GCRA"
 
 
 def _ours() -> list[Contender]:
-    plain = Contender(Entrant(OURS, Kind.OURS, token_bucket=True), ours.sync(), ours.asyncio())
+    plain = Contender(Entrant(OURS, Kind.OURS, token_bucket=True, several=True), ours.sync(), ours.asyncio())
     entrant = Entrant(SKIP_SYNC, Kind.OURS, token_bucket=True, asks_redis=False)
     return [plain, Contender(entrant, ours.sync(skip_sync=True), ours.asyncio(skip_sync=True))]
 
 
-def _peer(name: str, *, token_bucket: bool = False) -> Entrant:
-    return Entrant(name, Kind.PEER, token_bucket=token_bucket, single_script=True)
+def _peer(name: str, *, token_bucket: bool = False, several: bool = False) -> Entrant:
+    return Entrant(name, Kind.PEER, token_bucket=token_bucket, single_script=True, several=several)
 
 
 REDIS: Final = [
@@ -35,7 +37,7 @@ REDIS: Final = [
         textbook.asyncio(textbook.TOKEN_BUCKET),
     ),
     Contender(
-        Entrant("textbook GCRA", Kind.TEXTBOOK, single_script=True),
+        Entrant(GCRA, Kind.TEXTBOOK, single_script=True),
         textbook.sync(textbook.GCRA),
         textbook.asyncio(textbook.GCRA),
     ),
@@ -57,8 +59,12 @@ REDIS: Final = [
         peers.throttled_asyncio("token_bucket"),
     ),
     Contender(_peer("throttled-py GCRA"), peers.throttled("gcra"), peers.throttled_asyncio("gcra"), quick=False),
-    Contender(_peer("pyrate-limiter token bucket", token_bucket=True), peers.pyrate(log=False), peers.pyrate_asyncio),
-    Contender(_peer("pyrate-limiter log"), peers.pyrate(log=True), quick=False),
+    Contender(
+        _peer("pyrate-limiter token bucket", token_bucket=True, several=True),
+        peers.pyrate(log=False),
+        peers.pyrate_asyncio,
+    ),
+    Contender(_peer("pyrate-limiter log", several=True), peers.pyrate(log=True), quick=False),
 ]
 
 WAITING: Final = Contender(
@@ -67,6 +73,13 @@ WAITING: Final = Contender(
     quick=False,
 )
 """Sleeps at every call, also where there are tokens: in the scenarios of asyncio on one key only."""
+
+NOTHING_REMEMBERED: Final = Contender(
+    Entrant(FORGETFUL, Kind.OURS, token_bucket=True, several=True),
+    ours.sync(remembering=False),
+    ours.asyncio(remembering=False),
+)
+"""Has the server decide by a script, always: in the scenario of the server's time only."""
 
 PARTS: Final = [
     Contender(Entrant(CORE, Kind.PART), parts.core, quick=False),
@@ -82,9 +95,11 @@ MEMORY: Final = [
     Contender(_peer("limits sliding window counter"), peers.limits("SlidingWindowCounterRateLimiter"), quick=False),
     Contender(_peer("throttled-py token bucket", token_bucket=True), peers.throttled("token_bucket")),
     Contender(_peer("throttled-py GCRA"), peers.throttled("gcra"), quick=False),
-    Contender(_peer("pyrate-limiter token bucket", token_bucket=True), peers.pyrate(log=False)),
-    Contender(_peer("pyrate-limiter log"), peers.pyrate(log=True)),
+    Contender(_peer("pyrate-limiter token bucket", token_bucket=True, several=True), peers.pyrate(log=False)),
+    Contender(_peer("pyrate-limiter log", several=True), peers.pyrate(log=True)),
 ]
 
-ENTRANTS: Final = {contender.name: contender.entrant for contender in (*MEMORY, *REDIS, *PARTS, WAITING)}
+ENTRANTS: Final = {
+    contender.name: contender.entrant for contender in (*MEMORY, *REDIS, *PARTS, WAITING, NOTHING_REMEMBERED)
+}
 BY_NAME: Final = {contender.name: contender for contender in (*REDIS, *PARTS, WAITING)}

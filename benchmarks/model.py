@@ -33,6 +33,8 @@ class Entrant:
     :param token_bucket: whether it admits what a token bucket does, by tokens and a time of refill.
     :param single_script: whether the server decides, in one script, without a state on the client.
     :param asks_redis: whether every decision asks the server.
+    :param several: whether it decides several limits in one step.
+    :param headers: whether it sends fields that say how much of a limit is left.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Entrant:
     token_bucket: bool = False
     single_script: bool = False
     asks_redis: bool = True
+    several: bool = False
+    headers: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -48,10 +52,18 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Limit:
-    """A number of tokens in a number of seconds."""
+    """A number of tokens in a number of seconds.
+
+    :param burst: the tokens that can be spent at once, where they are not those of one period.
+    """
 
     tokens: int
     seconds: int
+    burst: int | None = None
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens if self.burst is None else self.burst
 
 
 ROOMY: Final = Limit(1_000_000, 1)
@@ -61,17 +73,51 @@ TIGHT: Final = Limit(10, 86_400)
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Limits, and what they are to answer.
+
+    :param id: the end of the ids of its tables; empty for the limit that is never reached.
+    :param text: the limits, as this library reads them.
+    :param refused: the share of the decisions that is for keys that are used up.
+    """
+
+    id: str
+    text: str
+    limits: tuple[Limit, ...]
+    refused: float = 0.0
+
+    def table(self, id: str) -> str:
+        """Return the id of the table that shows this plan."""
+        return f"{id}-{self.id}" if self.id else id
+
+    def title(self, title: str) -> str:
+        return f"{title}, {self.text}" if self.id else title
+
+
+NEVER_REACHED: Final = Plan("", "1000000/second", (ROOMY,))
+PER_MINUTE: Final = Plan("minute", "100/minute", (Limit(100, 60),), 0.1)
+PER_DAY: Final = Plan("day", "1000/day", (Limit(1_000, 86_400),), 0.1)
+TWO_LIMITS: Final = Plan("two", "10/second burst 50; 1000/hour", (Limit(10, 1, burst=50), Limit(1_000, 3_600)), 0.1)
+PEOPLES: Final = (PER_MINUTE, PER_DAY, TWO_LIMITS)
+"""Limits as people have them, by which a tenth of the decisions is refused."""
+PLANS: Final = (NEVER_REACHED, *PEOPLES)
+
+
+@dataclass(frozen=True)
 class Setup:
     """What a contender is made from.
 
     :param connections: as many as there are threads or tasks, so that none waits for another's.
     :param own_keys: whether floors add the name of the client to the key, because all clients share one.
+    :param timeout: seconds that a decision of this library may take; the same as for the peers, whose URL has theirs,
+        because a crowd on a busy machine takes its time.
     """
 
     url: str
     limits: tuple[Limit, ...] = (ROOMY,)
     connections: int = 1
     own_keys: bool = False
+    timeout: float = 30.0
 
 
 Hit = Callable[[str], object]
@@ -113,10 +159,14 @@ METRICS: Final = {
     "overhead_us": Metric("overhead µs/request", "{:,.0f}"),
     "request_us": Metric("µs/request", "{:,.0f}"),
     "rate": Metric("decisions/s", "{:,.0f}", more_is_better=True),
+    "requests": Metric("requests/s", "{:,.0f}", more_is_better=True),
     "p50_us": Metric("p50 µs", "{:,.1f}"),
     "p99_us": Metric("p99 µs", "{:,.0f}"),
     "max_us": Metric("max µs", "{:,.0f}"),
+    "refused": Metric("refused", "{:.1%}"),
+    "errors": Metric("errors", "{:,.0f}"),
     "trips": Metric("round trips/decision", "{:.3f}"),
+    "asked": Metric("scripts or commands/decision", "{:.3f}"),
     "most_trips": Metric("most round trips", "{:.0f}"),
     "share": Metric("min/max share", "{:.2f}", more_is_better=True),
     "server_us": Metric("server µs/decision", "{:.2f}"),

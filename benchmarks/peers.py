@@ -16,7 +16,7 @@ from typing import Any
 import redis
 import redis.asyncio
 
-from benchmarks.model import AsyncHit, Hit, Setup
+from benchmarks.model import ROOMY, AsyncHit, Hit, Setup
 
 Opened = AbstractContextManager[Hit]
 AsyncOpened = AbstractAsyncContextManager[AsyncHit]
@@ -64,7 +64,11 @@ def limits_asyncio(strategy: str) -> Callable[[Setup], AsyncOpened]:
 
 def _limit_items(setup: Setup) -> list[Any]:
     module = import_module("limits")
-    return [module.RateLimitItemPerSecond(limit.tokens, limit.seconds) for limit in setup.limits]
+    # It knows no bursts.
+    return [
+        module.RateLimitItemPerSecond(limit.capacity, limit.seconds * limit.capacity // limit.tokens)
+        for limit in setup.limits
+    ]
 
 
 def throttled(using: str) -> Callable[[Setup], Opened]:
@@ -120,7 +124,7 @@ def _throttles(module: Any, setup: Setup, store: Any, using: str) -> list[Any]:
     return [
         module.Throttled(
             using=using,
-            quota=module.per_duration(timedelta(seconds=limit.seconds), limit.tokens),
+            quota=module.per_duration(timedelta(seconds=limit.seconds), limit.tokens, limit.burst),
             store=store,
             key_prefix=f"b{i}",
         )
@@ -169,9 +173,9 @@ async def pyrate_asyncio(setup: Setup) -> AsyncGenerator[AsyncHit]:
 def _pyrate_hit(client: Any, setup: Setup, *, log: bool) -> Hit:
     module = import_module("pyrate_limiter")
     factory = import_module("pyrate_limiter.limiter").SingleBucketFactory
-    rates = [module.Rate(limit.tokens, limit.seconds * 1_000) for limit in setup.limits]
+    rates = [module.Rate(limit.tokens, limit.seconds * 1_000, limit.burst) for limit in setup.limits]
     # If it does not wait, it also refuses while another thread holds its lock.
-    blocking = any(limit.seconds <= 60 for limit in setup.limits)
+    blocking = setup.limits[0] == ROOMY
 
     def limiter(key: str) -> Any:
         if log:

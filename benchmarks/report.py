@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from benchmarks import charts
-from benchmarks.goals import GOALS, Goal
-from benchmarks.model import METRICS, Kind, Results, Table, spread
+from benchmarks.goal import Goal
+from benchmarks.goals import GOALS
+from benchmarks.measure import USED_UP
+from benchmarks.model import METRICS, OURS, PEOPLES, PER_MINUTE, Kind, Results, Table, spread
+from benchmarks.processes import TASKS
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A chart of lines, over a number in the ids of tables.
+
+    :param id: the end of the name of its file.
+    :param over: what the number is one of.
+    :param tables: a regular expression for the ids, whose only group is the number.
+    """
+
+    id: str
+    metric: str
+    over: str
+    tables: str
+    title: str
 
 
 @dataclass(frozen=True)
 class Family:
     """A section of the page.
 
-    :param charts: metrics that get a chart of bars each; lines over the number of keys where ``over_keys``.
+    :param charts: metrics that get a chart of bars each, with all tables.
     """
 
     title: str
     note: str
     charts: tuple[str, ...] = ("rate",)
-    over_keys: bool = False
+    growth: tuple[Growth, ...] = ()
 
 
 FAMILIES: Final = {
@@ -35,7 +55,10 @@ FAMILIES: Final = {
         "asyncio",
         "Tasks of one event loop in a closed loop. `self-limiters` hands out times to sleep until, at least some of a "
         "millisecond, and cannot refuse; it is shown where tasks share a key. On one key, a swap of the floor that "
-        "another task has overtaken counts as well.",
+        "another task has overtaken counts as well. With 1,000 and 10,000 tasks this library has 2 s for each "
+        "decision, and its errors are counted; its peers have 30 s, and need a connection for each task, with which "
+        "they do not take part at 10,000.",
+        growth=(Growth("tasks", "rate", "tasks", r"asyncio-(\d+)-1000", "1,000 keys, more and more tasks"),),
     ),
     "processes": Family(
         "Processes on one key",
@@ -43,13 +66,31 @@ FAMILIES: Final = {
         "per decision; `most round trips` is of single decisions of this library, counted by the kernel in a slice of "
         "its own. A share is what one process got of all decisions. The processes of the floors, and of the core over "
         "a bare socket, use a key each.",
-        ("rate", "p99_us", "share"),
+        ("share",),
+        (
+            Growth("rate", "rate", "processes", r"processes-(\d+)", "One key, more and more processes"),
+            Growth("p99_us", "p99_us", "processes", r"processes-(\d+)", "One key, more and more processes"),
+        ),
     ),
     "shared": Family(
         "Processes that share keys",
         "As the workers of a service, whose requests go to any of them: each process visits 1,000 keys at random, "
-        "after a warm-up in which it has visited each of them once. Round trips are the server's reads per decision.",
-        ("rate", "p99_us", "trips"),
+        "after a warm-up in which it has visited each of them once, as far as half a second allows. Round trips are "
+        f"the server's reads per decision. asyncio processes have {TASKS} tasks each: what they send together is one "
+        "read, so that `scripts or commands` are what the server got in a slice of its own, by its `MONITOR`.",
+        (),
+        tuple(
+            Growth(
+                "-".join((*prefix, *plan, metric)),
+                metric,
+                "processes",
+                "-".join(("shared", *prefix, r"(\d+)", *plan)),
+                ", ".join(("1,000 shared keys", *prefix, *text)),
+            )
+            for prefix in ((), ("asyncio",))
+            for plan, text in (((), ()), ((PER_MINUTE.id,), (PER_MINUTE.text,)))
+            for metric in ("rate", "p99_us")
+        ),
     ),
     "rejections": Family(
         "Rejections",
@@ -57,13 +98,20 @@ FAMILIES: Final = {
     ),
     "bandwidths": Family(
         "Several bandwidths",
-        "1,000,000/second; then also 60,000,000/minute; then also two per hour and per day. `limits`, `throttled-py` "
-        "and the textbook script know one limit at a time, and are called once for each, not in one step.",
+        "1,000,000/second; then also 60,000,000/minute; then also two per hour and per day. `limits` and the textbook "
+        "script know one limit at a time: with one thread they are called once for each, not in one step, and with "
+        "tasks they take part where there is one limit.",
+        (),
+        tuple(
+            Growth(f"{kind}-rate", "rate", "bandwidths", rf"bandwidths-{kind}-(\d)", f"1,000 keys, {title}")
+            for kind, title in (("asyncio", "100 tasks"), ("sync", "1 thread"))
+        ),
     ),
     "memory": Family(
         "In-process",
         "No server: the memory store of each library. The log of `pyrate-limiter` and the moving window of `limits` "
-        "store an entry for each decision.",
+        "store an entry for each decision. Of people's limits only 1,000 per day can be shown: the others are used up "
+        "at once at these rates.",
     ),
     "latency": Family(
         "A slower network",
@@ -74,7 +122,8 @@ FAMILIES: Final = {
         "What a decision costs the server",
         "`server µs` is the time that the server says it spent in the commands of clients (`INFO commandstats`), "
         "scripts with all that they run; `server CPU` is its processor time, which includes reading and writing "
-        "sockets. 1 thread, 1,000 keys, all of them known.",
+        "sockets. 1 thread, 1,000 keys, all of them known, with limits as people have them. With `nothing remembered` "
+        "the script decides each time; otherwise this library swaps, on newer servers by `SET IFEQ`.",
         ("server_us",),
     ),
     "bytes": Family(
@@ -85,12 +134,15 @@ FAMILIES: Final = {
     ),
     "keys": Family(
         "Many keys",
-        "One process visits keys at random, all alike; before, it visits them in order for two seconds, so that it has "
-        "seen all keys only where there are few. The server was filled by copying one bucket. One contender after "
-        "the other, not interleaved, three slices each. `client MiB grown` includes the connections and the lists of "
-        "the measurement.",
-        ("rate", "trips"),
-        over_keys=True,
+        "Processes visit keys at random; before, they visit them in order for a second, so that they have seen all "
+        "keys only where there are few. The server was filled by copying one bucket. This library has 16 MiB of memory "
+        "in each process, which is what it takes where nothing is said. `client MiB grown` includes the connections "
+        "and the lists of the measurement.",
+        (),
+        (
+            Growth("rate", "rate", "keys", r"keys-1-(\d+)", "1 process, more and more keys"),
+            Growth("trips", "trips", "keys", r"keys-1-(\d+)", "1 process, more and more keys"),
+        ),
     ),
 }
 
@@ -102,16 +154,22 @@ Ratios within one run are what counts; absolute numbers depend on the machine, a
   long; each round begins with another contender. Every slice starts with an empty server, new connections, and a
   warm-up that visits every key. Shown are medians over the rounds, and `±`, half the distance from the worst round to
   the best.
-- All contenders have the same limit, 1,000,000 per second, where nothing else is said; it is never reached. Answers are
-  counted: a contender that refuses where it should grant, or the other way round, has failed. One that has failed
-  loses the round, and at the second time the scenario.
+- All contenders have the same limit, 1,000,000 per second, where nothing else is said; it is never reached. Beside it
+  there are limits as people have them: {plans}.
+  With these, {used_up} keys are used up before, and get a tenth of the decisions, as users that go on asking; the
+  others stay below their limits. `10/second burst 50; 1000/hour` is left out for those that cannot decide two limits in
+  one step.
+- Answers are counted: a contender that refuses where it should grant, or the other way round, has failed; where a tenth
+  is to be refused, if another share than about a tenth is. One that has failed loses the round, and at the second time
+  the scenario.
 - redis-py with hiredis for all of them, TCP to 127.0.0.1, without TLS; as many connections as threads or tasks for the
   peers, and the pool that `from_url` gives for this library; timeouts of 30 s.
 - `to floor` compares with the better floor of the table: a bare socket with hiredis, or redis-py's `evalsha`, which
   send the command that replaces a state of 107 bytes and do nothing else. `to best peer` compares with the best of
   published libraries and textbook scripts. The goals are about published libraries, and also give the ratio to the
-  better of the textbook scripts; for 32 processes they are about both. For times and sizes less is better, also as a
-  ratio.
+  better of the textbook scripts; for 32 processes and for the server's time they are about the textbook's GCRA. Where
+  there are several limits, a goal is about the one with which it is furthest from being reached. For times and sizes
+  less is better, also as a ratio.
 - `core ...` and `shared connection alone` are parts of this library without the rest, which show where its time
   goes; none of them is a limiter that anybody could use.
 - `slowapi` decides by `limits`, `fastapi-limiter` by `pyrate-limiter`; they are not measured apart here. What they and
@@ -136,7 +194,7 @@ def render(results: Results, drawn: Sequence[str], *, command: str, rounds: int,
     parts = [
         "# Benchmarks",
         f"Made by `{command}`, which overwrites this page.",
-        _NOTES.format(rounds=rounds, seconds=seconds).rstrip(),
+        _NOTES.format(rounds=rounds, seconds=seconds, plans=_texts(), used_up=USED_UP).rstrip(),
         "\n".join(["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in results.environment.items()]),
         "## Goals",
         goals_table(results),
@@ -225,13 +283,15 @@ def draw(results: Results) -> dict[str, str]:
     drawn: dict[str, str] = {}
     for id, family in FAMILIES.items():
         tables = [table for table in results.tables.values() if table.family == id and table.rows]
+        for growth in family.growth:
+            if series := _growing(tables, growth):
+                unit = METRICS[growth.metric].header
+                drawn[f"{id}-{growth.id}.svg"] = charts.lines(growth.title, unit, series, growth.over)
         for metric in family.charts if tables else ():
-            title, header = family.title, METRICS[metric].header
-            if family.over_keys:
-                drawn[f"{id}-{metric}.svg"] = charts.lines(title, header, _over_keys(tables, metric), "keys")
-            else:
-                groups = {table.title: bars_of(results, table, metric) for table in tables}
-                drawn[f"{id}-{metric}.svg"] = charts.bars(title, header, groups, METRICS[metric].form)
+            groups = {table.title: bars_of(results, table, metric) for table in tables}
+            drawn[f"{id}-{metric}.svg"] = charts.bars(
+                family.title, METRICS[metric].header, groups, METRICS[metric].form
+            )
     return drawn
 
 
@@ -246,14 +306,25 @@ def bars_of(results: Results, table: Table, metric: str) -> list[charts.Bar]:
     return sorted(made, key=lambda bar: bar.value, reverse=METRICS[metric].more_is_better)
 
 
-def _over_keys(tables: Sequence[Table], metric: str) -> dict[str, list[tuple[float, float]]]:
-    series: dict[str, list[tuple[float, float]]] = {}
-    for table in tables:
-        number = float(table.id.rpartition("-")[2])
-        for name in table.rows:
-            if (value := table.median(name, metric)) is not None:
-                series.setdefault(name, []).append((number, value))
-    return series
+def _growing(tables: Sequence[Table], growth: Growth) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of each contender, ours first; none where there are fewer than two numbers."""
+    numbered = [(int(found[1]), table) for table in tables if (found := re.fullmatch(growth.tables, table.id))]
+    if len(numbered) < 2:
+        return {}
+    names = dict.fromkeys(name for _, table in numbered for name in table.rows)
+    series = {
+        name: [
+            (float(number), value)
+            for number, table in sorted(numbered, key=lambda pair: pair[0])
+            if (value := table.median(name, growth.metric)) is not None
+        ]
+        for name in sorted(names, key=lambda name: name != OURS)
+    }
+    return {name: points for name, points in series.items() if len(points) > 1}
+
+
+def _texts() -> str:
+    return ", ".join(f"`{plan.text}`" for plan in PEOPLES)
 
 
 def sentence(title: str) -> str:

@@ -20,6 +20,15 @@ from typing import Any, Final, NamedTuple, cast
 import redis
 
 VARIABLE: Final = "RATELIMIT_BENCH_REDIS_SERVER"
+_COPY: Final = """
+for i = tonumber(ARGV[2]), tonumber(ARGV[3]) do
+  for _, name in ipairs(KEYS) do
+    local copy = string.gsub(name, ARGV[1], 'user:' .. i)
+    redis.call('COPY', name, copy, 'REPLACE')
+    redis.call('PEXPIRE', copy, 3600000)
+  end
+end
+"""
 _CONTROL: Final = ("info", "flushall", "script", "memory", "keys", "echo", "monitor", "config", "client", "hello")
 
 
@@ -86,6 +95,13 @@ class Server:
             Counter({name: value["calls"] for name, value in stats.items()}),
             Counter({name: value["usec"] for name, value in stats.items()}),
         )
+
+    def copy(self, name: str, first: int, end: int) -> None:
+        """Give keys from ``user:<first>`` on what is stored for a key, by whatever names its contender stores it."""
+        found: Any = self.client.keys(f"*{name}*")
+        copy = self.client.register_script(_COPY)
+        for begin in range(first, end, 10_000):
+            copy(keys=found, args=[name, begin, min(end, begin + 10_000) - 1])
 
     def used_memory(self) -> int:
         info: dict[str, Any] = self.client.info("memory")

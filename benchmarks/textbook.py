@@ -44,7 +44,7 @@ return 1
 
 def _arguments(limits: tuple[Limit, ...]) -> list[tuple[str, int, float]]:
     """For each limit: what its key ends with, its capacity, its tokens per second."""
-    return [(f":{i}" if i else "", limit.tokens, limit.tokens / limit.seconds) for i, limit in enumerate(limits)]
+    return [(f":{i}" if i else "", limit.capacity, limit.tokens / limit.seconds) for i, limit in enumerate(limits)]
 
 
 def sync(script: str) -> Callable[[Setup], AbstractContextManager[Hit]]:

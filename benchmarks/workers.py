@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -11,7 +12,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from benchmarks.contenders import BY_NAME
-from benchmarks.measure import loop
-from benchmarks.model import Hit, Setup
+from benchmarks.measure import USED_UP, aloop, keys, loop
+from benchmarks.model import NEVER_REACHED, AsyncHit, Hit, Kind, Plan, Setup
 from benchmarks.spawn import spawned
 
 ANSWER_SECONDS: Final = 45
+_VISITS: Final = 50_000
 _SEGMENTS_WITH_DATA_SENT: Final = 156  # where struct tcp_info of Linux has them
 
 
@@ -37,12 +39,16 @@ class Job:
 
     :param keys: how many keys there are; visited at random.
     :param warm_up: seconds in which they are visited before it counts, at most once each.
+    :param plan: whose share of refusals goes to the keys that are used up, which are the first ones.
+    :param tasks: how many tasks of an event loop visit them; with 0, the worker's only thread does.
     """
 
     contender: str
     setup: Setup
     keys: int = 1
     warm_up: float = 0.1
+    plan: Plan = NEVER_REACHED
+    tasks: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,28 +144,84 @@ def _serve(questions: Connection) -> None:
 
 
 class _State:
+    """A job, with its contender open and warm."""
+
     def __init__(self, job: Job, stack: ExitStack) -> None:
         self._job = job
         self._random = random.Random(os.getpid())
         gc.collect()
         self._before = _resident()
         contender = BY_NAME[job.contender]
-        assert contender.sync is not None
-        self._hit: Hit = stack.enter_context(contender.sync(job.setup))
-        end = time.perf_counter() + job.warm_up
-        for i in range(job.keys) if job.keys > 1 else [0] * 100:
-            self._hit(f"user:{i}")
-            if time.perf_counter() > end and job.keys > 1:
-                break
+        if job.tasks:
+            assert contender.asyncio is not None
+            self._runner = stack.enter_context(asyncio.Runner())
+            opened = AsyncExitStack()
+            stack.callback(lambda: self._runner.run(opened.aclose()))
+            self._async_hit: AsyncHit = self._runner.run(opened.enter_async_context(contender.asyncio(job.setup)))
+            self._runner.run(self._warm_up_tasks())
+        else:
+            assert contender.sync is not None
+            self._hit: Hit = stack.enter_context(contender.sync(job.setup))
+            self._warm_up()
+        self._keys = self._chosen()
         gc.collect()
 
+    def _warm_up(self) -> None:
+        end = time.perf_counter() + self._job.warm_up
+        for i in range(self._job.keys) if self._job.keys > 1 else [0] * 100:
+            self._hit(f"user:{i}")
+            if time.perf_counter() > end and self._job.keys > 1:
+                break
+        # Meanwhile some tokens have come back.
+        for key in self._used_up():
+            while self._hit(key):
+                pass
+
+    def _used_up(self) -> list[str]:
+        decides = BY_NAME[self._job.contender].entrant.kind is not Kind.FLOOR
+        return keys(USED_UP) if self._job.plan.refused and decides else []
+
+    async def _warm_up_tasks(self) -> None:
+        end = time.perf_counter() + self._job.warm_up
+
+        async def visit(first: int) -> None:
+            for i in range(first, self._job.keys, self._job.tasks):
+                await self._async_hit(f"user:{i}")
+                if time.perf_counter() > end:
+                    break
+
+        await asyncio.gather(*map(visit, range(self._job.tasks)))
+        for key in self._used_up():
+            while await self._async_hit(key):
+                pass
+
     def work(self, start: int, nanos: int, trace: bool) -> Report:
-        keys = [f"user:{self._random.randrange(self._job.keys)}" for _ in range(50_000 if self._job.keys > 1 else 1)]
         latencies, trips = array("q"), list[int]()
-        hit = _traced(self._hit, self._job.setup.url, trips) if trace else self._hit
-        time.sleep(max(0.0, (start - time.perf_counter_ns()) / 1e9))
-        granted = loop(hit, keys, start + nanos, latencies)
+        if self._job.tasks:
+            each = len(self._keys) // self._job.tasks
+            orders = [self._keys[number * each : (number + 1) * each] for number in range(self._job.tasks)]
+            time.sleep(max(0.0, (start - time.perf_counter_ns()) / 1e9))
+            granted = self._runner.run(self._tasks(orders, start + nanos, latencies))
+        else:
+            hit = _traced(self._hit, self._job.setup.url, trips) if trace else self._hit
+            time.sleep(max(0.0, (start - time.perf_counter_ns()) / 1e9))
+            granted = loop(hit, self._keys, start + nanos, latencies)
         return Report(granted, latencies, trips, _resident() - self._before)
+
+    async def _tasks(self, orders: list[list[str]], end: int, latencies: array[int]) -> int:
+        return sum(await asyncio.gather(*(aloop(self._async_hit, order, end, latencies) for order in orders)))
+
+    def _chosen(self) -> list[str]:
+        """Return the keys that are visited, over and over."""
+        number, chance = self._job.keys, self._random
+        if number == 1:
+            return ["user:0"]
+        refused = self._job.plan.refused
+        least = USED_UP if refused else 0
+        return [
+            f"user:{chance.randrange(USED_UP) if chance.random() < refused else chance.randrange(least, number)}"
+            for _ in range(_VISITS)
+        ]
 
 
 def _resident() -> int:
@@ -202,6 +264,8 @@ def _sockets_to(port: int | None) -> list[socket.socket]:
         return found
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with contextlib.suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):  # noqa: PTH115
+                continue
             copy = socket.socket(fileno=os.dup(int(name)))
             if copy.family == socket.AF_INET and copy.getpeername()[1] == port:
                 found.append(copy)

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from benchmarks import floor
 from benchmarks.model import OURS, AsyncHit, Contender, Entrant, Hit, Kind, Setup
-from benchmarks.ours import PATIENCE
 from ratelimit import AsyncProxyManager, ProxyManager
 from ratelimit.settings import SettingsByName
 
@@ -57,28 +56,28 @@ def in_memory(setup: Setup) -> bool:
 _numbers = count()
 
 
-def _settings() -> SettingsByName:
+def _settings(setup: Setup) -> SettingsByName:
     """Return settings with a prefix of their own, so that the applications of one table do not share their buckets."""
-    return SettingsByName(timeout=PATIENCE, prefix=f"{next(_numbers)}:")
+    return SettingsByName(timeout=setup.timeout, prefix=f"{next(_numbers)}:")
 
 
 def manager_for(setup: Setup) -> ProxyManager:
-    return ProxyManager.from_url(setup.url, **_settings())
+    return ProxyManager.from_url(setup.url, **_settings(setup))
 
 
 def async_manager_for(setup: Setup) -> AsyncProxyManager:
-    return AsyncProxyManager.from_url(setup.url, **_settings())
+    return AsyncProxyManager.from_url(setup.url, **_settings(setup))
 
 
 @contextmanager
 def bucket(setup: Setup) -> Generator[Hit]:
-    with ProxyManager.from_url(setup.url, limit_of(setup), **_settings()) as manager:
+    with ProxyManager.from_url(setup.url, limit_of(setup), **_settings(setup)) as manager:
         yield lambda key: manager.try_consume_and_return_remaining(key).consumed
 
 
 @asynccontextmanager
 async def async_bucket(setup: Setup) -> AsyncGenerator[AsyncHit]:
-    async with AsyncProxyManager.from_url(setup.url, limit_of(setup), **_settings()) as manager:
+    async with AsyncProxyManager.from_url(setup.url, limit_of(setup), **_settings(setup)) as manager:
 
         async def hit(key: str) -> bool:
             return (await manager.try_consume_and_return_remaining(key)).consumed
