@@ -89,7 +89,7 @@ def ratio(
 def of(table: Table, name: str, other: str, metric: str) -> Measured | None:
     """Compare one with another one of the same table."""
     value, base = table.median(name, metric), table.median(other, metric)
-    return None if value is None or not base else Measured(value / base, other)
+    return None if value is None or base is None or base <= 0 else Measured(value / base, other)
 
 
 def to_one(table_id: str, other: str, metric: str = "rate", ours: str = OURS) -> Find:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from benchmarks import charts, report
+from benchmarks import charts, integration_goals, report, service
 from benchmarks.applications import ALONE, BARE, FRAMEWORKS, REDIS_PY, Framework, addresses
 from benchmarks.command import Progress, allow_many_files, environment, terminated
-from benchmarks.model import METRICS, Contender, Entrant, Kind, Limit, Results, Setup, Table
+from benchmarks.measure import USED_UP
+from benchmarks.model import METRICS, PER_MINUTE, Contender, Entrant, Kind, Limit, Results, Setup, Table
 from benchmarks.overhead import BATCH, Load, measure
 from benchmarks.server import Server, binaries, running
 
@@ -30,6 +31,8 @@ PACKAGES = (
     "fastapi-limiter",
     "flask-limiter",
     "django-ratelimit",
+    "uvicorn",
+    "uvloop",
     "limits",
     "pyrate-limiter",
 )
@@ -76,6 +79,14 @@ SCENARIOS: Final = (
 )
 
 
+GOALS: Final = integration_goals.goals(
+    {
+        framework.id: [(each.id, each.title) for each in SCENARIOS if each.contenders(framework)]
+        for framework in FRAMEWORKS
+    }
+)
+
+
 def table_id(framework: Framework, scenario: Scenario) -> str:
     return f"{framework.id}-{scenario.id}"
 
@@ -100,7 +111,7 @@ def entrants() -> dict[str, Entrant]:
     """Return the entrants by name, without the bare application: nothing is compared with that."""
     found = {each.name: each.entrant for framework in FRAMEWORKS for each in framework.contenders}
     del found[BARE]
-    return found
+    return {each.name: each.entrant for each in service.contenders()} | found
 
 
 NOTES: Final = """\
@@ -130,6 +141,16 @@ client and application, so that what is added can be seen. Ratios within one run
 """
 
 
+SERVICE_NOTE: Final = (
+    f"An application of FastAPI, run by uvicorn with {service.WORKERS} workers, and {service.CLIENTS} clients that ask "
+    f"again as soon as they are answered, over connections that stay open, from a process of their own on the same "
+    f"machine. {service.USERS:,} users, by the address that a proxy would give. All services of a table run at the "
+    f"same time and are asked in turns, {service.ROUNDS} rounds of {service.SECONDS} s each; shown are medians. With "
+    f"`{PER_MINUTE.text}`, {USED_UP} users are used up and send a tenth of the requests. `to floor` compares with the "
+    "application without a limit."
+)
+
+
 def page(results: Results, drawn: Mapping[str, str], seconds: float) -> str:
     """The page, whose charts are in ``charts/integrations/`` beside it."""
     notes = NOTES.format(batch=BATCH, tasks=CLIENTS, rounds=ROUNDS, seconds=seconds, clients=CLIENTS)
@@ -138,20 +159,35 @@ def page(results: Results, drawn: Mapping[str, str], seconds: float) -> str:
         "Made by `make bench-integrations`, which overwrites it. [RESULTS.md](RESULTS.md) is about the limiters alone.",
         notes.rstrip(),
         "\n".join(["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in results.environment.items()]),
+        "## Goals",
+        report.goals_table(results, GOALS),
+        *_obstacles(results),
         "## Microseconds per request",
         summary(results),
         *(f"![{name}](charts/integrations/{name})" for name in drawn),
     ]
     for framework in FRAMEWORKS:
-        tables = [table for table in results.tables.values() if table.family == framework.id]
-        if tables:
-            parts.append(f"## {framework.title}")
-        for table in tables:
-            parts.append(f"### {report.sentence(table.title)}")
-            if table.rows:
-                parts.append(report.table_of(results, table))
-            parts += [report.failed(table, name) for name in table.failures]
+        parts += _section(results, framework.id, framework.title)
+    parts += _section(results, service.FAMILY, "A service", SERVICE_NOTE)
     return "\n\n".join(parts) + "\n"
+
+
+def _obstacles(results: Results) -> list[str]:
+    found = report.obstacles(results, GOALS)
+    if not found:
+        return []
+    return ["What stands in the way, by the medians of this run:", "\n".join(f"- {each}" for each in found)]
+
+
+def _section(results: Results, family: str, title: str, *notes: str) -> list[str]:
+    tables = [table for table in results.tables.values() if table.family == family]
+    parts = [f"## {title}", *notes] if tables else []
+    for table in tables:
+        parts.append(f"### {report.sentence(table.title)}")
+        if table.rows:
+            parts.append(report.table_of(results, table))
+        parts += [report.failed(table, name) for name in table.failures]
+    return parts
 
 
 def summary(results: Results) -> str:
@@ -196,6 +232,10 @@ def draw(results: Results) -> dict[str, str]:
         if any(groups.values()):
             title = f"What a limit adds to a request, {scenario.title}"
             drawn[f"{scenario.id}.svg"] = charts.bars(title, "µs", groups)
+    tables = [table for table in results.tables.values() if table.family == service.FAMILY and table.rows]
+    for metric, unit in (("requests", "requests/s"), ("p99_us", "p99 µs")) if tables else ():
+        groups = {table.title: report.bars_of(results, table, metric) for table in tables}
+        drawn[f"service-{metric}.svg"] = charts.bars("A service", unit, groups)
     return drawn
 
 
@@ -212,11 +252,12 @@ def write(results: Results, path: Path, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.integrations", description=__doc__)
-    parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(each.id for each in FRAMEWORKS)}")
+    names = [*(framework.id for framework in FRAMEWORKS), service.FAMILY]
+    parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(names)}")
     parser.add_argument("--seconds", type=float, default=2.5, help="for each table")
     arguments = parser.parse_args()
     only: list[str] = arguments.only.split(",") if arguments.only else []
-    if unknown := set(only) - {framework.id for framework in FRAMEWORKS}:
+    if unknown := set(only) - set(names):
         parser.error(f"no such framework: {', '.join(sorted(unknown))}")
     begin = time.monotonic()
     signal.signal(signal.SIGTERM, terminated)
@@ -225,7 +266,11 @@ def main() -> None:
     try:
         with running(binaries()[0]) as server:
             results.environment["server"] = server.version
-            run(results, server, arguments.seconds, only, Progress(begin))
+            tell = Progress(begin)
+            run(results, server, arguments.seconds, only, tell)
+            if not only or service.FAMILY in only:
+                rounds = max(1, round(service.ROUNDS * min(1.0, arguments.seconds / parser.get_default("seconds"))))
+                service.run(results, server, rounds, service.SECONDS, tell)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     took = time.monotonic() - begin
@@ -233,7 +278,7 @@ def main() -> None:
     whole = not only and arguments.seconds == parser.get_default("seconds")
     path = HERE / ("INTEGRATIONS.md" if whole else "out/INTEGRATIONS.md")
     write(results, path, arguments.seconds)
-    print(f"\n{summary(results)}")
+    print(f"\n{report.goals_table(results, GOALS)}\n\n{summary(results)}")
     print(f"\n{took:.0f} s; the page is {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 

@@ -39,14 +39,14 @@ def keys(number: int) -> list[str]:
     return [f"user:{i}" for i in range(number)]
 
 
-def visits(number: int, plan: Plan) -> list[str]:
+def visits(where: Sequence[str], plan: Plan) -> list[str]:
     """Return the keys to visit; those that are used up come again and again, to get the plan's share."""
-    where = keys(number)
     if not plan.refused:
-        return where
+        return [*where]
     others = where[USED_UP:]
     times = round(len(others) * plan.refused / (1 - plan.refused) / USED_UP)
-    return where[:USED_UP] * times + others
+    # They come last, because a warm-up in this order should leave them used up.
+    return [*others, *[*where[:USED_UP]] * times]
 
 
 def expected(contender: Contender, plan: Plan) -> float:

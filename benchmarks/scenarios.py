@@ -40,7 +40,7 @@ def sync(run: Run) -> None:
             which = syncs(run, of_plan(plan) if plan.refused else ())
             if not plan.refused:
                 which += run.chosen([each for each in contenders.PARTS if each.sync])
-            run.interleave(table, which, sync_round(run, run.server.url, visits(1_000, plan), threads, plan))
+            run.interleave(table, which, sync_round(run, run.server.url, visits(keys(1_000), plan), threads, plan))
         table = run.table(f"sync-{threads}-1", "sync", f"{title}, one key")
         run.interleave(table, syncs(run, SLIM), sync_round(run, run.server.url, keys(1), threads), min(run.rounds, 3))
 
@@ -52,7 +52,7 @@ def asyncio_tasks(run: Run) -> None:
         if plan.refused:
             table = run.table(plan.table("asyncio-100-1000"), "asyncio", plan.title("100 tasks, 1,000 keys"))
             which = asyncios(run, of_plan(plan))
-            run.interleave(table, which, async_round(run, where, visits(1_000, plan), 100, plan))
+            run.interleave(table, which, async_round(run, where, visits(keys(1_000), plan), 100, plan))
     table = run.table("asyncio-100-1000-uvloop", "asyncio", "100 tasks, 1,000 keys, uvloop")
     which = asyncios(run, SLIM) + run.chosen([each for each in contenders.PARTS if each.name == CONNECTION])
     run.interleave(table, which, async_round(run, where, keys(1_000), 100, loop=_uvloop))
@@ -133,7 +133,7 @@ def in_process(run: Run) -> None:
         title = plan.title(f"{threads} thread{'s' * (threads > 1)}, {on(number)}")
         table = run.table(plan.table(f"memory-{threads}-{number}"), "memory", title)
         which = run.chosen(contenders.MEMORY, () if threads == 1 and not plan.refused else best)
-        run.interleave(table, which, _in_memory(run, visits(number, plan), threads, plan))
+        run.interleave(table, which, _in_memory(run, visits(keys(number), plan), threads, plan))
 
 
 def _in_memory(run: Run, where: list[str], threads: int, plan: Plan) -> Callable[[Contender], Sample]:

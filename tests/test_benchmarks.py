@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
-from benchmarks import charts, integrations, report
+from benchmarks import charts, integrations, report, service
 from benchmarks.applications import ALONE, BARE, FRAMEWORKS, REDIS_PY, addresses
+from benchmarks.applications.calls import asgi
 from benchmarks.contenders import (
     CONNECTION,
     CORE,
@@ -27,7 +30,8 @@ from benchmarks.contenders import (
 )
 from benchmarks.goal import Goal, Measured, Relation, worst
 from benchmarks.goals import GOALS
-from benchmarks.measure import USED_UP, Turn, WrongAnswerError, check, interleaved, shares, use_up, visits
+from benchmarks.http_load import Answers, Client, length_of
+from benchmarks.measure import USED_UP, Turn, WrongAnswerError, check, interleaved, keys, shares, use_up, visits
 from benchmarks.model import (
     METRICS,
     NEVER_REACHED,
@@ -53,6 +57,7 @@ from benchmarks.ours import configuration_of
 from benchmarks.overhead import Load, Opened, measure, sample
 from benchmarks.run import of_plan
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.served import Served
 from benchmarks.server import running
 from ratelimit import BucketConfiguration
 from tests.support.servers import ServerBinary
@@ -83,8 +88,8 @@ def results() -> Results:
     sync.failures = {"pyrate-limiter log": ["ValueError: <none> & nothing"], PEER: ["TimeoutError: slow"]}
     script = table_with("server-a", "server", "server_us", {OURS: [6.0], FORGETFUL: [8.0], PEER: [1.0], GCRA: [10.0]})
     native = table_with("server-b", "server", "server_us", {OURS: [2.0], FORGETFUL: [9.0], PEER: [1.0], GCRA: [10.0]})
-    keys = [table_with(f"keys-1-{number}", "keys", "rate", {OURS: [9.0], PEER: [8.0]}) for number in (1_000, 10_000)]
-    made = results_with(sync, script, native, *keys)
+    many = [table_with(f"keys-1-{number}", "keys", "rate", {OURS: [9.0], PEER: [8.0]}) for number in (1_000, 10_000)]
+    made = results_with(sync, script, native, *many)
     made.native.add("server-b")
     return made
 
@@ -383,11 +388,11 @@ def test_about_a_tenth_is_refused() -> None:
 
 
 def test_keys_that_are_used_up_get_a_tenth_of_the_visits() -> None:
-    where = visits(1_000, PER_MINUTE)
+    where = visits(keys(1_000), PER_MINUTE)
     assert len({*where}) == 1_000
     used_up = {f"user:{number}" for number in range(USED_UP)}
     assert sum(key in used_up for key in where) / len(where) == pytest.approx(0.1, abs=0.002)
-    assert visits(10, NEVER_REACHED) == [f"user:{number}" for number in range(10)]
+    assert visits(keys(10), NEVER_REACHED) == [f"user:{number}" for number in range(10)]
 
 
 def test_keys_are_used_up_until_they_are_refused() -> None:
@@ -416,10 +421,9 @@ def test_only_those_that_know_several_limits_take_part_where_there_are_several()
 
 
 def test_each_worker_visits_all_keys_in_an_order_of_its_own() -> None:
-    keys = [str(i) for i in range(100)]
-    first, second = shares(keys, 2)
+    first, second = shares(keys(100), 2)
     assert first != second
-    assert sorted(first) == sorted(second) == sorted(keys)
+    assert sorted(first) == sorted(second) == sorted(keys(100))
 
 
 def test_every_metric_has_a_form() -> None:
@@ -546,6 +550,147 @@ def test_the_page_of_integrations_compares_with_peers_of_the_same_framework(tmp_
     charts_drawn = [file.name for file in (tmp_path / "charts" / "integrations").iterdir()]
     assert charts_drawn == ["admitted.svg"]
     assert "(charts/integrations/admitted.svg)" in text
+
+
+def found_goals(results: Results) -> dict[str, tuple[str, str]]:
+    """What is said of each goal for integrations that was measured, and its verdict."""
+    said: dict[str, tuple[str, str]] = {}
+    for goal in integrations.GOALS:
+        if (found := goal.find(results)) is not None:
+            said[goal.text] = (f"{found.value:.2f}x {found.against.partition(';')[0]}", goal.verdict(found))
+    return said
+
+
+def test_goals_for_integrations_are_about_the_worst_row_and_peers_that_send_fields() -> None:
+    dependency, middleware = f"{OURS}, dependency", f"{OURS}, middleware"
+    rows = {dependency: 80.0, middleware: 60.0, "slowapi decorator": 70.0, "slowapi decorator, headers": 100.0}
+    admitted = overheads("fastapi", "admitted", {BARE: 0, f"{OURS}, bucket alone": 40, **rows})
+    rows |= {dependency: 110.0, "slowapi decorator": 120.0, "fastapi-limiter": 10.0}
+    refused = overheads("fastapi", "refused", {BARE: 0, f"{OURS}, bucket alone": 40, **rows})
+    made = Results(integrations.entrants(), {table.id: table for table in (admitted, refused)})
+    all_peers, slowapi = found_goals(made).values()
+    worst = "1.10x all refused: dependency, slowapi decorator, headers"
+    assert all_peers == (worst, "NOT reached")
+    assert slowapi == ("1.14x all admitted, slowapi decorator", "NOT reached")
+    first, second = report.obstacles(made, integrations.GOALS)
+    assert first == (
+        "fastapi, refused: the dependency adds 110 us, of which the bucket alone takes 40 us;"
+        " slowapi decorator, headers adds 100 us."
+    )
+    assert "fastapi, admitted: the dependency adds 80 us" in second
+    admitted.rows[dependency] = refused.rows[dependency] = [{"overhead_us": 50.0}]
+    # Rows that were not measured could be worse.
+    assert [verdict for _, verdict in found_goals(made).values()] == ["not measured", "not measured"]
+
+
+def test_every_framework_that_has_a_goal_has_peers() -> None:
+    for goal in integrations.GOALS:
+        assert goal.find(Results({})) is None
+        assert "none sends header fields" not in goal.text or goal.text.startswith("Django")
+
+
+def service_with(plan: str, values: dict[str, tuple[float, float]]) -> Table:
+    rows: dict[str, list[Sample]] = {
+        name: [{"requests": requests, "p99_us": p99}] for name, (requests, p99) in values.items()
+    }
+    return Table("-".join(filter(None, ("service", plan))), "service", "4 workers", "requests", rows)
+
+
+def test_a_service_is_compared_with_the_peer_that_is_nearest_to_none() -> None:
+    values = {
+        service.WITHOUT: (1_000.0, 10_000.0),
+        service.LIMITED: (900.0, 12_000.0),
+        "slowapi decorator": (800.0, 20_000.0),
+        "fastapi-limiter": (500.0, 11_000.0),
+    }
+    tables = [service_with(plan.id, values) for plan in service.PLANS]
+    made = Results(integrations.entrants(), {table.id: table for table in tables})
+    rate, p99 = found_goals(made).values()
+    without = f"{NEVER_REACHED.text}, to those without a limit {service.LIMITED}"
+    assert rate == (f"1.12x {without} 0.90x, slowapi decorator 0.80x", "reached")
+    assert p99 == (f"1.09x {without} 1.20x, fastapi-limiter 1.10x", "NOT reached")
+    (told,) = report.obstacles(made, integrations.GOALS)
+    assert f"{service.LIMITED} 1,111 us of all 4 workers for a request, p99 12 ms" in told
+    assert {"service-requests.svg", "service-p99_us.svg"} <= set(integrations.draw(made))
+    assert "## A service" in integrations.page(made, {}, 2.5)
+
+
+def test_the_length_of_an_answer_is_read_from_its_head() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nServer: uvicorn\r\nContent-Length: 4\r\n\r\n"
+    assert length_of(answer[:-1]) is None
+    assert length_of(answer + b"ok") == len(answer) + 4
+    with pytest.raises(ValueError, match="without a length"):
+        length_of(b"HTTP/1.1 200 OK\r\n\r\n")
+
+
+def test_clients_of_a_service_count_answers_that_come_in_pieces() -> None:
+    class Transport:
+        def __init__(self, client: Client) -> None:
+            self.asked: list[bytes] = []
+            self._client = client
+
+        def write(self, request: bytes) -> None:
+            self.asked.append(request)
+            status = b"429" if len(self.asked) == 2 else b"200"
+            answer = b"HTTP/1.1 %b said\r\ncontent-length: 2\r\n\r\nok" % status
+            for piece in (answer[:20], answer[20:-1], answer[-1:]):
+                asyncio.get_running_loop().call_soon(self._client.data_received, piece)
+
+    async def ask() -> tuple[Answers, Transport]:
+        client = Client()
+        transport: Any = Transport(client)
+        client.connection_made(transport)
+        answers = Answers.none()
+        await client.ask(iter(["10.0.0.1", "10.0.0.2"]), None, answers)
+        return answers, transport
+
+    answers, transport = asyncio.run(ask())
+    assert answers.statuses == {200: 1, 429: 1}
+    assert len(answers.latencies) == 2
+    assert [b"x-forwarded-for: 10.0.0.%d\r\n" % number in transport.asked[number - 1] for number in (1, 2)] == [
+        True
+    ] * 2
+
+
+def test_a_client_that_loses_its_connection_says_so() -> None:
+    async def ask() -> None:
+        client = Client()
+        transport: Any = type("Transport", (), {"write": lambda *_: client.connection_lost(None)})()
+        client.connection_made(transport)
+        await client.ask(iter(["10.0.0.1"]), None, Answers.none())
+
+    with pytest.raises(ConnectionError, match="the service has closed a connection"):
+        asyncio.run(ask())
+
+
+def test_a_worker_opens_its_application_before_the_first_request() -> None:
+    pytest.importorskip("fastapi")
+
+    async def run() -> list[str]:
+        served = Served(service.LIMITED, Setup("memory://", (Limit(1, 86_400),)))
+        to_come = iter(["lifespan.startup", "lifespan.shutdown"])
+        sent: list[str] = []
+        stopping = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            type = next(to_come)
+            if type == "lifespan.shutdown":
+                await stopping.wait()
+            return {"type": type}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        running = asyncio.create_task(served({"type": "lifespan"}, receive, send))
+        while not sent:
+            await asyncio.sleep(0)
+        hit = asgi(served)
+        sent += [str(await hit("10.0.0.1")), str(await hit("10.0.0.1"))]
+        stopping.set()
+        await running
+        return sent
+
+    assert asyncio.run(run()) == ["lifespan.startup.complete", "True", "False", "lifespan.shutdown.complete"]
 
 
 def test_a_run_of_the_other_benchmarks_leaves_the_charts_of_integrations(results: Results, tmp_path: Path) -> None:

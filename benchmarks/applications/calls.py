@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from io import BytesIO
 from typing import Any
 
 from benchmarks.measure import WrongAnswerError
-from benchmarks.model import AsyncHit, Hit
+from benchmarks.model import AsyncHit, Hit, Setup
 
 
 def wsgi(app: Callable[..., Any]) -> Hit:
@@ -89,6 +90,19 @@ def asgi(app: Callable[..., Awaitable[None]]) -> AsyncHit:
         }
         await app(scope, receive, send)
         return _admitted(answered)
+
+    return hit
+
+
+def called(
+    opened: Callable[[Setup], AbstractAsyncContextManager[Any]],
+) -> Callable[[Setup], AbstractAsyncContextManager[AsyncHit]]:
+    """Return how to open an ASGI application and ask it, from how to open it."""
+
+    @asynccontextmanager
+    async def hit(setup: Setup) -> AsyncGenerator[AsyncHit]:
+        async with opened(setup) as app:
+            yield asgi(app)
 
     return hit
 

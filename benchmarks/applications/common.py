@@ -86,11 +86,11 @@ async def async_bucket(setup: Setup) -> AsyncGenerator[AsyncHit]:
 
 
 def ours(name: str) -> Entrant:
-    return Entrant(f"{OURS}, {name}", Kind.OURS, token_bucket=True)
+    return Entrant(f"{OURS}, {name}", Kind.OURS, token_bucket=True, headers=True)
 
 
-def peer(name: str) -> Entrant:
-    return Entrant(name, Kind.PEER)
+def peer(name: str, *, headers: bool = False) -> Entrant:
+    return Entrant(name, Kind.PEER, headers=headers)
 
 
 def bare(*, sync: Callable[[Setup], Opened] | None = None, asyncio: Any = None) -> Contender:

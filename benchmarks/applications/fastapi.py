@@ -3,16 +3,15 @@
 # No "from __future__ import annotations": FastAPI could not resolve those of an endpoint that is defined in a function.
 
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib import import_module
 from typing import Any, Final
 
 import redis.asyncio
 
-from benchmarks.applications.calls import asgi
+from benchmarks.applications.calls import called
 from benchmarks.applications.common import (
     WITHOUT,
-    AsyncOpened,
     Framework,
     async_manager_for,
     bare,
@@ -22,8 +21,11 @@ from benchmarks.applications.common import (
     peer,
 )
 from benchmarks.applications.slow import slowapi, with_slowapi
-from benchmarks.model import AsyncHit, Contender, Setup
+from benchmarks.model import Contender, Setup
 from ratelimit import OnError
+
+Opened = Callable[[Setup], AbstractAsyncContextManager[Any]]
+"""Opens an application."""
 
 
 def _fastapi(*dependencies: Any) -> Any:
@@ -39,33 +41,33 @@ def _fastapi(*dependencies: Any) -> Any:
 
 
 @asynccontextmanager
-async def _fastapi_bare(_: Setup) -> AsyncGenerator[AsyncHit]:
-    yield asgi(_fastapi())
+async def _fastapi_bare(_: Setup) -> AsyncGenerator[Any]:
+    yield _fastapi()
 
 
 @asynccontextmanager
-async def _fastapi_dependency(setup: Setup) -> AsyncGenerator[AsyncHit]:
+async def _fastapi_dependency(setup: Setup) -> AsyncGenerator[Any]:
     from ratelimit.integrations.fastapi import RateLimit
 
     async with async_manager_for(setup) as manager:
-        yield asgi(_fastapi(RateLimit(limit_of(setup), manager=manager, on_error=OnError.DENY)))
+        yield _fastapi(RateLimit(limit_of(setup), manager=manager, on_error=OnError.DENY))
 
 
 @asynccontextmanager
-async def _fastapi_middleware(setup: Setup) -> AsyncGenerator[AsyncHit]:
+async def _fastapi_middleware(setup: Setup) -> AsyncGenerator[Any]:
     from ratelimit.integrations.asgi import RateLimitMiddleware
 
     app = _fastapi()
     async with async_manager_for(setup) as manager:
         app.add_middleware(RateLimitMiddleware, limit_of(setup), manager=manager, on_error=OnError.DENY)
-        yield asgi(app)
+        yield app
 
 
-def _fastapi_slowapi(*, headers: bool) -> Callable[[Setup], AsyncOpened]:
+def _fastapi_slowapi(*, headers: bool) -> Opened:
     """A decorator, which reads the parameters of the endpoint."""
 
     @asynccontextmanager
-    async def opened(setup: Setup) -> AsyncGenerator[AsyncHit]:
+    async def opened(setup: Setup) -> AsyncGenerator[Any]:
         from fastapi import FastAPI, Request, Response
 
         app = FastAPI()
@@ -85,7 +87,7 @@ def _fastapi_slowapi(*, headers: bool) -> Callable[[Setup], AsyncOpened]:
 
 
 @asynccontextmanager
-async def _fastapi_limiter(setup: Setup) -> AsyncGenerator[AsyncHit]:
+async def _fastapi_limiter(setup: Setup) -> AsyncGenerator[Any]:
     """``fastapi-limiter`` decides by ``pyrate-limiter``, which needs a factory to have a bucket for each client."""
     pyrate = import_module("pyrate_limiter")
     (limit,) = setup.limits
@@ -110,7 +112,7 @@ async def _fastapi_limiter(setup: Setup) -> AsyncGenerator[AsyncHit]:
     factory = type("Buckets", (pyrate.BucketFactory,), {"wrap_item": wrap_item, "get": get})()
     limiter = import_module("fastapi_limiter.depends").RateLimiter(limiter=pyrate.Limiter(factory))
     try:
-        yield asgi(_fastapi(limiter))
+        yield _fastapi(limiter)
     finally:
         if client is not None:
             await client.aclose()
@@ -120,12 +122,20 @@ FASTAPI: Final = Framework(
     "fastapi",
     "FastAPI",
     [
-        bare(asyncio=_fastapi_bare),
+        bare(asyncio=called(_fastapi_bare)),
         *WITHOUT,
-        Contender(ours("dependency"), asyncio=_fastapi_dependency),
-        Contender(ours("middleware"), asyncio=_fastapi_middleware),
-        Contender(peer("slowapi decorator"), asyncio=_fastapi_slowapi(headers=False)),
-        Contender(peer("slowapi decorator, headers"), asyncio=_fastapi_slowapi(headers=True)),
-        Contender(peer("fastapi-limiter"), asyncio=_fastapi_limiter),
+        Contender(ours("dependency"), asyncio=called(_fastapi_dependency)),
+        Contender(ours("middleware"), asyncio=called(_fastapi_middleware)),
+        Contender(peer("slowapi decorator"), asyncio=called(_fastapi_slowapi(headers=False))),
+        Contender(peer("slowapi decorator, headers", headers=True), asyncio=called(_fastapi_slowapi(headers=True))),
+        Contender(peer("fastapi-limiter"), asyncio=called(_fastapi_limiter)),
     ],
 )
+
+SERVED: Final[dict[str, Opened]] = {
+    "without a limit": _fastapi_bare,
+    "ratelimit-redis, dependency": _fastapi_dependency,
+    "slowapi decorator": _fastapi_slowapi(headers=False),
+    "fastapi-limiter": _fastapi_limiter,
+}
+"""The applications of a service; the first one has no limit."""

@@ -99,6 +99,6 @@ FLASK: Final = Framework(
         Contender(ours("WSGI middleware"), _wsgi_ours),
         Contender(peer("flask-limiter"), _flask_limiter(decorator=False)),
         Contender(peer("flask-limiter decorator"), _flask_limiter(decorator=True)),
-        Contender(peer("flask-limiter, headers"), _flask_limiter(decorator=False, headers=True)),
+        Contender(peer("flask-limiter, headers", headers=True), _flask_limiter(decorator=False, headers=True)),
     ],
 )

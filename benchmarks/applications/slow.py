@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from benchmarks.applications.calls import asgi
 from benchmarks.applications.common import in_memory, limit_of
-from benchmarks.model import AsyncHit, Setup
+from benchmarks.model import Setup
 
 
 @contextmanager
@@ -29,8 +28,8 @@ def slowapi(setup: Setup, *, default: bool, headers: bool) -> Generator[Any]:
             limiter._storage.storage.close()  # noqa: SLF001  # it has no close
 
 
-def with_slowapi(app: Any, limiter: Any) -> AsyncHit:
+def with_slowapi(app: Any, limiter: Any) -> Any:
     module = import_module("slowapi")
     app.state.limiter = limiter
     app.add_exception_handler(module.errors.RateLimitExceeded, module._rate_limit_exceeded_handler)  # noqa: SLF001
-    return asgi(app)
+    return app

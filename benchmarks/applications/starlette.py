@@ -58,7 +58,7 @@ def _starlette_slowapi(middleware: str, *, headers: bool = False) -> Callable[[S
 
         with slowapi(setup, default=True, headers=headers) as limiter:
             limited = Middleware(getattr(import_module("slowapi.middleware"), middleware))
-            yield with_slowapi(_starlette(limited), limiter)
+            yield asgi(with_slowapi(_starlette(limited), limiter))
 
     return opened
 
@@ -72,7 +72,7 @@ STARLETTE: Final = Framework(
         Contender(ours("ASGI middleware"), asyncio=_starlette_ours),
         Contender(peer("slowapi ASGI middleware"), asyncio=_starlette_slowapi("SlowAPIASGIMiddleware")),
         Contender(
-            peer("slowapi ASGI middleware, headers"),
+            peer("slowapi ASGI middleware, headers", headers=True),
             asyncio=_starlette_slowapi("SlowAPIASGIMiddleware", headers=True),
         ),
         Contender(peer("slowapi middleware"), asyncio=_starlette_slowapi("SlowAPIMiddleware")),
