@@ -70,7 +70,7 @@ bench: $(BENCH)/installed ## measure against other limiters, some twenty minutes
 bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
 	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
 
-bench-integrations: $(BENCH)/installed ## measure what a limit adds to a request in each framework, and write benchmarks/INTEGRATIONS.md
+bench-integrations: $(BENCH)/installed ## measure what a limit adds to a request in each framework and to a service, and write benchmarks/INTEGRATIONS.md
 	$(BENCH)/bin/python -m benchmarks.integrations $(ARGS)
 
 bench-failover: $(VENV)/installed-test ## measure what is lost when another server takes over, a few minutes

@@ -8,7 +8,7 @@ from typing import Final
 
 from benchmarks import service
 from benchmarks.applications import ALONE, BUCKET, FRAMEWORKS, Framework
-from benchmarks.goal import Find, Goal, Measured, Relation, is_peer, of, to_one, worst
+from benchmarks.goal import Find, Goal, Measured, Relation, is_peer, of, ratio, worst
 from benchmarks.model import OURS, Entrant, Kind, Results, Table
 
 SLOWAPI: Final = "slowapi decorator"
@@ -41,57 +41,44 @@ def goals(scenarios: Mapping[str, Sequence[tuple[str, str]]]) -> tuple[Goal, ...
 
 
 def _added(framework: Framework, scenarios: Sequence[tuple[str, str]]) -> Goal:
-    peers = [each.entrant for each in framework.contenders if is_peer(each.entrant)]
-    headers = any(each.headers for each in peers)
+    headers = any(each.entrant.kind is Kind.PEER and each.entrant.headers for each in framework.contenders)
     rows = [
         Row(f"{framework.id}-{id}", title, each.name)
         for id, title in scenarios
         for each in framework.contenders
         if each.entrant.kind is Kind.OURS and each.name not in ALONE
     ]
-    parts = {f"{row.title}: {_short(row.name)}": _to_least(row, headers=headers) for row in rows}
     which = "the best peer that sends header fields" if headers else "the best peer (none sends header fields)"
     text = f"{framework.title}: what a limit adds, to {which}, in each row"
-    return Goal(text, "<", 1, worst("<", parts), obstacle=_what_is_added(rows, headers=headers))
+    return _goal(text, "<", rows, lambda each: is_peer(each) and (each.headers or not headers))
 
 
 def _dependency(scenarios: Sequence[tuple[str, str]]) -> Goal:
-    parts = {title: to_one(f"fastapi-{id}", SLOWAPI, "overhead_us", ours=DEPENDENCY) for id, title in scenarios}
     rows = [Row(f"fastapi-{id}", title, DEPENDENCY) for id, title in scenarios]
-    return Goal(
-        "FastAPI: what the dependency adds, to slowapi's decorator without header fields, in each row",
-        "<=",
-        1,
-        worst("<=", parts),
-        obstacle=_what_is_added(rows, headers=False),
-    )
+    text = "FastAPI: what the dependency adds, to slowapi's decorator without header fields, in each row"
+    return _goal(text, "<=", rows, lambda each: each.name == SLOWAPI)
+
+
+def _goal(text: str, relation: Relation, rows: Sequence[Row], wanted: Callable[[Entrant], bool]) -> Goal:
+    parts = {
+        f"{row.title}: {_short(row.name)}": ratio(row.table_id, metric="overhead_us", ours=row.name, wanted=wanted)
+        for row in rows
+    }
+    return Goal(text, relation, 1, worst(relation, parts), obstacle=_what_is_added(rows, wanted))
 
 
 def _short(name: str) -> str:
     return name.removeprefix(f"{OURS}, ")
 
 
-def _wanted(*, headers: bool) -> Callable[[Entrant], bool]:
-    return lambda each: is_peer(each) and (each.headers or not headers)
-
-
-def _to_least(row: Row, *, headers: bool) -> Find:
-    def find(results: Results) -> Measured | None:
-        table = results.tables.get(row.table_id)
-        best = None if table is None else results.best(table, wanted=_wanted(headers=headers))
-        return None if table is None or best is None else of(table, row.name, best, "overhead_us")
-
-    return find
-
-
-def _what_is_added(rows: Sequence[Row], *, headers: bool) -> Callable[[Results], str | None]:
+def _what_is_added(rows: Sequence[Row], wanted: Callable[[Entrant], bool]) -> Callable[[Results], str | None]:
     """Return how to say what is in the way, in the rows that miss."""
 
     def find(results: Results) -> str | None:
         said: list[str] = []
         for row in rows:
             table = results.tables.get(row.table_id)
-            best = None if table is None else results.best(table, wanted=_wanted(headers=headers))
+            best = None if table is None else results.best(table, wanted=wanted)
             if table is None or best is None:
                 continue
             ours, bucket, theirs = (table.median(name) for name in (row.name, BUCKET, best))

@@ -136,7 +136,7 @@ def _beside(results: Results, table: Table) -> list[tuple[str, str]]:
 
 
 def each_takes(
-    tables: Sequence[tuple[str, str]], others: Sequence[str] = (), note: str = ""
+    tables: Sequence[tuple[str, str]], others: Sequence[str] = (), *, ours: str = OURS
 ) -> Callable[[Results], str | None]:
     """Return how to say what a decision takes in each of some tables: here, with the best library, and with others."""
 
@@ -144,20 +144,32 @@ def each_takes(
         said: list[str] = []
         for table_id, title in tables:
             table = results.tables.get(table_id)
-            ours = _micros(results, table_id, OURS)
-            if table is None or ours is None:
+            micros = _micros(results, table_id, ours)
+            if table is None or micros is None:
                 continue
             best = results.best(table, wanted=is_peer)
-            parts = [f"{ours:.1f} us here"]
+            parts = [f"{micros:.1f} us here"]
             parts += [
-                f"{micros:.1f} us with {name}"
+                f"{theirs:.1f} us with {name}"
                 for name in dict.fromkeys((best, *others))
-                if name is not None and (micros := _micros(results, table_id, name)) is not None
+                if name is not None and (theirs := _micros(results, table_id, name)) is not None
             ]
             said.append(f"{title}: a decision takes {', '.join(parts)}")
-        return f"{'; '.join(said)}. {note}".rstrip() if said else None
+        return f"{'; '.join(said)}." if said else None
 
     return find
+
+
+def uncontended(results: Results) -> str | None:
+    """Say what one client sends that has seen all keys."""
+    said = [
+        f"{table.title}: {trips:.3f} round trips and {commands:.2f} commands"
+        for table in results.tables.values()
+        if table.family == "server"
+        and (trips := table.median(OURS, "trips")) is not None
+        and (commands := table.median(OURS, "commands")) is not None
+    ]
+    return f"One client that has seen all keys takes for a decision: {'; '.join(said)}." if said else None
 
 
 def server_takes(results: Results) -> str | None:

@@ -129,7 +129,7 @@ def number_of_keys(run: Run) -> None:
                     def slice(contender: Contender, job: Job = job, processes: int = processes) -> Sample:
                         return _with_keys(run, workers, replace(job, contender=contender.name), processes)
 
-                    run.interleave(table, which, slice, 1 if number > 100_000 else min(run.rounds, 3))
+                    run.interleave(table, which, slice, 1 if number > 100_000 else min(run.rounds, 2))
     run.server.flush()
 
 

@@ -10,7 +10,7 @@ from benchmarks import contenders
 from benchmarks.contenders import REDIS_PY, SOCKET
 from benchmarks.measure import keys
 from benchmarks.model import PER_DAY, PER_MINUTE, Contender, Limit, Plan, Sample, Setup
-from benchmarks.run import SLIM, Run, asyncios, syncs
+from benchmarks.run import FEW, Run, asyncios, syncs
 from benchmarks.server import Counts, Server, reads, short_name
 
 PER_HOUR = Plan("hour", "100000/hour", (Limit(100_000, 3_600),))
@@ -29,7 +29,7 @@ def server_time(run: Run) -> None:
             def slice(contender: Contender, server: Server = server, plan: Plan = plan) -> Sample:
                 return _server_time(contender, server, plan, run.seconds)
 
-            which = [*asyncios(run, (*SLIM, "pyrate-limiter token bucket")), contenders.NOTHING_REMEMBERED]
+            which = [*asyncios(run, (*FEW, REDIS_PY)), contenders.NOTHING_REMEMBERED]
             run.interleave(table, which, slice, min(run.rounds, 3))
 
 

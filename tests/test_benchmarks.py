@@ -273,8 +273,11 @@ def test_goals_name_tables_that_scenarios_fill() -> None:
     assert set(SCENARIOS) == set(report.FAMILIES)
 
 
-def test_goals_have_texts_of_their_own() -> None:
-    assert len({goal.text for goal in GOALS}) == len(GOALS)
+def test_goals_have_texts_and_obstacles() -> None:
+    goals = (*GOALS, *integrations.GOALS)
+    assert len({goal.text for goal in goals}) == len(goals)
+    nothing = Goal("", ">", 1, lambda _: None).obstacle
+    assert [goal.text for goal in goals if goal.obstacle is nothing] == []
 
 
 def test_the_page_shows_goals_ratios_and_missing_peers(results: Results, tmp_path: Path) -> None:
@@ -571,7 +574,7 @@ def test_goals_for_integrations_are_about_the_worst_row_and_peers_that_send_fiel
     all_peers, slowapi = found_goals(made).values()
     worst = "1.10x all refused: dependency, slowapi decorator, headers"
     assert all_peers == (worst, "NOT reached")
-    assert slowapi == ("1.14x all admitted, slowapi decorator", "NOT reached")
+    assert slowapi == ("1.14x all admitted: dependency, slowapi decorator", "NOT reached")
     first, second = report.obstacles(made, integrations.GOALS)
     assert first == (
         "fastapi, refused: the dependency adds 110 us, of which the bucket alone takes 40 us;"
