@@ -56,13 +56,17 @@ def expected(contender: Contender, plan: Plan) -> float:
 
 def use_up(hit: Hit, keys: Iterable[str], plan: Plan) -> None:
     """Ask for each key until it is refused."""
-    most = min(limit.capacity for limit in plan.limits) * 2 + 10
     for key in keys:
-        for _ in range(most):
+        for _ in range(most(plan)):
             if not hit(key):
                 break
         else:
-            raise WrongAnswerError(f"{most} granted by {plan.text}")
+            raise WrongAnswerError(f"{most(plan)} granted by {plan.text}")
+
+
+def most(plan: Plan) -> int:
+    """Return how often a key of a plan is asked for at most, until it has to be refused."""
+    return min(limit.capacity for limit in plan.limits) * 2 + 10
 
 
 def shares(keys: Sequence[str], workers: int) -> list[list[str]]:
@@ -208,12 +212,14 @@ async def async_slice(
         await asyncio.gather(*map(warm_up, range(tasks)))
         orders = shares(keys, tasks)
         gc.collect()
-        latencies = array("q")
+        latencies, earlier = array("q"), errors
         begin = time.perf_counter_ns()
         end = begin + int(seconds * 1e9)
         counts = await asyncio.gather(*(aloop(hit, order, end, latencies) for order in orders))
         sample = _sample(latencies, sum(counts), time.perf_counter_ns() - begin, granted=granted)
-        return {**sample, "errors": errors} if counting else sample
+        if counting:
+            sample |= {"errors": errors, "rate": sample["rate"] * (1 - (errors - earlier) / len(latencies))}
+        return sample
 
 
 def _sample(latencies: array[int], count: int, elapsed: int, *, granted: float) -> Sample:

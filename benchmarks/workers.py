@@ -20,7 +20,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from benchmarks.contenders import BY_NAME
-from benchmarks.measure import USED_UP, aloop, keys, loop
+from benchmarks.measure import USED_UP, aloop, keys, loop, most, use_up
 from benchmarks.model import NEVER_REACHED, AsyncHit, Hit, Kind, Plan, Setup
 from benchmarks.spawn import spawned
 
@@ -173,9 +173,7 @@ class _State:
             if time.perf_counter() > end and self._job.keys > 1:
                 break
         # Meanwhile some tokens have come back.
-        for key in self._used_up():
-            while self._hit(key):
-                pass
+        use_up(self._hit, self._used_up(), self._job.plan)
 
     def _used_up(self) -> list[str]:
         decides = BY_NAME[self._job.contender].entrant.kind is not Kind.FLOOR
@@ -192,8 +190,9 @@ class _State:
 
         await asyncio.gather(*map(visit, range(self._job.tasks)))
         for key in self._used_up():
-            while await self._async_hit(key):
-                pass
+            for _ in range(most(self._job.plan)):
+                if not await self._async_hit(key):
+                    break
 
     def work(self, start: int, nanos: int, trace: bool) -> Report:
         latencies, trips = array("q"), list[int]()

@@ -6,8 +6,8 @@ import asyncio
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,18 @@ from benchmarks.contenders import (
 from benchmarks.goal import Goal, Measured, Relation, worst
 from benchmarks.goals import GOALS
 from benchmarks.http_load import Answers, Client, length_of
-from benchmarks.measure import USED_UP, Turn, WrongAnswerError, check, interleaved, keys, shares, use_up, visits
+from benchmarks.measure import (
+    USED_UP,
+    Turn,
+    WrongAnswerError,
+    async_slice,
+    check,
+    interleaved,
+    keys,
+    shares,
+    use_up,
+    visits,
+)
 from benchmarks.model import (
     METRICS,
     NEVER_REACHED,
@@ -41,6 +52,7 @@ from benchmarks.model import (
     PER_MINUTE,
     PLANS,
     TWO_LIMITS,
+    AsyncHit,
     Contender,
     Entrant,
     Hit,
@@ -379,6 +391,29 @@ def test_wrong_answers_do_not_count() -> None:
         check(9, 10, granted=1)
     with pytest.raises(WrongAnswerError, match="1 of 10 granted, although none should be"):
         check(1, 10, granted=0)
+
+
+def test_errors_are_counted_and_are_not_decisions() -> None:
+    @asynccontextmanager
+    async def failing(_: Setup) -> AsyncGenerator[AsyncHit]:
+        asked = 0
+
+        async def hit(_: str) -> bool:
+            nonlocal asked
+            await asyncio.sleep(0)
+            asked += 1
+            if asked % 2:
+                raise TimeoutError
+            return True
+
+        yield hit
+
+    contender = Contender(Entrant("failing", Kind.OURS), asyncio=failing)
+    measured = async_slice(contender, Setup("memory://"), keys(10), 2, 0.02, counting=True)
+    found = asyncio.run(measured)
+    assert found["errors"] > 10
+    # Half of what was asked in 20 ms, and of the warm-up before it, has failed.
+    assert found["rate"] * 0.02 < found["errors"]
 
 
 def test_about_a_tenth_is_refused() -> None:
