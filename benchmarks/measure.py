@@ -56,17 +56,13 @@ def expected(contender: Contender, plan: Plan) -> float:
 
 def use_up(hit: Hit, keys: Iterable[str], plan: Plan) -> None:
     """Ask for each key until it is refused."""
+    most = min(limit.capacity for limit in plan.limits) * 2 + 10
     for key in keys:
-        for _ in range(most(plan)):
+        for _ in range(most):
             if not hit(key):
                 break
         else:
-            raise WrongAnswerError(f"{most(plan)} granted by {plan.text}")
-
-
-def most(plan: Plan) -> int:
-    """Return how often a key of a plan is asked for at most, until it has to be refused."""
-    return min(limit.capacity for limit in plan.limits) * 2 + 10
+            raise WrongAnswerError(f"{most} granted by {plan.text}")
 
 
 def shares(keys: Sequence[str], workers: int) -> list[list[str]]:

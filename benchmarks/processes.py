@@ -18,7 +18,7 @@ from benchmarks.model import (
     Setup,
     of_latencies,
 )
-from benchmarks.run import LIMITERS, SLIM, Run, asyncios, empty, of_plan, spend, syncs
+from benchmarks.run import LIMITERS, SLIM, Run, asyncios, of_plan, spend, syncs
 from benchmarks.server import Counts, reads
 from benchmarks.workers import Job, Report, Workers
 
@@ -76,8 +76,10 @@ def _workers(number: int) -> Generator[Workers]:
 
 
 def _in_processes(run: Run, workers: Workers, job: Job, number: int, seconds: float) -> Sample:
-    empty(run, BY_NAME[job.contender], job.setup, job.plan)
+    run.server.flush()
     with workers.prepared(job, number) as work:
+        # Only now, because tokens come back while the workers warm up.
+        spend(run.server, BY_NAME[job.contender], job.setup, job.plan)
         before = run.server.counts()
         reports = work(seconds, False)
         after = run.server.counts()
@@ -142,8 +144,8 @@ def _with_keys(run: Run, workers: Workers, job: Job, processes: int) -> Sample:
         hit("user:seed")
     server.copy("user:seed", 0, job.keys)
     filled = server.used_memory()
-    spend(server, contender, job.setup, job.plan)
     with workers.prepared(job, processes) as work:
+        spend(server, contender, job.setup, job.plan)
         before = server.counts()
         reports = work(run.seconds, False)
         after = server.counts()

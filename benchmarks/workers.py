@@ -20,8 +20,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from benchmarks.contenders import BY_NAME
-from benchmarks.measure import USED_UP, aloop, keys, loop, most, use_up
-from benchmarks.model import NEVER_REACHED, AsyncHit, Hit, Kind, Plan, Setup
+from benchmarks.measure import USED_UP, aloop, loop
+from benchmarks.model import NEVER_REACHED, AsyncHit, Hit, Plan, Setup
 from benchmarks.spawn import spawned
 
 ANSWER_SECONDS: Final = 45
@@ -172,12 +172,6 @@ class _State:
             self._hit(f"user:{i}")
             if time.perf_counter() > end and self._job.keys > 1:
                 break
-        # Meanwhile some tokens have come back.
-        use_up(self._hit, self._used_up(), self._job.plan)
-
-    def _used_up(self) -> list[str]:
-        decides = BY_NAME[self._job.contender].entrant.kind is not Kind.FLOOR
-        return keys(USED_UP) if self._job.plan.refused and decides else []
 
     async def _warm_up_tasks(self) -> None:
         end = time.perf_counter() + self._job.warm_up
@@ -189,10 +183,6 @@ class _State:
                     break
 
         await asyncio.gather(*map(visit, range(self._job.tasks)))
-        for key in self._used_up():
-            for _ in range(most(self._job.plan)):
-                if not await self._async_hit(key):
-                    break
 
     def work(self, start: int, nanos: int, trace: bool) -> Report:
         latencies, trips = array("q"), list[int]()
