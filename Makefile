@@ -67,7 +67,7 @@ format: $(VENV)/installed-dev ## repair style
 bench: $(BENCH)/installed ## measure against other limiters, some twenty minutes, and write benchmarks/RESULTS.md
 	$(BENCH)/bin/python -m benchmarks $(ARGS)
 
-bench-quick: $(BENCH)/installed ## the same in short, under two minutes, into benchmarks/out/
+bench-quick: $(BENCH)/installed ## the same in short, some three minutes, into benchmarks/out/
 	$(BENCH)/bin/python -m benchmarks --quick $(ARGS)
 
 bench-integrations: $(BENCH)/installed ## measure what a limit adds to a request in each framework and to a service, and write benchmarks/INTEGRATIONS.md

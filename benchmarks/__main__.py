@@ -51,7 +51,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the short form, of less than two minutes")
+    parser.add_argument("--quick", action="store_true", help="the short form, of some three minutes")
     parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(SCENARIOS)}")
     parser.add_argument("--rounds", type=int, help="rounds over all contenders")
     parser.add_argument("--seconds", type=float, help="length of a slice")

@@ -125,13 +125,13 @@ def number_of_keys(run: Run) -> None:
                 for processes in (1, 4) if many else (1,):
                     title = f"{number:,} keys, {processes} process{'es' * (processes > 1)}"
                     table = run.table(plan.table(f"keys-{processes}-{number}"), "keys", plan.title(title))
-                    job = Job("", Setup(run.server.url, plan.limits), number, 1.0, plan)
+                    job = Job("", Setup(run.server.url, plan.limits), number, 0.3 if run.quick else 1.0, plan)
                     which = [each for each in syncs(run, of_plan(plan)) if each.name != SOCKET]
 
                     def slice(contender: Contender, job: Job = job, processes: int = processes) -> Sample:
                         return _with_keys(run, workers, replace(job, contender=contender.name), processes)
 
-                    run.interleave(table, which, slice, 1 if number > 100_000 else min(run.rounds, 2))
+                    run.interleave(table, which, slice, 1 if run.quick or number > 100_000 else min(run.rounds, 2))
     run.server.flush()
 
 
