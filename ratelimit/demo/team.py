@@ -1,20 +1,28 @@
-"""The worker processes of the demo, as the demo sees them."""
+"""The worker processes of the demo, as the demo sees them.
+
+A signal may raise an exception in the demo between any two of its steps. So the demo waits only within the
+interpreter's own code: ``threading.Event`` and ``threading.Thread`` are Python, and do not survive such an exception.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from queue import Empty, SimpleQueue
 
 from ratelimit.demo.children import Child
 from ratelimit.demo.errors import DemoError
 from ratelimit.demo.worker import Counts, Task
+from ratelimit.runtime import threads
 
 _PATIENCE_SECONDS = 30  # with a process that is late
 _END_SECONDS = 5
 _LOOK_SECONDS = 0.1
+
+News = SimpleQueue[None]
+"""Holds something when a process has reported since the demo looked last."""
 
 
 class Process:
@@ -25,14 +33,14 @@ class Process:
     :ivar ended: whether it will report no more.
     """
 
-    def __init__(self, task: Task, news: threading.Event) -> None:
+    def __init__(self, task: Task, news: News) -> None:
         self.kind = task.kind
         self.counts = Counts()
         self.ready = self.ended = False
         self._news = news
         self._child = Child("ratelimit.demo.worker")
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._all_read = threads.event()
+        threads.start(self._read)
         self._child.tell(**asdict(task))
 
     @property
@@ -46,22 +54,30 @@ class Process:
     def close(self) -> None:
         """End it, whatever it is doing."""
         self._child.end(_END_SECONDS)
-        self._reader.join()
+        self._all_read.wait()
         self._child.close()
 
     def _read(self) -> None:
-        while (told := self._child.hear()) is not None:
-            self.counts = Counts(**told)
-            self.ready = True
-            self._news.set()
-        self.ended = True
-        self._news.set()
+        try:
+            while (told := self._child.hear()) is not None:
+                self.counts = Counts(**told)
+                self.ready = True
+                self._announce()
+        finally:
+            self.ended = True
+            self._announce()
+            self._all_read.set()
+
+    def _announce(self) -> None:
+        # One entry is enough: more of them would pile up while the demo does not look.
+        if self._news.empty():
+            self._news.put(None)
 
 
 class Team:
     """The worker processes of a demo."""
 
-    def __init__(self, processes: list[Process], news: threading.Event) -> None:
+    def __init__(self, processes: list[Process], news: News) -> None:
         self.processes = processes
         self._news = news
 
@@ -69,7 +85,7 @@ class Team:
     @contextmanager
     def of(cls, tasks: Iterable[Task]) -> Generator[Team]:
         """Start a process for each task; none outlives this block."""
-        news = threading.Event()
+        news = News()
         with ExitStack() as stack:
             processes = []
             for task in tasks:
@@ -106,6 +122,6 @@ class Team:
                     raise DemoError(f"process {process.pid} of the demo has died")
             if time.monotonic() > deadline:
                 raise DemoError("a process of the demo does not answer")
-            self._news.wait(_LOOK_SECONDS)
-            self._news.clear()
+            with suppress(Empty):
+                self._news.get(timeout=_LOOK_SECONDS)
             meanwhile()

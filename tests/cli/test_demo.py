@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import queue
+import random
 import re
 import secrets
 import shutil
@@ -12,17 +14,26 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import redis
 
 from ratelimit import BucketConfiguration, ProxyManager
+from ratelimit.demo import team
 from ratelimit.demo.verdict import Outcome, bound, verdict
+from ratelimit.demo.worker import Counts, Task
+from ratelimit.runtime import threads
+from ratelimit.runtime.signals import Interrupted
 from tests.support import servers
 from tests.support.command_line import COMMAND, answer, complaint, run, start
+from tests.support.interrupting import Interruption, at_every_point
 from tests.support.surroundings import MARK, Surroundings
 
 SECOND = 1_000_000_000
@@ -230,6 +241,88 @@ class TestWithAUrl:
             wrong = complaint(run("demo", "--url", f"redis://:wrong@{at}"))
         assert "password" in wrong
         assert "wrong@" not in wrong
+
+
+class Worker:
+    """A worker that is ready at once, and reports over and over from when it is to begin."""
+
+    def __init__(self, _module: str) -> None:
+        self.pid = 1
+        self._told = queue.SimpleQueue[Counts | None]()
+        self._told.put(Counts())
+
+    def tell(self, **values: Any) -> None:
+        if "go" in values:
+            self._told.put(Counts(done=True))
+
+    def hear(self) -> dict[str, Any] | None:
+        told = self._told.get()
+        if told is None:
+            return None
+        if told.done and self._told.empty():
+            self._told.put(told)
+            time.sleep(0.0001)
+        return asdict(told)
+
+    def end(self, _patience: float) -> None:
+        self._told.put(None)
+
+    def close(self) -> None:
+        pass
+
+
+class TestWaits:
+    """What the handler of a signal raises while the demo waits for its workers is what comes out of the wait."""
+
+    @pytest.fixture(autouse=True)
+    def workers(self, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+        made: list[Worker] = []
+
+        def make(module: str) -> Worker:
+            made.append(Worker(module))
+            return made[-1]
+
+        monkeypatch.setattr(team, "Child", make)
+        yield
+        # Also those that nobody knew yet when their start was interrupted.
+        for worker in made:
+            worker.end(0)
+
+    def started(self) -> AbstractContextManager[team.Team]:
+        return team.Team.of([Task("try_consume", "", "", "", [], 1)] * 2)
+
+    @pytest.mark.skipif(sys.version_info >= (3, 13), reason="there Python reports some instructions only")
+    def test_interrupted_anywhere(self) -> None:
+        def wait() -> None:
+            with self.started() as workers:
+                workers.wait_until(lambda process: process.ready)
+                workers.go()
+                workers.wait_until(lambda process: process.counts.done)
+
+        points = 0
+        modules = (team, threads, threading, queue)
+        for points, outcome in at_every_point(wait, places=tuple(str(module.__file__) for module in modules)):
+            assert isinstance(outcome, Interruption), points
+        assert points > 20
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers here")
+    def test_interrupted_by_signals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(number: int, _frame: object) -> None:
+            raise Interrupted(number)
+
+        monkeypatch.setattr(team, "_LOOK_SECONDS", 0.0001)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with self.started() as workers:
+                workers.go()
+                for _ in range(1_000):
+                    with pytest.raises(Interrupted):
+                        # The second signal is for where a finalizer swallows what the first one raises.
+                        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.001), 1)
+                        workers.wait_until(lambda _: False)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 class TestWithout:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -66,7 +67,7 @@ class TestEnding:
         with pytest.raises(Interrupted) as interruption, interruptible():
             Ending()
             began.append(True)
-            threading.Event().wait(30)
+            time.sleep(30)
         assert (began, interruption.value.number) == ([True], signal.SIGTERM)
         assert capsys.readouterr().err == ""
 

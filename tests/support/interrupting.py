@@ -40,17 +40,18 @@ _code = lru_cache(None)(_Code)
 
 
 class _Tracer:
-    """Raises at one point, counted from 1, in code of the library."""
+    """Raises at one point, counted from 1, in code of these places: files, or directories with all that they hold."""
 
-    def __init__(self, point: int) -> None:
+    def __init__(self, point: int, places: tuple[str, ...]) -> None:
         self._left = point
+        self._places = places
         self._last: dict[FrameType, int | None] = {}
         self.has_raised = False
 
     def enter(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         if frame.f_back is not None and frame.f_back in self._last:
             self._last[frame.f_back] = None  # its call is one of a function in Python
-        if not frame.f_code.co_filename.startswith(_PACKAGE):
+        if not frame.f_code.co_filename.startswith(self._places):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         self._last.setdefault(frame, None)
@@ -69,9 +70,9 @@ class _Tracer:
         return self._step
 
 
-def interrupted(work: Callable[[], Any], point: int) -> tuple[bool, Any]:
+def interrupted(work: Callable[[], Any], point: int, places: tuple[str, ...] = (_PACKAGE,)) -> tuple[bool, Any]:
     """Do some work that is interrupted at one point; whether it got there, and what the work has given or raised."""
-    tracer = _Tracer(point)
+    tracer = _Tracer(point, places)
     before = sys.gettrace()
     sys._getframe().f_trace_opcodes = True  # what is set by now decides in Python 3.12 what is reported
     sys.settrace(tracer.enter)
@@ -86,14 +87,18 @@ def interrupted(work: Callable[[], Any], point: int) -> tuple[bool, Any]:
     return tracer.has_raised, outcome
 
 
-def at_every_point(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> Iterator[tuple[int, Any]]:
+def at_every_point(
+    work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, places: tuple[str, ...] = (_PACKAGE,)
+) -> Iterator[tuple[int, Any]]:
     """Do the work over and over, interrupted at the next point each time, until it gets through.
 
     It gets through once before that, too, so that all is as it is later.
+
+    :param places: the files and directories whose code is interrupted.
     """
     for point in (sys.maxsize, *range(1, 100_000)):
         prepare()
-        has_raised, outcome = interrupted(work, point)
+        has_raised, outcome = interrupted(work, point, places)
         if has_raised:
             yield point, outcome
             continue
