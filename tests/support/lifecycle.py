@@ -211,9 +211,6 @@ def fork_with_a_loop(url: str) -> None:
 
 def children_that_close(url: str) -> None:
     """Children close what the parent has opened and goes on to use, or forget it, some after they have used it."""
-    # redis-py's connection closes its socket when it is collected. Where a collection comes between the making of the
-    # two, the next one finds the socket first, which complains that it is open.
-    gc.disable()
     manager = ProxyManager.from_url(url, limits_of, timeout=PATIENCE)
 
     def close() -> None:
@@ -361,6 +358,10 @@ def main() -> None:
     """Run the program that is named."""
     # asyncio warns of slow callbacks, which a busy machine always has.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    # redis-py's connection closes its socket when it is collected. Where a collection comes between the making of the
+    # two, a later one may find the socket first, which complains that it is open. So there is none until the program
+    # asks for it, or ends.
+    gc.disable()
     _, name, url, how = sys.argv
     globals()["fork_process"] = FORKS[how]
     globals()[name](url)
