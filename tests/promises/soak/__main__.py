@@ -12,8 +12,9 @@ import random
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -25,7 +26,7 @@ from ratelimit import ProxyManager
 from tests.promises.soak import fuzz
 from tests.promises.soak.faults import FaultyProxy
 from tests.promises.soak.load import DELAYED, KINDS, LEDGER, LONGEST, RATE, RATE_BURST, RATE_TOKENS, limits_of, serve
-from tests.promises.soak.verdict import growth, ledger, panels
+from tests.promises.soak.verdict import growth, ledger, panels, trend
 from tests.support.servers import RedisServer, find_server
 
 NAME: Final = "soak"
@@ -77,8 +78,11 @@ class Run:
         return sum(book[entry] for book in self.books.values())
 
 
-def storm(chance: random.Random, proxy: FaultyProxy, server: RedisServer, run: Run) -> Iterator[None]:
-    """Faults, one after the other, each followed by a calm; a step takes about a second."""
+def storm(chance: random.Random, proxy: FaultyProxy, server: RedisServer, run: Run) -> Generator[None]:
+    """Faults, one after the other, each followed by a calm; a step takes about a second.
+
+    To close the generator ends a fault that is under way.
+    """
     while True:
         kind = chance.choice(["delays", "losses", "reset", "silence", "restart", "crash"])
         begin = run.now
@@ -97,8 +101,10 @@ def storm(chance: random.Random, proxy: FaultyProxy, server: RedisServer, run: R
             server.restart()
         else:
             server.kill()
-            yield
-            server.restart()
+            try:
+                yield
+            finally:
+                server.restart()
         proxy.calm()
         run.faults.append((begin, run.now - begin))
         yield from [None] * chance.randrange(2, 5)
@@ -147,6 +153,8 @@ def load(minutes: float, seed: int) -> list[str]:
             for kind, report in reports.items():
                 run.hear(kind, report)
             sample(run, server, processes)
+        # The end may come in the middle of a fault, while the server is down for instance.
+        faults.close()
         proxy.calm()
         stop.set()
         patience = run.now + END
@@ -155,18 +163,29 @@ def load(minutes: float, seed: int) -> list[str]:
                 run.hear(kind, report)
             time.sleep(0.1)
         for kind, process in processes.items():
-            process.join(5)
+            process.join(max(5, patience - run.now))
             if process.is_alive():
                 run.reasons.append(f"{kind}: does not end")
                 process.kill()
+        # What is known is shown before it is judged, which asks the server once more.
+        show(run)
         judge(run, server, begin)
+    return run.reasons
+
+
+def show(run: Run) -> None:
+    """Draw the chart, and print the books and how far what is measured went up or down."""
     fuzz.OUT.mkdir(parents=True, exist_ok=True)
     chart = fuzz.OUT / "soak.svg"
     chart.write_text(panels(run.samples, run.faults))
     for kind, book in run.books.items():
         print(f"{kind}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(book.items())))
-    print(f"{len(run.faults)} faults in {run.now:,.0f} s; chart: {chart}")
-    return run.reasons
+    for group in SLACK:
+        trends = {name: trend(series) for name, series in run.samples[group].items()}
+        print(
+            f"{group}: " + ", ".join(f"{name} {seen[0]:.0f} to {seen[1]:.0f}" for name, seen in trends.items() if seen)
+        )
+    print(f"{len(run.faults)} faults in {run.now:,.0f} s; chart: {chart}", flush=True)
 
 
 def judge(run: Run, server: RedisServer, begin: float) -> None:
@@ -214,13 +233,20 @@ def main() -> int:
         "fuzz": lambda: fuzz.run(max(20, options.minutes * 6)),
     }
     print(f"seed {options.seed}", flush=True)
+    verdicts: list[str] = []
     failed = False
     for name, step in steps.items():
         if options.only in (None, name):
             print(f"== {name}", flush=True)
-            reasons = step()
+            try:
+                reasons = step()
+            except Exception as error:  # noqa: BLE001  # the verdict of the other steps is wanted as well
+                traceback.print_exc(file=sys.stdout)
+                reasons = [f"{type(error).__name__}: {error}"]
             failed |= bool(reasons)
-            print("\n".join([f"{'FAIL' if reasons else 'PASS'} {name}", *(f"  {reason}" for reason in reasons)]))
+            verdicts += [f"{'FAIL' if reasons else 'PASS'} {name}", *(f"  {reason}" for reason in reasons)]
+    # All of it comes at the end, where a log that is cut off still has it.
+    print("\n".join(verdicts), flush=True)
     return int(failed)
 
 

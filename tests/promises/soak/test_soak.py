@@ -7,16 +7,17 @@ import socket
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from ratelimit import ProxyManager, StoreError
-from tests.promises.soak.__main__ import Run, judge
+from tests.promises.soak.__main__ import Run, judge, storm
 from tests.promises.soak.faults import FaultyProxy
 from tests.promises.soak.fuzz import TARGETS, _seeds
 from tests.promises.soak.load import DELAYED, LEDGER, RATE, limits_of
 from tests.promises.soak.verdict import growth, ledger, panels
-from tests.support.servers import RedisServer
+from tests.support.servers import RedisServer, ServerBinary, ServerError
 
 NOISE = random.Random(5)
 
@@ -82,6 +83,22 @@ def test_the_proxy_has_the_faults_that_it_is_told_to_have(server: RedisServer) -
             assert any(_succeeds(manager) for _ in range(5))
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", proxy.port), 1):
         pass
+
+
+@pytest.mark.redis
+def test_a_storm_that_ends_in_a_crash_leaves_a_server_that_answers(server_binary: ServerBinary) -> None:
+    class Chance(random.Random):
+        def choice(self, seq: Any) -> Any:
+            return "crash"
+
+    with RedisServer.start(server_binary) as server, FaultyProxy(server.port, random.Random(1)) as proxy:
+        faults = storm(Chance(), proxy, server, Run())
+        next(faults)
+        with pytest.raises(ServerError, match="is stopped"):
+            assert server.pid
+        faults.close()
+        with server.client() as client:
+            assert client.ping()
 
 
 def _succeeds(manager: ProxyManager) -> bool:

@@ -17,17 +17,26 @@ _WIDTH: Final = 860
 _PANEL: Final = 150
 
 
-def growth(name: str, series: Series, slack: float) -> list[str]:
-    """Whether something grows: by the medians of the first and the last third, after a warm-up.
-
-    :param slack: what the last may be above the first, besides a tenth of it.
-    """
+def trend(series: Series) -> tuple[float, float] | None:
+    """Return the medians of the first and the last third after a warm-up; None where there are too few samples."""
     end = series[-1][0] if series else 0
     warm = [(at, value) for at, value in series if at >= end * _WARM_UP]
     third = len(warm) // 3
     if third < 3:
-        return [f"{name}: only {len(series)} samples"]
+        return None
     first, last = (statistics.median(value for _, value in part) for part in (warm[:third], warm[-third:]))
+    return first, last
+
+
+def growth(name: str, series: Series, slack: float) -> list[str]:
+    """Whether something grows, by its trend.
+
+    :param slack: what the last may be above the first, besides a tenth of it.
+    """
+    seen = trend(series)
+    if seen is None:
+        return [f"{name}: only {len(series)} samples"]
+    first, last = seen
     return [f"{name} grows from {first:.1f} to {last:.1f}"] if last > first * _GROWTH + slack else []
 
 
