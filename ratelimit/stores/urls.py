@@ -33,6 +33,7 @@ from ratelimit.stores.redis.channel import BytesPacker
 from ratelimit.stores.redis.circuit import CircuitBreaker
 from ratelimit.stores.redis.clients import cluster_at, place
 from ratelimit.stores.redis.cluster import ClusterChannel
+from ratelimit.stores.redis.cluster_clients import AsyncCluster, SyncCluster
 from ratelimit.stores.redis.pool import PoolChannel
 from ratelimit.stores.redis.store import AsyncRedisStore, RedisStore
 
@@ -85,7 +86,7 @@ def store_from_url(url: str) -> Store:
     options: dict[str, Any] = {"retry": redis.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
         server = cluster_at(place(options["host"], options.get("port", 6379)))
-        connect = partial(redis.RedisCluster, **options)
+        connect = partial(SyncCluster, **options)
         channel = ClusterChannel(connect, _given(options), server=server, breaker=_BREAKER, owned=True)
         return RedisStore.over(channel)
     with _refusals(url):
@@ -103,7 +104,7 @@ def async_store_from_url(url: str) -> AsyncStore:
         return AsyncMemoryStore()
     options: dict[str, Any] = {"retry": redis.asyncio.retry.Retry(NoBackoff(), 0), **location.options}
     if location.topology == "cluster":
-        client = redis.asyncio.RedisCluster(**options)
+        client = AsyncCluster(**options)
         return AsyncRedisStore.over(AsyncClusterChannel(client, _given(options), breaker=_BREAKER, owned=True))
     with _refusals(url):
         clients = _clients(redis.asyncio, location, options)

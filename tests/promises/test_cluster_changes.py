@@ -34,7 +34,7 @@ from tests.support.inside import pipeline_of
 from tests.support.proxies import Proxy
 from tests.support.scripted_proxy import ScriptedProxy
 from tests.support.servers import SLOTS, Cluster, RedisServer, ServerBinary
-from tests.support.topologies import ask, begin_to_move, end_move, move_keys, role, settled_by
+from tests.support.topologies import PATIENT_MILLIS, ask, begin_to_move, end_move, move_keys, role, settled_by
 from tests.support.workers import patient
 
 pytestmark = pytest.mark.redis
@@ -131,6 +131,9 @@ async def test_a_slot_that_moves_to_a_node_that_is_new_is_followed_at_every_step
 async def test_nodes_that_join_and_leave_under_load_cost_no_token(server_binary: ServerBinary) -> None:
     """The slots of half of the keys go to a node that joins; then the node that had them leaves, and is killed."""
     with servers.cluster(server_binary) as cluster, joining(cluster) as newcomer:
+        for node in (*cluster.nodes, newcomer):
+            # None of them holds another one for dead because the machine is busy.
+            ask(node, "CONFIG SET", "cluster-node-timeout", PATIENT_MILLIS)
         groups = keys_of(cluster, "resharded", 3)
         leaving, staying = cluster.nodes
         url = patient(f"redis+cluster://{staying.host}:{staying.port}")
@@ -151,6 +154,7 @@ async def test_nodes_that_join_and_leave_under_load_cost_no_token(server_binary:
             load.await_progress(tokens=3)
             # On a busy machine a node may hold the cluster down for a moment, while its slots go from hand to hand.
             assert set(load.errors()) <= {CLUSTER_DOWN}
+            # The node that stays may not have heard yet that this one has left.
             leaving.kill()
             load.await_progress(tokens=5)
         stored = load.stored()
@@ -158,6 +162,25 @@ async def test_nodes_that_join_and_leave_under_load_cost_no_token(server_binary:
             acknowledged = load.acknowledged(key)
             assert acknowledged <= stored[key] <= acknowledged + load.in_doubt(key), (key, load.summary())
         assert load.slowest < LONGEST_CALL
+
+
+async def test_a_manager_that_is_new_reaches_the_other_nodes_while_one_is_down(
+    face: Face, server_binary: ServerBinary
+) -> None:
+    """No node has taken over yet, so that the first one in the table is still the one that is down."""
+    with servers.cluster(server_binary) as cluster:
+        down, up = cluster.nodes
+        ask(up, "CONFIG SET", "cluster-node-timeout", PATIENT_MILLIS)
+        (key,) = keys_of(cluster, "new")[1]
+        down.kill()
+        async with managing(face, patient(f"redis+cluster://{up.host}:{up.port}")) as manager:
+            assert serves(down, by=up)
+            assert await manager.try_consume(key)
+
+
+def serves(node: RedisServer, by: RedisServer) -> bool:
+    """Return whether a node has slots, by what another one knows."""
+    return any(row[2][1] == node.port for row in ask(by, "CLUSTER SLOTS"))
 
 
 def give_all(target: RedisServer, slots: int) -> None:

@@ -17,7 +17,7 @@ ACL_COMMANDS = ("eval", "evalsha", "getrange", "set", "del", "time")
 ACL_COMMANDS_FOR_A_DATABASE = ("select",)
 """What redis-py sends besides, where the database is not 0."""
 
-ACL_COMMANDS_FOR_A_CLUSTER = ("cluster|slots", "command", "asking")
+ACL_COMMANDS_FOR_A_CLUSTER = ("cluster|slots", "asking")
 """What is sent besides to a cluster."""
 
 
