@@ -42,6 +42,10 @@ class Attempt:
     :ivar new: the bytes that were computed last, to be stored by a swap.
     :ivar ttl: the time to live of these bytes, in milliseconds.
     :ivar seen: what the manager had seen under the key when this decision began.
+    :ivar answer: the answer that goes with the swap that this decision began with.
+    :ivar asked: what the store was asked to decide; None: nothing yet.
+    :ivar usual: the usual request that this decision began with, outside of the loop; None where there was none.
+    :ivar outcome: the reply to that request, or the ``StoreError`` in its place, which the loop has yet to look at.
     """
 
     # The class holds the defaults, because most decisions are over after one swap and set none of these.
@@ -55,6 +59,10 @@ class Attempt:
     learns: bool = False
     new: bytes = b""
     ttl: int = 0
+    answer: Any = None
+    asked: Any = None
+    usual: Any = None
+    outcome: Any = None
 
     def __init__(self, requests: Requests, question: Question) -> None:
         self.requests = requests
@@ -128,9 +136,28 @@ class Attempt:
         """Return the steps that replace ``before`` by ``new``; nothing is sent until they are run."""
         requests, question, target = self.requests, self.question, self.target
         question.course.round_trips += 1
+        if self.usual is not None:
+            return self._swap_that_was_sent()
         if question.holds:
             return self._swap_seen_through()
         return requests.swapping(target.stored_key, self.before, self.new, self.ttl, question.deadline)
+
+    def _swap_that_was_sent(self) -> Steps[Lost | None]:
+        reply = self.taken_reply()
+        express: Any = self.requests.express
+        key, deadline = self.target.stored_key, self.question.deadline
+        return (yield from express.swapped(key, self.before, self.new, self.ttl, deadline=deadline, reply=reply))  # type: ignore[no-any-return]
+
+    def taken_reply(self) -> Any:
+        """Return the reply to the usual request, and forget that this was sent.
+
+        :raises StoreError: which has come in place of the reply.
+        """
+        outcome = self.outcome
+        self.usual = self.outcome = None
+        if isinstance(outcome, StoreError):
+            raise outcome
+        return outcome
 
     def _swap_seen_through(self) -> Steps[Lost | None]:
         question = self.question

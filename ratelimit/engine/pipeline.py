@@ -25,6 +25,7 @@ from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
 from ratelimit.engine.coalescing.threads import ThreadCoalescing
+from ratelimit.engine.express import Express
 from ratelimit.engine.face import Face
 from ratelimit.engine.fallback import Fallback
 from ratelimit.engine.in_process import InProcess
@@ -35,7 +36,7 @@ from ratelimit.engine.observing import Listener, observing
 from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.outage_log import OutageLog
-from ratelimit.engine.proxy import BucketProxy, asking_in_process, asking_in_steps, asking_in_tasks
+from ratelimit.engine.proxy import BucketProxy, asking_in_process, asking_in_steps, asking_together
 from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
 from ratelimit.engine.shield import shielding
 from ratelimit.engine.store_requests import Tuning, now_of, requests_to
@@ -138,14 +139,12 @@ class Pipeline:
             if not self.face.asynchronous:
                 self._asking = partial(asking_in_process, self._in_process)
             return self._in_process.decide
-        deciding = Swapping(self.requests).decide
+        swapping = Swapping(self.requests)
         if not coalesces:
-            return deciding
-        if self.face.asynchronous:
-            self.coalescing = TaskCoalescing(deciding, self.monotonic)
-            self._asking = partial(asking_in_tasks, self.coalescing)
-        else:
-            self.coalescing = ThreadCoalescing(deciding, self.monotonic)
+            return swapping.decide
+        express = Express(swapping, self.requests)
+        self.coalescing = (TaskCoalescing if self.face.asynchronous else ThreadCoalescing)(express, self.monotonic)
+        self._asking = partial(asking_together, self.coalescing)
         return self.coalescing.decide
 
     def _beneath(self, optimization: Optimization | None) -> Layer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import TryConsume, execute
@@ -11,6 +11,7 @@ from ratelimit.engine.cancellation import seen_through
 from ratelimit.engine.delegation import BUSY, busier
 from ratelimit.engine.last_seen import UNKNOWN
 from ratelimit.engine.lost_reply import Seen, decided_again
+from ratelimit.engine.question import new_tuple
 from ratelimit.engine.script_arguments import (
     COUNTING,
     MUST_EXIST,
@@ -44,84 +45,110 @@ def prepared(attempt: Attempt) -> Steps[Any]:
     return NOT_DECIDED
 
 
-def _delegated(attempt: Attempt) -> Steps[Any]:
-    """Let the store decide, once in an attempt; return ``NOT_DECIDED`` where it cannot for this command or bucket."""
-    attempt.should_delegate, attempt.has_delegated = False, True
+class Asked(NamedTuple):
+    """What the store is asked to decide.
+
+    :param form: what all such requests have in common.
+    :param consumption: what the command consumes, if it does nothing else; None for all other commands.
+    :param flags: the flags of the request; ``STRICT`` among them where it can be sent again if its reply is lost.
+    :param arguments: those of the script.
+    """
+
+    form: Form
+    consumption: PlainConsumption | None
+    flags: int
+    arguments: tuple[bytes, ...]
+
+
+def asked_of_store(attempt: Attempt) -> Asked | None:
+    """Return what the store is to be asked to decide; None where it cannot for this command or bucket.
+
+    A consumption is asked for strictly, if that may be, so that it can be asked for again.
+    """
     command, target, seen, requests = attempt.command, attempt.target, attempt.seen, attempt.requests
     form = form_of(attempt.terms, target.expiration)
     if form is None:
-        return NOT_DECIDED
+        return None
     attempt.learns = attempt.swaps == 0 and requests.habit.wants_to_see(seen)
     consumption = plain_consumption(command)
     flags = MUST_EXIST if attempt.must_exist else 0
     if consumption is None:
         arguments = form.request(command, attempt.terms, attempt.now, flags)
-        if arguments is None:
-            # The script does not know this command. The loop goes on with a swap.
-            return NOT_DECIDED
-        decided = yield from _decided(attempt, arguments)
     else:
-        if not (consumption.is_shown or attempt.learns or target.must_exist_once_made):
+        tokens, calls, is_shown = consumption
+        if not (is_shown or attempt.learns or target.must_exist_once_made):
             flags |= COUNTING
-        decided = yield from _consumed(attempt, form, consumption, flags)
-    if decided is None:
+        if (
+            tokens * calls <= form.traceable_tokens
+            and seen.behind < BUSY
+            and requests.unique_readings
+            # A strict request that is not run costs one more round trip, and a decision takes three at most.
+            and attempt.question.course.round_trips <= 1
+        ):
+            flags |= STRICT
+        arguments = form.request_to_consume(tokens, calls, attempt.terms, attempt.now, flags)
+    return None if arguments is None else new_tuple(Asked, (form, consumption, flags, arguments))
+
+
+def _delegated(attempt: Attempt) -> Steps[Any]:
+    """Let the store decide, once in an attempt; return ``NOT_DECIDED`` where it cannot for this command or bucket."""
+    attempt.should_delegate, attempt.has_delegated = False, True
+    asked = asked_of_store(attempt) if attempt.asked is None else attempt.asked
+    if asked is None:
+        # The script does not know this command. The loop goes on with a swap.
         return NOT_DECIDED
+    if asked.consumption is None:
+        decided = yield from _decided(attempt, asked.arguments)
+    else:
+        decided = yield from _consumed(attempt, asked)
     if type(decided) is Decided and not decided.done:
         if attempt.question.course.interruption is not None:
             # The store has changed nothing, so that nothing has to be undone.
             raise attempt.question.course.interruption
         attempt.shown(decided.before)
         return NOT_DECIDED
-    return _answer(attempt, consumption, decided)
+    return answer_to(attempt, asked, decided)
 
 
-def _answer(attempt: Attempt, consumption: PlainConsumption | None, decided: Any) -> Any:
+def answer_to(attempt: Attempt, asked: Asked, decided: Any) -> Any:
     """Return the answer that belongs to what the store has said of a decision that it made."""
     if type(decided) is Decided:
         return _explained(attempt, decided.before)
     if type(decided) is Seen:
         return decided.answer
-    return _counted(attempt, consumption, decided)
+    return _counted(attempt, asked.consumption, decided)
 
 
 def _decided(attempt: Attempt, arguments: tuple[bytes, ...]) -> Steps[Any]:
     question, requests, key = attempt.question, attempt.requests, attempt.target.stored_key
     question.course.round_trips += 1
+    if attempt.usual is not None:
+        reply = attempt.taken_reply()
+        return (yield from requests.express.decided(key, arguments, question.deadline, reply))  # type: ignore[union-attr]
     if question.holds:
         deciding = requests.decide(key, arguments, deadline=question.deadline)  # type: ignore[misc]
         return (yield from seen_through(deciding, question.course))
     return (yield from requests.deciding(key, arguments, question.deadline))  # type: ignore[misc]
 
 
-def _consumed(attempt: Attempt, form: Form, consumption: PlainConsumption, flags: int) -> Steps[Any]:
-    """Let the store consume tokens if they are there: strictly, if that may be, so that it can be asked again.
-
-    :returns: what the store says, or ``Seen``, or None where there is no request for such numbers.
-    """
-    tokens, calls, _ = consumption
+def _consumed(attempt: Attempt, asked: Asked) -> Steps[Any]:
+    """Let the store consume tokens if they are there; return what the store says, or ``Seen``."""
+    form, consumption, flags, arguments = asked
+    tokens, calls, _ = consumption  # type: ignore[misc]  # callers have checked it
     terms, now = attempt.terms, attempt.now
-    is_strict = (
-        tokens * calls <= form.traceable_tokens
-        and attempt.seen.behind < BUSY
-        and attempt.requests.unique_readings
-        # A strict request that is not run costs one more round trip, and a decision takes three at most.
-        and attempt.question.course.round_trips <= 1
-    )
-    arguments = form.request_to_consume(tokens, calls, terms, now, flags | STRICT if is_strict else flags)
-    if arguments is None:
-        return None
+    is_strict = flags & STRICT
     try:
         decided = yield from _decided(attempt, arguments)
     except BaseException as error:
         if not is_strict or not attempt.may_repeat(error):
             raise
-        again = form.request_to_consume(tokens, calls, terms, now, (flags | STRICT) & ~COUNTING)
+        again = form.request_to_consume(tokens, calls, terms, now, flags & ~COUNTING)
         decided = yield from decided_again(attempt, consumption, again, error)  # type: ignore[arg-type]  # as before, it is there
     if is_strict and type(decided) is Decided and not decided.done:
         # Its time was not later than the last refill, or it could be granted in part only.
         attempt.behind = busier(attempt.seen)
-        arguments = form.request_to_consume(tokens, calls, terms, now, flags)
-        decided = yield from _decided(attempt, arguments)  # type: ignore[arg-type]
+        arguments = form.request_to_consume(tokens, calls, terms, now, flags & ~STRICT)  # type: ignore[assignment]
+        decided = yield from _decided(attempt, arguments)
     return decided
 
 

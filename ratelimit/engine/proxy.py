@@ -15,6 +15,7 @@ from ratelimit.core.results import Snapshot, VerboseResult
 from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.cancelled_waits import Place
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
+from ratelimit.engine.coalescing.threads import ThreadCoalescing
 from ratelimit.engine.in_process import InProcess
 from ratelimit.engine.observing import report_interruption
 from ratelimit.engine.question import Course, Layer, Part, Question, Target, new_tuple
@@ -243,8 +244,8 @@ def asking_in_steps(proxy: BucketProxy) -> Any:
     return ask
 
 
-def asking_in_tasks(coalescing: TaskCoalescing, proxy: BucketProxy) -> Any:
-    """Return what answers a command in asyncio where coalescing is the outermost layer."""
+def asking_together(coalescing: ThreadCoalescing | TaskCoalescing, proxy: BucketProxy) -> Any:
+    """Return what answers a command, or returns an awaitable of the answer, where coalescing is the outermost layer."""
     pipeline, target, terms, timeout = proxy.pipeline, proxy.target, proxy.terms, proxy.timeout
 
     def ask(command: Command[Any], own_timeout: Duration | None = None) -> Any:

@@ -11,7 +11,7 @@ from ratelimit.engine.face import Face
 from ratelimit.engine.last_seen import LastSeen, Sighting
 from ratelimit.runtime.clock import Clock, has_unique_readings
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, Lost, Store
+from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, ExpressStore, Lost, Store
 
 
 class Tuning(NamedTuple):
@@ -45,6 +45,7 @@ class Requests:
     :param delete: deletes; as ``Store.delete``.
     :param decide: lets the store decide; None where it cannot.
     :param deciding: lets the store decide, in steps.
+    :param express: the store, where it shows its usual requests; None elsewhere.
     :param pause: waits for a number of nanoseconds between attempts, in real time.
     :param monotonic: the clock of deadlines, in seconds.
     :param last_seen: gives what was last seen under a key, or the sighting beside it.
@@ -62,6 +63,7 @@ class Requests:
     delete: Callable[..., Any]
     decide: Callable[..., Any] | None
     deciding: Callable[..., Steps[Decided | int]] | None
+    express: ExpressStore | None
     pause: Callable[[int], Any]
     monotonic: Callable[[], float]
     unique_readings: bool
@@ -97,6 +99,7 @@ def requests_to(
         known_now=_nothing_known if deciding is None else now,
         decide=None if deciding is None else deciding.decide,
         deciding=None if deciding is None else deciding.deciding,
+        express=store if isinstance(store, ExpressStore) else None,
         pause=face.pause,
         monotonic=face.monotonic,
         unique_readings=has_unique_readings(store if clock is None else clock),

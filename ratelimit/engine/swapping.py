@@ -43,7 +43,10 @@ class Swapping:
 
     def decide(self, question: Question) -> Steps[Any]:
         """Answer a question."""
-        attempt = Attempt(self._requests, question)
+        return self.go_on(Attempt(self._requests, question))
+
+    def go_on(self, attempt: Attempt) -> Steps[Any]:
+        """Answer the question of an attempt, which may have begun outside of this loop: see ``express``."""
         try:
             while True:
                 if not attempt.is_ready:

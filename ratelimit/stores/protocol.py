@@ -110,6 +110,41 @@ class DecidingStore(Protocol):
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]: ...
 
 
+class Usual(NamedTuple):
+    """A request that swaps or decides by itself: nothing has to go along with it.
+
+    :param command: the request, as the store knows it.
+    :param done: the reply by which a swap is done.
+    """
+
+    command: Any
+    done: Any = None
+
+
+@runtime_checkable
+class ExpressStore(DecidingStore, Protocol):
+    """A deciding store that also shows its requests, so that a decision can be one request and one reply.
+
+    ``usual_swap`` and ``usual_decision`` return the one request of ``swap`` and ``decide``, or None where it takes more
+    than one request, or where something goes along with it. ``send_usual`` sends such a request in sync code and
+    returns its reply. ``post_usual`` sends it in asyncio code: ``waiter.set_result`` gets a list of the reply, or
+    ``waiter.set_exception`` a ``StoreError``. It returns False where the request cannot leave at once, and was not
+    sent. ``swapped`` and ``decided`` return the steps of ``swap`` and ``decide`` from such a reply
+    on; for ``swapped`` it is one by which the swap is not done.
+    """
+
+    def usual_swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Usual | None: ...
+    def usual_decision(self, key: bytes, arguments: tuple[bytes, ...]) -> Usual | None: ...
+    def send_usual(self, key: bytes, command: Any, deadline: float | None) -> Any: ...
+    def post_usual(self, key: bytes, command: Any, waiter: Any, deadline: float | None) -> bool: ...
+    def swapped(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None, reply: Any
+    ) -> Steps[Lost | None]: ...
+    def decided(
+        self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None, reply: Any
+    ) -> Steps[Decided | int]: ...
+
+
 @runtime_checkable
 class UpdatingStore(Protocol):
     """A store in this process, which keeps states as they are: nothing is swapped or awaited.

@@ -141,7 +141,9 @@ def test_merged_calls_answer_and_store_what_single_calls_would(wanted: list[tupl
 def queues(manager: Any) -> dict[Any, Any]:
     merger = coalescing_of(manager)
     assert isinstance(merger, ThreadCoalescing | TaskCoalescing)
-    return merger._leaders if isinstance(merger, ThreadCoalescing) else merger._places
+    if isinstance(merger, ThreadCoalescing):
+        return merger._leaders
+    return {(loop, key): queue for loop, line in merger._lines.items() for key, queue in line.queues.items()}
 
 
 def followers(manager: Any) -> dict[bytes, list[Any]]:

@@ -351,6 +351,12 @@ def test_a_store_that_loses_every_swap_is_asked_three_times(verb: Verb, redis_ur
     class Losing(RedisStore):
         trips = 0
 
+        def usual_swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> None:
+            return None
+
+        def usual_decision(self, key: bytes, arguments: tuple[bytes, ...]) -> None:
+            return None
+
         def get(self, key: bytes, *, deadline: float | None = None) -> bytes | None:
             self.trips += 1
             return super().get(key, deadline=deadline)

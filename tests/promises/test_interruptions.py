@@ -163,9 +163,9 @@ def test_hiredis_is_given_nothing_but_bytes(url: str, monkeypatch: pytest.Monkey
         packed.extend(command)
         return given(command)
 
-    given = channel._pack_one
+    given = channel.pack_one
     monkeypatch.setattr(hiredis, "pack_command", pack)
-    monkeypatch.setattr(channel, "_pack_one", pack)
+    monkeypatch.setattr(channel, "pack_one", pack)
     for query in ("protocol=2", "protocol=3&db=1"):
         with ProxyManager.from_url(f"{url}&{query}", LIMITS) as manager:
             every_verb(manager)
@@ -178,14 +178,14 @@ def test_hiredis_is_given_nothing_but_bytes(url: str, monkeypatch: pytest.Monkey
 @pytest.mark.redis
 async def test_tasks_give_hiredis_nothing_but_bytes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[Any] = []
-    given = channel._pack_one
+    given = channel.pack_one
 
     def pack(command: tuple[Any, ...]) -> bytes:
         packed.extend(command)
         return given(command)
 
     monkeypatch.setattr(hiredis, "pack_command", pack)
-    monkeypatch.setattr(channel, "_pack_one", pack)
+    monkeypatch.setattr(channel, "pack_one", pack)
     async with AsyncProxyManager.from_url(f"{url}&protocol=3", LIMITS) as manager:
         assert isinstance(manager._store, AsyncRedisStore)
         for _ in range(20):
@@ -490,7 +490,7 @@ async def test_a_task_that_is_cancelled_at_any_await_keeps_nothing(url: str, ver
             was_cancelled = await cancelled_at(turn, lambda: getattr(manager, verb)("key"))
             assert all(await asyncio.gather(*others))
             assert await manager.try_consume("key")
-            assert not merger_of(manager)._places
+            assert not any(line.queues for line in merger_of(manager)._lines.values())
             (link,) = manager._store._channel._connection._links.values()  # type: ignore[attr-defined]
             assert not link._waiters
             assert not link._unsent

@@ -29,6 +29,7 @@ class MadeUp:
 
     def __init__(self, *, native: bool) -> None:
         self.spans_nodes = True
+        self.post = None
         self.server = "made up"
         self.native = native
         self.refusal: Exception | None = None

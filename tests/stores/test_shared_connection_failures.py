@@ -352,7 +352,7 @@ async def test_replies_that_came_while_the_loop_was_blocked_are_still_read(
     shared = sharing(server.port, socket_timeout=60)
     await echo(shared, b"connected")
     (link,) = shared._links.values()
-    transport: Any = link._transport
+    transport: Any = link.transport
     first = asyncio.ensure_future(shared.send(b"first", ((b"ECHO", b"first"),), deadline=monotonic() + 0.1))
     # The next turn of the loop writes the command. The turn after that takes longer than the deadline.
     await asyncio.sleep(0)

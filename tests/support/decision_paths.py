@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -117,6 +118,19 @@ class Tap:
         self.after(kind)
         return replies
 
+    @property
+    def post(self) -> Any:
+        return None if self._channel.post is None else self._post
+
+    def _post(self, key: bytes, command: RedisCommand, waiter: Any, deadline: float | None) -> bool:
+        kind = _kind(command)
+        if not self._channel.post(key, command, _TappedWaiter(self, kind, waiter), deadline):
+            return False
+        # The command leaves at the end of this turn of the loop.
+        self.sent.append(kind)
+        self.before(kind)
+        return True
+
     async def _awaited(self, kind: str, replies: Awaitable[Replies]) -> Replies:
         answered = await replies
         after = self.after(kind)
@@ -128,6 +142,25 @@ class Tap:
         """Return what was sent since the last call."""
         sent, self.sent = self.sent, []
         return sent
+
+
+class _TappedWaiter:
+    """Stands between a waiter and its reply, which waits for what a tap does after it."""
+
+    def __init__(self, tap: Tap, kind: str, waiter: Any) -> None:
+        self._tap = tap
+        self._kind = kind
+        self.done = waiter.done
+        self.set_exception = waiter.set_exception
+        self._set_result = waiter.set_result
+
+    def set_result(self, replies: Replies) -> None:
+        after = self._tap.after(self._kind)
+        if after is None:
+            self._set_result(replies)
+        else:
+            self._after = asyncio.ensure_future(after)
+            self._after.add_done_callback(lambda _: self._set_result(replies))
 
 
 def _kind(command: RedisCommand) -> str:

@@ -190,7 +190,7 @@ def fork_with_a_loop(url: str) -> None:
 
     def addresses() -> set[Any]:
         links = manager._store._channel._connection._links.values()  # type: ignore[attr-defined]
-        return {link._transport.get_extra_info("sockname") for link in links}
+        return {link.transport.get_extra_info("sockname") for link in links}
 
     theirs = addresses()
 

@@ -1,60 +1,83 @@
-"""Coalescing for tasks of asyncio; tasks of different event loops do not wait for each other."""
+"""Coalescing for tasks of asyncio; tasks of different event loops do not wait for each other.
+
+The first decision about a key goes the express way, without a task or a step: its request is sent at once, and the
+connection gives the reply to a :class:`_Flight`, as it would give it to a future. Decisions about the same key that
+come meanwhile queue. When the flight has ended they are decided together, in one flight. What turns out unusual goes on
+in a task, and keeps its key for that time.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, Future
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from ratelimit.core.commands import Batch
+from ratelimit.engine.attempt import Attempt
 from ratelimit.engine.coalescing.common import copied, count_together, too_late
-from ratelimit.engine.question import Layer, Question, new_tuple
+from ratelimit.engine.express import UNUSUAL, Express
+from ratelimit.engine.question import Question, new_tuple
+from ratelimit.errors import StoreError
+from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps, arun
 
-_Where: TypeAlias = tuple[AbstractEventLoop, bytes]
+_NOBODY: Final = object()
+"""Stands for no queue: nothing is in flight about a key."""
 
 
 class _Queued(NamedTuple):
     """A question that waits for its answer; the future is cancelled where nobody waits any more."""
 
     question: Question
-    answer: asyncio.Future[Any]
+    answer: Future[Any]
 
 
-@dataclass(slots=True, eq=False)
-class _Place:
-    """A bucket about which a question is in flight, and behind which others queue.
+class _Line:
+    """What is in flight, and what waits, in one event loop.
 
-    :ivar queue: those that have come meanwhile.
-    :ivar carried: those whose commands are in flight, but for a first one that carries its own.
-    :ivar timer: for the first deadline of them all.
+    :ivar queues: for each key about which a question is in flight, those that have come meanwhile; None: none has.
+    :ivar carrying: the flights that carry several questions.
     """
 
-    key: bytes
-    loop: AbstractEventLoop
-    monotonic: Callable[[], float]
-    queue: list[_Queued] = field(default_factory=list)
-    carried: list[_Queued] = field(default_factory=list)
-    timer: asyncio.TimerHandle | None = None
-    due: float = math.inf
+    def __init__(self, loop: AbstractEventLoop | None, monotonic: Callable[[], float]) -> None:
+        self.loop: Any = loop
+        self.queues: dict[bytes, list[_Queued] | None] = {}
+        self.carrying: set[_Flight] = set()
+        self._monotonic = monotonic
+        # For the first deadline of all that are queued or carried.
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf
 
-    def watch(self, deadline: float) -> None:
-        """Let nobody wait for longer than until this deadline, or the ones that are watched already."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.due = deadline
-        self.timer = self.loop.call_later(deadline - self.monotonic(), self._on_deadline)
+    def queue(self, key: bytes, question: Question) -> Future[Any]:
+        """Queue behind the question in flight, and return the answer to be."""
+        answer: Future[Any] = self.loop.create_future()
+        queued = new_tuple(_Queued, (question, answer))
+        queue = self.queues[key]
+        if queue is None:
+            self.queues[key] = [queued]
+        else:
+            queue.append(queued)
+        deadline = question.deadline
+        if deadline is not None and deadline < self._due:
+            self._watch(deadline)
+        return answer
+
+    def _watch(self, deadline: float) -> None:
+        """Let nobody wait for longer than until this deadline, or the one that is watched already."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = deadline
+        self._timer = self.loop.call_later(deadline - self._monotonic(), self._on_deadline)
 
     def _on_deadline(self) -> None:
-        now, next_due = self.monotonic(), math.inf
-        self.timer, self.due = None, math.inf
+        now, next_due = self._monotonic(), math.inf
+        self._timer, self._due = None, math.inf
         # A command that is in flight may be carried out after its caller has given up; one that queues is not sent.
-        for waiting, in_doubt in ((self.carried, True), (self.queue, False)):
+        carried = [(flight.carried, True) for flight in self.carrying]
+        for waiting, in_doubt in (*carried, *((queue or (), False) for queue in self.queues.values())):
             for question, answer in waiting:
                 deadline = question.deadline
                 if answer.done() or deadline is None:
@@ -64,157 +87,268 @@ class _Place:
                 else:
                     next_due = min(next_due, deadline)
         if next_due < math.inf:
-            self.watch(next_due)
+            self._watch(next_due)
 
-    def end(self) -> None:
-        """Wake those that are left where nothing is in flight any more."""
-        if self.timer is not None:
-            self.timer.cancel()
-        with suppress(RuntimeError):  # the loop is closed
-            for queued in (*self.carried, *self.queue):  # some are left where the loop ends
-                queued.answer.cancel()
+
+class _Flight:
+    """A question on its way: that of one caller, or one that carries the questions of several.
+
+    It stands in for a future where the shared connection gives out replies.
+
+    :ivar future: the answer to the one caller.
+    :ivar carried: the questions that it carries; empty where there is one caller.
+    """
+
+    __slots__ = ("_coalescing", "_line", "attempt", "carried", "future")
+
+    def __init__(
+        self,
+        coalescing: TaskCoalescing,
+        line: _Line,
+        attempt: Attempt,
+        future: Future[Any],
+        carried: tuple[_Queued, ...] | list[_Queued] = (),
+    ) -> None:
+        self._coalescing = coalescing
+        self._line = line
+        self.attempt = attempt
+        self.future = future
+        self.carried = carried
+
+    def done(self) -> bool:
+        """Return False: the reply shows what is stored, also where no caller waits any more."""
+        return False
+
+    def set_result(self, replies: list[Any]) -> None:
+        """Take the reply to the request."""
+        (reply,) = replies
+        attempt = self.attempt
+        try:
+            answer = self._coalescing.express.answer(attempt, reply)
+        except Exception as error:  # noqa: BLE001  # it is for the callers
+            self._fail(error)
+            return
+        if answer is UNUSUAL:
+            attempt.outcome = reply
+            self.go_on()
+        else:
+            self._end(answer)
+
+    def set_exception(self, error: BaseException) -> None:
+        """Take the error in place of the reply."""
+        self.attempt.outcome = error
+        # What goes on may send another request, and the connection is busy with all that waited for replies.
+        self._line.loop.call_soon(self.go_on)
+
+    def go_on(self) -> None:
+        """Go on in the loop of ``swapping``, as a task, unless no caller waits any more."""
+        if self.future.done() and all(answer.done() for _, answer in self.carried):
+            self._leave()
+            return
+        coalescing, attempt = self._coalescing, self.attempt
+        task = self._line.loop.create_task(arun(coalescing.express.go_on(attempt)))
+        coalescing.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._coalescing.tasks.discard(task)
+        if task.cancelled():
+            for future in (self.future, *(answer for _, answer in self.carried)):
+                future.cancel()
+            self._leave()
+        elif (error := task.exception()) is not None:
+            self._fail(error)
+        else:
+            self._end(task.result())
+
+    def _end(self, answer: Any) -> None:
+        if not self.carried:
+            if not self.future.done():
+                self.future.set_result(answer)
+        else:
+            trips = self.attempt.question.course.round_trips
+            for (question, future), each in zip(self.carried, answer, strict=True):
+                question.course.round_trips = trips
+                if not future.done():
+                    future.set_result(each)
+        self._leave()
+
+    def _fail(self, error: Any) -> None:
+        if not self.carried:
+            if not self.future.done():
+                self.future.set_exception(error)
+        else:
+            trips = self.attempt.question.course.round_trips
+            for question, future in self.carried:
+                question.course.round_trips = trips
+                if not future.done():
+                    future.set_exception(copied(error, question.parts[0].target.key))
+        self._leave()
+
+    def _leave(self) -> None:
+        line = self._line
+        if self.carried:
+            line.carrying.discard(self)
+        self._coalescing.leave(line, self.attempt.target.stored_key)
 
 
 class TaskCoalescing:
-    """The queues of a manager for asyncio.
+    """The lines of a manager for asyncio.
 
-    :param inner: answers the questions that are let through.
+    :param express: answers the questions that are let through.
     :param monotonic: the clock of deadlines, in seconds.
+    :ivar tasks: what goes on in tasks. An event loop refers weakly to its tasks: without this set they could be
+        collected before they end.
     """
 
-    def __init__(self, inner: Layer, monotonic: Callable[[], float]) -> None:
-        self._inner = inner
+    def __init__(self, express: Express, monotonic: Callable[[], float]) -> None:
+        self.express = express
+        self.tasks: set[asyncio.Task[Any]] = set()
         self._monotonic = monotonic
-        # None: a question is in flight, and no other has come yet.
-        self._places: dict[_Where, _Place | None] = {}
-        # An event loop refers weakly to its tasks: without this set they could be collected before they end.
-        self._carriers: set[asyncio.Task[None]] = set()
+        self._lines: dict[AbstractEventLoop, _Line] = {}
+        # The line that was used last, which is mostly the only one.
+        self._line = _Line(None, monotonic)
+        fork_safety.call_in_child(self._forget)
+
+    def _forget(self) -> None:
+        """Begin without anything in flight in a forked process: the replies go to the parent."""
+        self._lines = {}
+        self._line = _Line(None, self._monotonic)
 
     def decide(self, question: Question) -> Steps[Any]:
         """Answer a question, alone or together with others: the layer."""
-        (part,) = question.parts
-        if part.command.only_reads:
-            return self._inner(question)
-        where = asyncio.get_running_loop(), part.target.stored_key
-        if where in self._places:
-            return self._wait(question, self._queue(where, question))
-        return self._lead(where, question)
+        if not question.holds:
+            return (yield self.ask(question))
+        return (yield from self._lead(self._line_here(), self.express.begin(question)))
 
     def ask(self, question: Question) -> Awaitable[Any]:
-        """Answer a question for a caller that awaits it; one that queues awaits nothing but the answer."""
-        (part,) = question.parts
-        if part.command.only_reads:
-            return arun(self._inner(question))
-        where = asyncio.get_running_loop(), part.target.stored_key
-        if where in self._places:
-            return self._queue(where, question)
-        return arun(self._lead(where, question))
+        """Send the request for a question, if it is a usual one, and return what is to be awaited for the answer."""
+        ((target, _, command),) = question.parts
+        if command.only_reads:
+            return arun(self.express.go_on(self.express.begin(question)))
+        line, key = self._line_here(), target.stored_key
+        if line.queues.get(key, _NOBODY) is not _NOBODY:
+            return line.queue(key, question)
+        attempt = self.express.begin(question)
+        if attempt.usual is not None:
+            flight = _Flight(self, line, attempt, line.loop.create_future())
+            if self._is_sent(flight):
+                line.queues[key] = None
+                return flight.future
+        return arun(self._lead(line, attempt))
 
-    def _queue(self, where: _Where, question: Question) -> asyncio.Future[Any]:
-        """Queue behind the question in flight, and return the answer to be."""
-        place = self._places[where]
-        if place is None:
-            loop, key = where
-            place = self._places[where] = _Place(key, loop, self._monotonic)
-        answer: asyncio.Future[Any] = place.loop.create_future()
-        place.queue.append(new_tuple(_Queued, (question, answer)))
-        if question.deadline is not None and question.deadline < place.due:
-            place.watch(question.deadline)
-        return answer
+    def _line_here(self) -> _Line:
+        """Return the line of the running loop."""
+        loop = asyncio.get_running_loop()
+        line = self._line
+        if line.loop is not loop:
+            for known in list(self._lines):
+                if known.is_closed():
+                    self._lines.pop(known, None)
+            line = self._line = self._lines.setdefault(loop, _Line(loop, self._monotonic))
+        return line
 
-    def _lead(self, where: _Where, question: Question) -> Steps[Any]:
-        """Ask, so that others may queue behind; nothing is in flight about this bucket."""
-        self._places[where] = None
+    def _is_sent(self, flight: _Flight) -> bool:
+        """Send the usual request of a flight; return False where its attempt has to go on in the loop instead."""
+        attempt = flight.attempt
         try:
-            return (yield from self._inner(question))
-        finally:
-            place = self._places[where]
-            if place is None:
-                del self._places[where]
-            else:
-                self._hand_over(place)
+            if self.express.post(attempt, flight):
+                return True
+            attempt.usual = None
+        except StoreError as error:
+            attempt.outcome = error
+        return False
 
-    def _wait(self, question: Question, answer: asyncio.Future[Any]) -> Steps[Any]:
-        """Wait for the answer.
+    def _lead(self, line: _Line, attempt: Attempt) -> Steps[Any]:
+        """Ask in steps, so that others may queue behind, or queue where another question is in flight."""
+        key = attempt.target.stored_key
+        if key in line.queues:
+            return (yield from self._wait(line, key, attempt.question))
+        line.queues[key] = None
+        try:
+            return (yield from self.express.go_on(attempt))
+        finally:
+            self.leave(line, key)
+
+    def _wait(self, line: _Line, key: bytes, question: Question) -> Steps[Any]:
+        """Queue, and wait for the answer.
 
         Once the command is on its way no cancellation ends that, if the question holds it back.
         """
+        answer = line.queue(key, question)
         while question.holds:
             try:
                 return (yield asyncio.shield(answer))
             except asyncio.CancelledError as error:
-                place = self._places.get((answer.get_loop(), question.parts[0].target.stored_key))
-                queued = place is not None and any(queued.answer is answer for queued in place.queue)
-                if answer.cancelled() or queued:
+                if answer.cancelled() or any(queued.answer is answer for queued in line.queues.get(key) or ()):
                     answer.cancel()
                     raise
                 # The outcome of the command must be known, and then undone.
                 question.course.interruption = error
         return (yield answer)
 
-    def _hand_over(self, place: _Place) -> None:
-        """Let those that have come meanwhile go together."""
-        if not place.queue:
-            self._leave(place)
+    def leave(self, line: _Line, key: bytes) -> None:
+        """Let those that have come meanwhile go together; nothing is in flight about this bucket any more."""
+        queue = line.queues[key]
+        if queue is None:
+            del line.queues[key]
             return
+        # Those that were answered in this turn of the loop may ask again before the next ones go.
         try:
-            if place.loop is asyncio.get_running_loop():
-                self._start_carrier(place)
-                return
-        except RuntimeError:  # no loop runs here: the question in flight has been collected
-            pass
+            if _is_running(line.loop):
+                line.loop.call_soon(self._take_off, line, key)
+            else:
+                # The question in flight has been collected, elsewhere.
+                line.loop.call_soon_threadsafe(self._take_off, line, key)
+        except RuntimeError:  # the loop is closed, and nobody waits any more
+            del line.queues[key]
+            with suppress(RuntimeError):
+                for _, answer in queue:
+                    answer.cancel()
+
+    def _take_off(self, line: _Line, key: bytes) -> None:
+        """Let the first ones in a queue go, as many as go together."""
+        queue = line.queues[key] or []
+        together: list[_Queued] = []
+        while queue and not together:
+            together = _next_of(queue)
+        if not together:
+            del line.queues[key]
+            return
+        line.queues[key] = queue or None
+        question, future = together[0]
+        carried: list[_Queued] = []
+        if len(together) > 1:
+            carried, question = together, _carrying(together)
         try:
-            place.loop.call_soon_threadsafe(self._start_carrier, place)
-        except RuntimeError:  # it is closed, and nobody waits any more
-            self._leave(place)
-
-    def _leave(self, place: _Place) -> None:
-        del self._places[place.loop, place.key]
-        place.end()
-
-    def _start_carrier(self, place: _Place) -> None:
-        carrier = place.loop.create_task(self._carry(place))
-        self._carriers.add(carrier)
-        carrier.add_done_callback(partial(self._ended, place))
-
-    def _ended(self, place: _Place, carrier: asyncio.Task[None]) -> None:
-        self._carriers.discard(carrier)
-        if self._places.get((place.loop, place.key)) is place:  # it was cancelled before it had begun
-            self._leave(place)
-
-    async def _carry(self, place: _Place) -> None:
-        """Ask one question after the other until nobody waits."""
-        try:
-            while place.queue:
-                place.carried = _next_of(place.queue)
-                if place.carried:
-                    await self._carry_together(place.carried)
-                    place.carried = []
-        finally:
-            self._leave(place)
-
-    async def _carry_together(self, together: list[_Queued]) -> None:
-        """Ask one question for all of them, until the last of their deadlines, and hand out the answers."""
-        ((target, terms, _),) = together[0].question.parts
-        deadlines = [queued.question.deadline for queued in together]
-        deadline = None if None in deadlines else max(deadlines)  # type: ignore[type-var]  # there is no None
-        for queued in together:
-            queued.question.course.carried = True
-        batch = Batch(tuple([queued.question.parts[0].command for queued in together]))
-        asked = Question.of(target, terms, batch, deadline)
-        try:
-            answers = await arun(self._inner(asked))
+            attempt = self.express.begin(question)
         except Exception as error:  # noqa: BLE001  # it is for those that wait
-            for question, future in together:
-                question.course.round_trips = asked.course.round_trips
-                if not future.done():
-                    future.set_exception(copied(error, question.parts[0].target.key))
-        else:
-            trips = asked.course.round_trips
-            for (question, future), answer in zip(together, answers, strict=True):
-                question.course.round_trips = trips
-                if not future.done():
-                    future.set_result(answer)
+            for waiting, answer in together:
+                answer.set_exception(copied(error, waiting.parts[0].target.key))
+            self.leave(line, key)
+            return
+        flight = _Flight(self, line, attempt, future, carried)
+        if carried:
+            line.carrying.add(flight)
+        if attempt.usual is None or not self._is_sent(flight):
+            flight.go_on()
+
+
+def _is_running(loop: AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+def _carrying(together: list[_Queued]) -> Question:
+    """Return one question for all of them, which lasts until the last of their deadlines."""
+    ((target, terms, _),) = together[0].question.parts
+    deadlines = [queued.question.deadline for queued in together]
+    deadline = None if None in deadlines else max(deadlines)  # type: ignore[type-var]  # there is no None
+    for question, _ in together:
+        question.course.carried = True
+    return Question.of(target, terms, Batch(tuple([question.parts[0].command for question, _ in together])), deadline)
 
 
 def _next_of(queue: list[_Queued]) -> list[_Queued]:

@@ -9,7 +9,8 @@ from weakref import ref
 
 from ratelimit.core.commands import Batch
 from ratelimit.engine.coalescing.common import copied, count_together, too_late
-from ratelimit.engine.question import Course, Layer, Question
+from ratelimit.engine.express import Express
+from ratelimit.engine.question import Course, Question
 from ratelimit.errors import RateLimitError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime import fork_safety, threads
 from ratelimit.runtime.steps import Steps
@@ -90,12 +91,12 @@ class ThreadCoalescing:
     - Where nobody leads, any thread that notices appoints the next leader. To do that twice does no harm, and neither
       would two leaders: swaps decide.
 
-    :param inner: answers the questions that are let through.
+    :param express: answers the questions that are let through.
     :param monotonic: the clock of deadlines, in seconds.
     """
 
-    def __init__(self, inner: Layer, monotonic: Callable[[], float]) -> None:
-        self._inner = inner
+    def __init__(self, express: Express, monotonic: Callable[[], float]) -> None:
+        self._decide = express.decide
         self._monotonic = monotonic
         self._leaders: dict[bytes, ref[Course]] = {}
         self._queues: dict[bytes, list[_Entry]] = {}
@@ -108,15 +109,20 @@ class ThreadCoalescing:
         self._queues.clear()
 
     def decide(self, question: Question) -> Steps[Any]:
-        """Answer a question, alone or together with others: the layer."""
+        """Answer a question, alone or together with others: the layer, whose steps wait where they stand."""
+        yield from ()
+        return self.ask(question)
+
+    def ask(self, question: Question) -> Any:
+        """Answer a question, alone or together with others."""
         (part,) = question.parts
         if part.command.only_reads:
-            return (yield from self._inner(question))
+            return self._decide(question)
         place, me = part.target.stored_key, ref(question.course)
         if place not in self._queues:
             try:
                 if self._leaders.setdefault(place, me) is me:
-                    return (yield from self._inner(question))
+                    return self._decide(question)
             finally:
                 # Before any call: the interpreter lets signals in at calls and loops, not in between.
                 try:
@@ -128,17 +134,17 @@ class ThreadCoalescing:
                     self._appoint(place)
         if threads.block_greenlets():
             # No greenlet waits for another: each asks by itself.
-            return (yield from self._inner(question))
-        return (yield from self._carried(place, question, _Entry(question, me)))
+            return self._decide(question)
+        return self._carried(place, question, _Entry(question, me))
 
-    def _carried(self, place: bytes, question: Question, entry: _Entry) -> Steps[Any]:
+    def _carried(self, place: bytes, question: Question, entry: _Entry) -> Any:
         """Queue, and wait for the answer or lead others."""
         me, course = entry.caller, question.course
         try:
             with self._lock:
                 self._queues.setdefault(place, []).append(entry)
             if self._wait(place, entry, question):
-                yield from self._lead(place, entry, question)
+                self._lead(place, entry, question)
         finally:
             entry.left = True
             try:
@@ -207,7 +213,7 @@ class ThreadCoalescing:
             flight = entry.flight
         raise too_late(entry.part.target.key, in_doubt=not (flight is None or flight.is_void()))
 
-    def _lead(self, place: bytes, leader: _Entry, question: Question) -> Steps[None]:
+    def _lead(self, place: bytes, leader: _Entry, question: Question) -> None:
         """Ask one question for all that go together, and publish the answers."""
         course = question.course
         asking = course if question.holds else Course()
@@ -217,7 +223,7 @@ class ThreadCoalescing:
             command = Batch(tuple([entry.part.command for entry in flight.led]))
             target, terms, _ = next(iter(flight.led)).part
             asked = Question.of(target, terms, command, question.deadline, holds=True, course=asking)
-            flight.answers = yield from self._inner(asked)
+            flight.answers = self._decide(asked)
         except RateLimitError as error:
             if isinstance(error, StoreTimeoutError) and not error.in_doubt:
                 # Only the leader had no time left; the others may have some.

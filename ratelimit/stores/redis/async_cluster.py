@@ -47,6 +47,7 @@ class AsyncClusterChannel:
         breaker: CircuitBreaker | None = None,
         owned: bool = False,
     ) -> None:
+        self.post = None
         self.spans_nodes = True
         self._client = client
         self._owned = owned

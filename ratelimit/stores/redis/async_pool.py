@@ -38,6 +38,7 @@ class AsyncPoolChannel:
         self._clients = (client, *sentinels)
         self._owned = owned
         self._connection = SharedConnection(self._make_connection, Circuit(breaker))
+        self.post = self._connection.post
 
     def node(self, key: bytes) -> str:
         """Return an empty name: there is one server at a time."""

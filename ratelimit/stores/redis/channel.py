@@ -32,9 +32,13 @@ class Channel(Protocol):
     """The connections of a client.
 
     :ivar spans_nodes: whether different keys may be on different servers.
+    :ivar post: sends one command for a waiter, see :meth:`.SharedConnection.post`; None where that is not possible.
     """
 
     spans_nodes: bool
+
+    @property
+    def post(self) -> Callable[[bytes, Command, Any, float | None], bool] | None: ...
 
     def node(self, key: bytes) -> str:
         """Return the name of the server that holds a key; two servers have two clocks."""
@@ -98,12 +102,12 @@ def pack(commands: Sequence[Command]) -> bytes:
     prints an ``int``, and where a handler raises then, hiredis uses the text that it did not get, and crashes.
     """
     if len(commands) == 1:
-        return _pack_one(commands[0])
-    return b"".join([_pack_one(command) for command in commands])
+        return pack_one(commands[0])
+    return b"".join([pack_one(command) for command in commands])
 
 
 # The stub of hiredis allows tuples of one length only.
-_pack_one: Final[Callable[[Command], bytes]] = hiredis.pack_command  # type: ignore[assignment]
+pack_one: Final[Callable[[Command], bytes]] = hiredis.pack_command  # type: ignore[assignment]
 
 
 def as_bytes(arguments: Sequence[Any]) -> Command:

@@ -51,6 +51,7 @@ class ClusterChannel:
         breaker: CircuitBreaker | None = None,
         owned: bool = False,
     ) -> None:
+        self.post = None
         self.spans_nodes = True
         self.server = server
         self._connect = connect

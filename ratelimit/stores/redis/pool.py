@@ -43,6 +43,7 @@ class PoolChannel:
         owned: bool = False,
         monotonic: Callable[[], float] = monotonic,
     ) -> None:
+        self.post = None
         self.spans_nodes = False
         self._clients = (client, *sentinels)
         self._owned = owned

@@ -30,7 +30,15 @@ from redis._parsers.hiredis import NOT_ENOUGH_DATA
 
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import monotonic
-from ratelimit.stores.redis.channel import Command, PushNotification, Replies, check_time_left, is_outdated, pack
+from ratelimit.stores.redis.channel import (
+    Command,
+    PushNotification,
+    Replies,
+    check_time_left,
+    is_outdated,
+    pack,
+    pack_one,
+)
 from ratelimit.stores.redis.circuit import Circuit
 from ratelimit.stores.redis.connecting import CONNECTS_ONCE
 from ratelimit.stores.redis.errors import translated
@@ -112,6 +120,22 @@ class SharedConnection:
                     left.leave_closed_loop()
         return link.send(key, commands, math.inf if deadline is None else deadline, now)
 
+    def post(self, key: bytes, command: Command, waiter: _Waits, deadline: float | None = None) -> bool:
+        """Send a command, whose reply goes to a waiter of the caller's own, as it would to a future.
+
+        :returns: False where the command cannot leave in this turn of the loop; it was not sent then.
+        """
+        link = self._links.get(asyncio.get_running_loop())
+        if link is None or not link.usable or link.transport is None or self.circuit.is_open:
+            return False
+        now = monotonic()
+        if deadline is None:
+            deadline = math.inf
+        elif now >= deadline:
+            check_time_left(key, deadline)
+        link.post(pack_one(command), _new(_Waiter, (waiter, key, 1, now, deadline)))
+        return True
+
     def _made(self, key: bytes) -> Any:
         try:
             return self._make_connection()
@@ -134,6 +158,14 @@ class SharedConnection:
                 link.close()
 
 
+class _Waits(Protocol):
+    """The part of a future that a link needs."""
+
+    def done(self) -> bool: ...
+    def set_result(self, result: Replies, /) -> None: ...
+    def set_exception(self, exception: BaseException, /) -> None: ...
+
+
 class _Waiter(NamedTuple):
     """A caller that waits for replies.
 
@@ -141,7 +173,7 @@ class _Waiter(NamedTuple):
     :ivar deadline: the caller's own; infinite where it has none.
     """
 
-    future: Future[Replies]
+    future: _Waits
     key: bytes
     replies: int
     since: float
@@ -169,6 +201,7 @@ class _Link:
     it, except in tests that freeze the loop's.
 
     :param before: the link whose place this one takes.
+    :ivar transport: carries the commands; None until there is a connection.
     """
 
     def __init__(
@@ -202,7 +235,7 @@ class _Link:
         self._due = math.inf
         self._heard = monotonic()
         self._fails_since = math.inf
-        self._transport: _Transport | None = None
+        self.transport: _Transport | None = None
         self._parser: Any = None
         self._end_of_loop: AsyncGenerator[None, None] | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -222,22 +255,24 @@ class _Link:
                 cast("Coroutine[Any, Any, None]", task.get_coro()).close()
 
     def send(self, key: bytes, commands: Sequence[Command], deadline: float, now: float) -> Future[Replies]:
-        loop = self.loop
-        packed = pack(commands)
-        if not self._unsent and self._transport is not None:
-            loop.call_soon(self._flush)
+        future: Future[Replies] = self.loop.create_future()
+        self.post(pack(commands), _new(_Waiter, (future, key, len(commands), now, deadline)))
+        return future
+
+    def post(self, packed: bytes, waiter: _Waiter) -> None:
+        if not self._unsent and self.transport is not None:
+            self.loop.call_soon(self._flush)
         self._unsent.append(packed)
-        future: Future[Replies] = loop.create_future()
-        self._waiters.append(_new(_Waiter, (future, key, len(commands), now, deadline)))
+        self._waiters.append(waiter)
+        _, _, _, now, deadline = waiter
         due = min(now + self._patience, deadline)
-        if now >= self._due and self._timer is not None and self._timer.when() > loop.time():
+        if now >= self._due and self._timer is not None and self._timer.when() > self.loop.time():
             # A test has frozen the loop's clock, by which the timer is not due. A timer that is merely late goes off by
             # itself, after the loop has read the replies that have come meanwhile.
             self._watch(math.inf, now)
             self._on_deadline()
         elif due < self._due:
             self._watch(due, now)
-        return future
 
     def _watch(self, due: float, now: float) -> None:
         """Set the timer to look after the waiters at that time."""
@@ -247,9 +282,9 @@ class _Link:
         self._timer = None if due == math.inf else self.loop.call_later(due - now, self._on_deadline)
 
     def _flush(self) -> None:
-        if self._transport is not None and self._unsent:
+        if self.transport is not None and self._unsent:
             packed, self._unsent = b"".join(self._unsent), []
-            self._transport.write(packed)
+            self.transport.write(packed)
 
     async def _connect(self, connection: Any, longest_connecting: float) -> None:
         # The setting is visible in this task only.
@@ -280,10 +315,10 @@ class _Link:
             connection._reader = connection._writer = None  # noqa: SLF001
             writer.transport.set_protocol(_Receiver(self))
             self._parser = parser._reader  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-            self._transport = writer.transport
+            self.transport = writer.transport
         else:
-            self._transport = _Turns(self, connection)
-        self._end_of_loop = _aborted_with_its_loop(self._transport, writer)
+            self.transport = _Turns(self, connection)
+        self._end_of_loop = _aborted_with_its_loop(self.transport, writer)
         await anext(self._end_of_loop)
         if self._parser is not None:
             # Nobody reads the stream any more.
@@ -381,7 +416,7 @@ class _Link:
                 # Nobody waits for this reply any more, but its absence shows whether the server is silent.
                 next_due = min(next_due, max(self._heard, waiter.since) + self._timeout)
             if not waiter.future.done():
-                missing = "connection" if self._transport is None else "reply"
+                missing = "connection" if self.transport is None else "reply"
                 # Connecting has timeouts of its own, and goes on for callers that come later.
                 self._fails_since = min(self._fails_since, waiter.since if in_doubt else math.inf)
                 failure = exceptions.TimeoutError(f"no {missing} within {due - waiter.since:.3g} s")
@@ -426,8 +461,8 @@ class _Link:
         self.usable, self.ended = False, True
         if self._timer is not None:
             self._timer.cancel()
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
         elif self._connecting not in (None, asyncio.current_task()):
             self._connecting.cancel()
         if self._end_of_loop is not None:
@@ -442,7 +477,7 @@ class _Link:
         self._unsent.clear()
 
 
-def _fail(future: Future[Replies], error: Exception, key: bytes, *, in_doubt: bool) -> None:
+def _fail(future: _Waits, error: Exception, key: bytes, *, in_doubt: bool) -> None:
     ours = translated(error, key, in_doubt=in_doubt)
     # The error may have been the answer to another waiter, for which nothing is in doubt.
     ours.in_doubt = in_doubt

@@ -22,7 +22,7 @@ from ratelimit.errors import StoreError, StoreUnavailableError
 from ratelimit.runtime.clock import MONOTONIC_IS_FINE
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import Decided, Lost
+from ratelimit.stores.protocol import Decided, Lost, Usual
 from ratelimit.stores.redis.channel import Channel, Command
 from ratelimit.stores.redis.circuit import CircuitStatus
 from ratelimit.stores.redis.errors import translated
@@ -37,6 +37,9 @@ _DECIDE: Final = load("decide")
 
 _LAST_BYTE_READ: Final = b"%d" % LONGEST_STATE
 """The index of the last byte that is read: one byte more than a state may have, so that no server sends 512 MB."""
+
+# Makes a named tuple without the function that would only name its fields.
+_new = tuple.__new__
 
 _TIME: Final = (b"TIME",)
 _PROBE: Final = (b"", b"IFEQ", secrets.token_bytes(32), b"GET")
@@ -88,64 +91,100 @@ class RedisSteps(OfThisProcess):
         # The reply is empty where nothing is stored. An empty value that is stored is found when a swap loses to it.
         return _state((yield from self._accompanied(questions, node, key, command, deadline)), key) or None
 
+    def usual_swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Usual | None:
+        """Return the one command that swaps; None where something else has to go along with it."""
+        node = self._only or self._node_of(key)
+        if self._monotonic() >= node.time.stale_at:
+            return None
+        if node.swaps_natively:
+            return _new(Usual, (_native_swap(key, before, after, ttl_millis), before))
+        script, arguments = _scripted_swap(before, after, ttl_millis)
+        if node.swaps_natively is None or script.sha not in node.scripts:
+            return None
+        return _new(Usual, ((*script.call, key, *arguments), 1))
+
     def swapping(
         self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
     ) -> Steps[Lost | None]:
         """Return the steps of ``swap``, for callers that are steps themselves."""
+        usual = self.usual_swap(key, before, after, ttl_millis)
+        if usual is None:
+            return (yield from self._swapping_unusually(key, before, after, ttl_millis, deadline))
+        (reply,) = yield self._channel.send(key, (usual.command,), deadline)
+        if reply == usual.done:
+            return None
+        return (yield from self.swapped(key, before, after, ttl_millis, deadline=deadline, reply=reply))
+
+    def swapped(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None, reply: Any
+    ) -> Steps[Lost | None]:
+        """Return the steps of ``swap`` from a reply to its usual command on, by which the swap is not done."""
         node = self._only or self._node_of(key)
-        ttl = min(ttl_millis, _LONGEST_TTL_MILLIS)
+        # Either another server has taken this one's place, or this one was restarted and has forgotten all scripts. To
+        # try each of these would cost a round trip each.
+        if is_refused_as_unknown(reply):
+            node.swaps_natively = False
+        elif isinstance(reply, NoScriptError):
+            node.scripts.clear()
+        else:
+            return Lost(_state(reply, key))
+        return (yield from self._swapping_unusually(key, before, after, ttl_millis, deadline))
+
+    def _swapping_unusually(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, deadline: float | None
+    ) -> Steps[Lost | None]:
+        """Swap by a command that takes something along, or by one that the server may not know."""
+        node = self._only or self._node_of(key)
         if node.swaps_natively:
-            condition = (b"NX",) if before is None else (b"IFEQ", before)
-            expiry = (b"PX", b"%d" % ttl) if ttl > 0 else ()
-            command = (b"SET", key, after, *condition, b"GET", *expiry)
-            if self._monotonic() < node.time.stale_at:
-                (reply,) = yield self._channel.send(key, (command,), deadline)
-            else:
-                reply = yield from self._accompanied((_TIME,), node, key, command, deadline)
-            if reply == before:
-                return None
-            # Another value is stored, or the reply is an error.
+            command = _native_swap(key, before, after, ttl_millis)
+            reply = yield from self._accompanied((_TIME,), node, key, command, deadline)
             if not is_refused_as_unknown(reply):
-                return Lost(_state(reply, key))
+                return None if reply == before else Lost(_state(reply, key))
             # Another server has taken this one's place, and has no IFEQ.
             node.swaps_natively = False
-        arguments: Command
-        if before is None:
-            script, arguments = (_SET_NX_PX, (key, after, b"%d" % ttl)) if ttl > 0 else (_SET_NX, (key, after))
-        elif ttl > 0:
-            script, arguments = _COMPARE_AND_SWAP_PX, (key, before, after, b"%d" % ttl)
-        else:
-            script, arguments = _COMPARE_AND_SWAP, (key, before, after)
-        if node.swaps_natively is False and script.sha in node.scripts and self._monotonic() < node.time.stale_at:
-            # This repeats the commonest case of _run, because calling _run here would add six calls, and five percent
-            # of the instructions, to each decision.
-            (reply,) = yield self._channel.send(key, (script.call + arguments,), deadline)
-            if reply == 1:
-                return None
-            if not isinstance(reply, NoScriptError):
-                return Lost(_state(reply, key))
-            node.scripts.clear()
-        reply = yield from self._run(node, script, key, arguments[1:], deadline)
+        script, arguments = _scripted_swap(before, after, ttl_millis)
+        reply = yield from self._run(node, script, key, arguments, deadline)
         return None if reply == 1 else Lost(_state(reply, key))
+
+    def usual_decision(self, key: bytes, arguments: tuple[bytes, ...]) -> Usual | None:
+        """Return the one command that lets the server decide; None where something else has to go along with it."""
+        node = self._only or self._node_of(key)
+        if node.swaps_natively is None or _DECIDE.sha not in node.scripts or self._monotonic() >= node.time.stale_at:
+            return None
+        return _new(Usual, ((*_DECIDE.call, key, *arguments), None))
 
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]:
         """Return the steps of ``decide``, for callers that are steps themselves."""
-        node = self._only or self._node_of(key)
-        if node.swaps_natively is not None and _DECIDE.sha in node.scripts and self._monotonic() < node.time.stale_at:
-            # This repeats the commonest case of _run, as swapping does.
-            (reply,) = yield self._channel.send(key, ((*_DECIDE.call, key, *arguments),), deadline)
-            if isinstance(reply, NoScriptError):
-                node.scripts.clear()
-                reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
-        else:
+        usual = self.usual_decision(key, arguments)
+        if usual is None:
+            node = self._only or self._node_of(key)
             reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
-        if type(reply) is int:
-            return reply
-        if type(reply) is not list:
-            return Decided(True, _state(reply, key))
-        if len(reply) != 1:
-            raise _senseless(reply, key)
-        return Decided(False, _state(reply[0], key))
+            return _decided(reply, key)
+        (reply,) = yield self._channel.send(key, (usual.command,), deadline)
+        return (yield from self.decided(key, arguments, deadline, reply))
+
+    def decided(
+        self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None, reply: Any
+    ) -> Steps[Decided | int]:
+        """Return the steps of ``decide`` from the reply to its usual command on."""
+        if isinstance(reply, NoScriptError):
+            node = self._only or self._node_of(key)
+            node.scripts.clear()
+            reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
+        return _decided(reply, key)
+
+    def send_usual(self, key: bytes, command: Command, deadline: float | None) -> Any:
+        """Send a usual command, and return its reply; in sync code."""
+        (reply,) = self._channel.send(key, (command,), deadline)
+        return reply
+
+    def post_usual(self, key: bytes, command: Command, waiter: Any, deadline: float | None) -> bool:
+        """Send a usual command in asyncio code; return False where it cannot leave at once.
+
+        :param waiter: gets the list of its one reply by ``set_result``, or a ``StoreError`` by ``set_exception``.
+        """
+        post = self._channel.post
+        return post is not None and post(key, command, waiter, deadline)
 
     def _deleting(self, key: bytes, deadline: float | None) -> Steps[None]:
         yield from self._asking(key, (b"DEL", key), deadline)
@@ -226,6 +265,32 @@ class RedisSteps(OfThisProcess):
     def _node_named(self, name: str) -> Node:
         node = self._nodes.get(name)
         return self._nodes.setdefault(name, Node()) if node is None else node
+
+
+def _native_swap(key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Command:
+    condition = (b"NX",) if before is None else (b"IFEQ", before)
+    expiry = (b"PX", b"%d" % min(ttl_millis, _LONGEST_TTL_MILLIS)) if ttl_millis > 0 else ()
+    return (b"SET", key, after, *condition, b"GET", *expiry)
+
+
+def _scripted_swap(before: bytes | None, after: bytes, ttl_millis: int) -> tuple[Script, Command]:
+    """Return the script that swaps, and its arguments."""
+    states = (after,) if before is None else (before, after)
+    if ttl_millis > 0:
+        script = _SET_NX_PX if before is None else _COMPARE_AND_SWAP_PX
+        return script, (*states, b"%d" % min(ttl_millis, _LONGEST_TTL_MILLIS))
+    return _SET_NX if before is None else _COMPARE_AND_SWAP, states
+
+
+def _decided(reply: Any, key: bytes) -> Decided | int:
+    """Return what the server has decided, from the reply of its script."""
+    if type(reply) is int:
+        return reply
+    if type(reply) is not list:
+        return Decided(True, _state(reply, key))
+    if len(reply) != 1:
+        raise _senseless(reply, key)
+    return Decided(False, _state(reply[0], key))
 
 
 def _state(reply: Any, key: bytes) -> bytes | None:

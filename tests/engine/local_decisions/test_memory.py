@@ -46,7 +46,7 @@ async def test_the_least_recently_used_is_forgotten(make: Make, store: CountingS
 
 def test_one_that_is_used_meanwhile_is_not_forgotten() -> None:
     store = SwappingMemoryStore()
-    manager = ProxyManager(store, LIMITS, optimization=MANUAL, memory_limit_bytes=3_000)
+    manager = ProxyManager(store, LIMITS, optimization=MANUAL, memory_limit_bytes=3_000, merging=False)
     assert manager.try_consume("old")
     assert manager.try_consume("old")
     steps = steps_of(manager.bucket("new"), TryConsume(1))

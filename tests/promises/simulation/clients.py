@@ -19,6 +19,7 @@ from ratelimit.core.commands import (
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
+from ratelimit.engine.express import UNUSUAL, Express
 from ratelimit.engine.face import Face
 from ratelimit.engine.on_error import OnError
 from ratelimit.engine.optimization import Optimization
@@ -26,7 +27,7 @@ from ratelimit.engine.pipeline import Pipeline
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Layer, Question, Target
 from ratelimit.engine.swapping import Swapping
-from ratelimit.errors import RateLimitError
+from ratelimit.errors import RateLimitError, StoreError
 from ratelimit.runtime.steps import Steps, run
 from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.ledger import LONGEST_PAUSE_NANOS, Decision, Ledger, Remove, plain, plain_answer
@@ -92,8 +93,26 @@ class Witnessed(Pipeline):
         super().__init__(*arguments, **settings)
 
     def _decider(self, *_: Any, **__: Any) -> Layer:
-        decide = Swapping(self.requests).decide
-        return lambda question: self._witnessed(question, decide(question))
+        express = Express(Swapping(self.requests), self.requests)
+        return lambda question: self._witnessed(question, _by_express(express, question))
+
+
+def _by_express(express: Express, question: Question) -> Steps[Any]:
+    """Decide as a manager does: by a usual request where there is one, and in the loop from its outcome on."""
+    attempt = express.begin(question)
+    if attempt.usual is not None:
+        request = attempt.usual.command
+        request.deadline = question.deadline
+        try:
+            reply = yield request
+        except StoreError as error:
+            attempt.outcome = error
+        else:
+            answer = express.answer(attempt, reply)
+            if answer is not UNUSUAL:
+                return answer
+            attempt.outcome = reply
+    return (yield from express.go_on(attempt))
 
 
 class Process:

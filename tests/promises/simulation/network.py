@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ratelimit.errors import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import Decided, Lost
+from ratelimit.stores.protocol import Decided, Lost, Usual
 from tests.promises.simulation.bucket import Bucket
 from tests.promises.simulation.ledger import Decision
 from tests.promises.simulation.server import Server
@@ -88,11 +88,42 @@ class SimulatedStore:
     def deciding(self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None) -> Steps[Decided | int]:
         return (yield self.decide(key, arguments, deadline=deadline))  # type: ignore[no-any-return]  # the same
 
+    def usual_swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Usual | None:
+        return Usual(self.swap(key, before, after, ttl_millis))
+
+    def usual_decision(self, key: bytes, arguments: tuple[bytes, ...]) -> Usual | None:
+        return Usual(Request("decide", key, None, lambda decision: _raw(self._server.decide(decision, arguments))))
+
+    def swapped(
+        self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int, *, deadline: float | None, reply: Any
+    ) -> Steps[Lost | None]:
+        yield from ()
+        return reply  # type: ignore[no-any-return]  # as the server answers
+
+    def decided(
+        self, key: bytes, arguments: tuple[bytes, ...], deadline: float | None, reply: Any
+    ) -> Steps[Decided | int]:
+        yield from ()
+        return Decided(False, reply[0]) if isinstance(reply, list) else Decided(True, reply)
+
+    def send_usual(self, key: bytes, command: Any, deadline: float | None) -> Any:
+        raise NotImplementedError
+
+    def post_usual(self, key: bytes, command: Any, waiter: Any, deadline: float | None) -> bool:
+        raise NotImplementedError
+
     def delete(self, key: bytes, *, deadline: float | None = None) -> Any:
         return Request("delete", key, deadline, self._server.delete)
 
     def close(self) -> None:
         raise NotImplementedError
+
+
+def _raw(decided: Decided | int) -> Any:
+    """Return the reply of the script, as servers send it."""
+    if isinstance(decided, int):
+        return decided
+    return decided.before if decided.done else [decided.before]
 
 
 class Network:
