@@ -28,16 +28,17 @@ class Express:
     """The express way to a store.
 
     :param swapping: decides whatever turns out otherwise.
+    :ivar go_on: returns the steps by which an attempt goes on.
     """
 
     def __init__(self, swapping: Swapping, requests: Requests) -> None:
         self.go_on: Final = swapping.go_on
-        self._requests = requests
+        self.requests = requests
         self._store: Any = requests.express
 
     def begin(self, question: Question) -> Attempt:
         """Begin a decision; where it takes a usual request, that is the attempt's ``usual``, to be sent now."""
-        attempt = Attempt(self._requests, question)
+        attempt = Attempt(self.requests, question)
         if self._store is None or question.holds:
             return attempt
         try:

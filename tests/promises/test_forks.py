@@ -194,14 +194,14 @@ def test_a_cluster_is_used_by_tasks_of_parent_and_child(cluster: servers.Cluster
     with asyncio.Runner() as runner:
         assert runner.run(consume(3)) == 30
         client: Any = manager._store._channel._client  # type: ignore[attr-defined]
-        runner.run(client.get("a key"))  # over a connection of the client itself
+        runner.run(client.eval("return 1", 1, "a key"))  # over a connection of the client itself
         theirs = {id(one) for node in client.get_nodes() for one in node._connections}
         assert theirs
 
         def in_child() -> list[Any]:
             async def consume_and_look() -> list[Any]:
                 count = await consume(5)
-                await client.get("a key")
+                await client.eval("return 1", 1, "a key")
                 return [count, theirs & {id(one) for node in client.get_nodes() for one in node._connections}]
 
             count, shared = asyncio.run(consume_and_look())

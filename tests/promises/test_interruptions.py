@@ -30,7 +30,7 @@ from ratelimit import (
 from ratelimit.engine.last_seen import LastSeen, Sighting, _weight
 from ratelimit.engine.question import Course
 from ratelimit.stores.protocol import Lost
-from ratelimit.stores.redis import channel
+from ratelimit.stores.redis import channel, shared_connection
 from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support import storms
 from tests.support.inside import coalescing_of, local_buckets_of, local_decisions_of, pipeline_of
@@ -165,7 +165,8 @@ def test_hiredis_is_given_nothing_but_bytes(url: str, monkeypatch: pytest.Monkey
 
     given = channel.pack_one
     monkeypatch.setattr(hiredis, "pack_command", pack)
-    monkeypatch.setattr(channel, "pack_one", pack)
+    for module in (channel, shared_connection):
+        monkeypatch.setattr(module, "pack_one", pack)
     for query in ("protocol=2", "protocol=3&db=1"):
         with ProxyManager.from_url(f"{url}&{query}", LIMITS) as manager:
             every_verb(manager)
@@ -185,7 +186,8 @@ async def test_tasks_give_hiredis_nothing_but_bytes(url: str, monkeypatch: pytes
         return given(command)
 
     monkeypatch.setattr(hiredis, "pack_command", pack)
-    monkeypatch.setattr(channel, "pack_one", pack)
+    for module in (channel, shared_connection):
+        monkeypatch.setattr(module, "pack_one", pack)
     async with AsyncProxyManager.from_url(f"{url}&protocol=3", LIMITS) as manager:
         assert isinstance(manager._store, AsyncRedisStore)
         for _ in range(20):

@@ -94,10 +94,10 @@ class Witnessed(Pipeline):
 
     def _decider(self, *_: Any, **__: Any) -> Layer:
         express = Express(Swapping(self.requests), self.requests)
-        return lambda question: self._witnessed(question, _by_express(express, question))
+        return lambda question: self._witnessed(question, by_express(express, question))
 
 
-def _by_express(express: Express, question: Question) -> Steps[Any]:
+def by_express(express: Express, question: Question) -> Steps[Any]:
     """Decide as a manager does: by a usual request where there is one, and in the loop from its outcome on."""
     attempt = express.begin(question)
     if attempt.usual is not None:

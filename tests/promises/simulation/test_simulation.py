@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine import lost_reply, preparing, swapping
 from ratelimit.engine.attempt import Attempt
+from ratelimit.engine.express import Express
 from ratelimit.engine.last_seen import NOTHING_SEEN, Sighting
 from ratelimit.engine.local_decisions import LocalDecisions
 from ratelimit.engine.proxy import BucketProxy
@@ -155,22 +155,20 @@ def a_clock_that_is_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_client_that_admits_from_memory(patch: pytest.MonkeyPatch) -> None:
-    def admitting(requests: Requests) -> Any:
-        decide = Swapping(requests).decide
+    decide = clients.by_express
 
-        def admit(question: Question) -> Steps[Any]:
-            ((target, terms, command),) = question.parts
-            seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
-            if seen.stored is not None and isinstance(command, TryConsume):
-                after, answer = execute(command, terms, seen.state or decode(seen.stored), now)
-                if answer:
-                    requests.remember(target.stored_key, Sighting(seen.stored, after))
-                    return answer
-            return (yield from decide(question))
+    def admit(express: Express, question: Question) -> Steps[Any]:
+        ((target, terms, command),) = question.parts
+        requests = express.requests
+        seen, now = requests.last_seen(target.stored_key, NOTHING_SEEN), requests.now(target.stored_key)
+        if seen.stored is not None and isinstance(command, TryConsume):
+            after, answer = execute(command, terms, seen.state or decode(seen.stored), now)
+            if answer:
+                requests.remember(target.stored_key, Sighting(seen.stored, after))
+                return answer
+        return (yield from decide(express, question))
 
-        return SimpleNamespace(decide=admit)
-
-    patch.setattr(clients, "Swapping", admitting)
+    patch.setattr(clients, "by_express", admit)
 
 
 def _repeating(patch: pytest.MonkeyPatch, repeat: Callable[..., Steps[Lost | None]]) -> None:
@@ -208,16 +206,13 @@ def a_state_that_claims_to_show_a_reading_and_does_not(patch: pytest.MonkeyPatch
 
 
 def a_client_that_trusts_a_coarse_clock(patch: pytest.MonkeyPatch) -> None:
-    def trusting(requests: Requests) -> Any:
-        decide = Swapping(requests).decide
+    decide = clients.by_express
 
-        def trust(question: Question) -> Steps[Any]:
-            requests.unique_readings = True
-            return (yield from decide(question))
+    def trust(express: Express, question: Question) -> Steps[Any]:
+        express.requests.unique_readings = True
+        return (yield from decide(express, question))
 
-        return SimpleNamespace(decide=trust)
-
-    patch.setattr(clients, "Swapping", trusting)
+    patch.setattr(clients, "by_express", trust)
 
 
 def a_client_that_begins_anew_when_a_reply_is_lost(patch: pytest.MonkeyPatch) -> None:
