@@ -142,13 +142,14 @@ def _consumed(attempt: Attempt, asked: Asked) -> Steps[Any]:
     except BaseException as error:
         if not is_strict or not attempt.may_repeat(error):
             raise
-        again = form.request_to_consume(tokens, calls, terms, now, flags & ~COUNTING)
-        decided = yield from decided_again(attempt, consumption, again, error)  # type: ignore[arg-type]  # as before, it is there
+        # As before, there is a request for these numbers.
+        again: Any = form.request_to_consume(tokens, calls, terms, now, flags & ~COUNTING)
+        decided = yield from decided_again(attempt, consumption, again, error)  # type: ignore[arg-type]  # it is there
     if is_strict and type(decided) is Decided and not decided.done:
         # Its time was not later than the last refill, or it could be granted in part only.
         attempt.behind = busier(attempt.seen)
-        arguments = form.request_to_consume(tokens, calls, terms, now, flags & ~STRICT)  # type: ignore[assignment]
-        decided = yield from _decided(attempt, arguments)
+        plain: Any = form.request_to_consume(tokens, calls, terms, now, flags & ~STRICT)
+        decided = yield from _decided(attempt, plain)
     return decided
 
 

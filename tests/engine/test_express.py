@@ -25,7 +25,7 @@ FAULTS = ("refused", "request lost", "reply lost", "late")
 
 
 class Wire:
-    """A store behind a network: what is asked of it is under way until a test says what comes of it.
+    """A store behind a network: what is asked of it is under way until a test says what happens to it.
 
     It cannot decide by itself. No two readings of its clock are alike.
     """
@@ -102,7 +102,7 @@ class Wire:
         return future
 
     def settle(self, place: int = 0, fate: str = "") -> None:
-        """Let something come of a request that is under way: its reply, unless there is a fault."""
+        """Decide a request that is under way: give its reply, unless there is a fault."""
         carry_out, waiter, key, posted = self.under_way.pop(place)
         if fate == "refused":
             _fail(waiter, StoreUnavailableError(key, fate))
