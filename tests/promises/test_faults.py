@@ -40,7 +40,7 @@ from tests.support import servers
 from tests.support.both_faces import Manager, closing, settled
 from tests.support.decision_paths import By, deciding_by
 from tests.support.proxies import CLOSE, RESET, SILENCE, Proxy
-from tests.support.servers import RedisServer, ServerBinary, TlsServer
+from tests.support.servers import RedisServer, ServerBinary, TlsServer, wait_until
 
 pytestmark = pytest.mark.redis
 
@@ -432,6 +432,10 @@ async def test_a_dead_server_is_tried_by_one_caller_at_a_time(wire: Wire, asynch
         with wire.proxy.black_hole():
             while status().state is CircuitState.CLOSED:
                 await call_at_once(ledger, manager, [1] * CALLERS)
+            if not asynchronous:
+                # A thread that connects for a caller may begin only when that has given up.
+                connections: Any = manager.store._channel._connections  # type: ignore[union-attr]
+                wait_until(lambda: not connections._connecting, "no thread connects any more")
             tried = wire.proxy.connections
             for _ in range(300):
                 outcome = await call(manager, "try_consume", 1)
