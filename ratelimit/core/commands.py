@@ -286,6 +286,48 @@ class GiveBack(Command[None]):
 
 
 @dataclass(frozen=True, slots=True)
+class Settle(Command[int]):
+    """Put the tokens that were used in the place of those that were reserved: give back the rest, or take the excess.
+
+    The excess is taken whether it is there or not. Answer how long it would have had to wait; NEVER: it is too much,
+    and nothing is changed.
+    """
+
+    reserved: int
+    used: int
+
+    verb = "settle"
+    is_decision = True
+
+    @property
+    def rest(self) -> int:
+        """The reserved tokens that were not used."""
+        return max(0, self.reserved - self.used)
+
+    @property
+    def excess(self) -> int:
+        """The tokens that were used beyond the reserved ones."""
+        return max(0, self.used - self.reserved)
+
+    @property
+    def correction(self) -> GiveBack | ConsumeIgnoringRateLimits:
+        """The command that does the same to a bucket."""
+        return ConsumeIgnoringRateLimits(self.excess) if self.excess else GiveBack(self.rest)
+
+    def decide(self, state: State, now: int) -> Transition[int]:
+        after, wait = self.correction.decide(state, now)
+        return after, wait or 0
+
+    def answer_without_limit(self) -> int:
+        return 0
+
+    def answer_refused(self, wait: int) -> int:
+        if self.excess:
+            raise NotImplementedError
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
 class EstimateAbilityToConsume(Command[EstimationProbe]):
     """Answer whether the tokens could be consumed, and how long to wait for them."""
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from ratelimit.core.commands import Book, GiveBack, Synchronize
+from ratelimit.core.commands import Book, Command, GiveBack, Settle, Synchronize, Verbose
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, VerboseResult
 from ratelimit.engine.local_buckets import Debt, LocalBuckets, was_asked
 from ratelimit.engine.on_error import RETRY_NANOS, ErrorPolicy, OnError
@@ -123,16 +123,20 @@ class Fallback:
         elif chosen.kind == "deny":
             try:
                 answer = command.answer_refused(RETRY_NANOS)
+                question.course.charged = False
             except NotImplementedError:
                 # The command cannot be refused, as consume_ignoring_rate_limits cannot.
                 raise error from None
-        elif isinstance(command, GiveBack):
-            answer = None
-            self.local.give_back(target, command.tokens)
         else:
             in_doubt = _is_in_doubt(error)
             question.course.charged = not in_doubt
-            answer = self.local.decide(question, chosen.share, in_doubt=in_doubt)
+            if not (rest := _given_back(command)):
+                answer = self.local.decide(question, chosen.share, in_doubt=in_doubt)
+            else:
+                answer = command.answer_without_limit()
+                # In doubt, the shared bucket may have them back already.
+                if not in_doubt:
+                    self.local.give_back(target, rest)
         self._in_debt |= chosen.kind == "local"
         self._outages.note_failure(target.key, chosen, error)
         return _degraded(answer)
@@ -195,6 +199,14 @@ class Fallback:
                 in_a_row = 0
         if failure is not None:
             raise failure
+
+
+def _given_back(command: Command[Any]) -> int:
+    """Return how many tokens a command puts back that were consumed; 0 for other commands."""
+    inner: Command[Any] = command.command if isinstance(command, Verbose) else command
+    if isinstance(inner, Settle):
+        return inner.rest
+    return inner.tokens if isinstance(inner, GiveBack) else 0
 
 
 def _is_in_doubt(error: BaseException) -> bool:

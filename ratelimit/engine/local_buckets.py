@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from weakref import ref
 
 from ratelimit.core.algorithm import State
-from ratelimit.core.commands import Cancel, Terms, execute
+from ratelimit.core.commands import Cancel, Settle, Terms, execute
 from ratelimit.core.numbers import wrap
 from ratelimit.engine.question import Course, Question, Target
 from ratelimit.runtime import fork_safety
@@ -134,6 +134,27 @@ class LocalBuckets:
             local = self._buckets.values.get(target.stored_key)
             if local is not None:
                 self._credit(local, local.state.given_back(tokens), tokens)
+
+    def settle_reservation(self, target: Target, command: Settle) -> int:
+        """Settle a reservation of the local bucket, if that is still there; return what the command answers.
+
+        What was used beyond the reservation is charged to the shared bucket later, as all that is consumed here is.
+        """
+        if command.rest:
+            self.give_back(target, command.rest)
+            return 0
+        key = target.stored_key
+        with self._lock:
+            local = self._buckets.values.get(key)
+            if local is None:
+                return 0
+            now = self._now(key)
+            after, wait = command.decide(local.state.refilled(now), now)
+            if after is not None:
+                books = local.books._replace(uncharged=local.books.uncharged + command.excess)
+                # Both in one step, at which no signal is let in.
+                local.state, local.books = after, books
+            return wait
 
     def cancel(self, target: Target, command: Cancel) -> None:
         """Undo a reservation of the local bucket, if that is still there.

@@ -27,6 +27,7 @@ from ratelimit.core.commands import (
     ReplaceConfiguration,
     Reserve,
     Reset,
+    Settle,
     Synchronize,
     Terms,
     TryConsume,
@@ -183,6 +184,8 @@ def _steps(command: Command[Any]) -> Iterator[_Step]:
         if command.tokens:
             yield Operation.BOOK, _at_least_0(command.tokens), 0
         yield from _steps(command.command)
+    elif type(command) is Settle:
+        yield from _steps(command.correction)
     elif type(command) is Cancel:
         yield Operation.CANCEL, _at_least_0(command.tokens), command.noted
         for tokens, unfinished in command.surplus:

@@ -41,6 +41,7 @@ from ratelimit.core.commands import (
     ReplaceConfiguration,
     Reserve,
     Reset,
+    Settle,
     Synchronize,
     TakeSnapshot,
     Terms,
@@ -268,6 +269,7 @@ COMMANDS = st.one_of(
     st.builds(ConsumeIgnoringRateLimits, st.integers(1, 30)),
     st.builds(Reserve, st.integers(1, 30)),
     st.builds(GiveBack, st.integers(1, 12)),
+    st.builds(Settle, st.integers(1, 12), st.integers(0, 30)),
     st.builds(ForceAddTokens, st.integers(1, 12)),
     st.builds(HoldBack, st.integers(0, 3 * SECOND)),
     st.builds(ReplaceConfiguration, st.sampled_from(LIMITS), st.sampled_from(TokensInheritance)),
@@ -302,7 +304,7 @@ def test_nothing_but_its_own_room_speaks_of_token_buckets() -> None:
         *(package / "engine").rglob("*.py"),
         *(package / "stores").rglob("*.py"),
         *(package / "telemetry").rglob("*.py"),
-        *(package / f"{name}.py" for name in ("bucket", "manager", "settings", "testing")),
+        *(package / f"{name}.py" for name in ("bucket", "manager", "reservation", "settings", "testing")),
     ]
     parts = {each.name for each in (*fields(Bandwidth), *fields(BucketConfiguration)) if each.name != "capacity"}
     parts |= {*BandwidthState._fields} - {"current_size"}
