@@ -14,6 +14,7 @@ from ratelimit.core.commands import (
     GiveBack,
     Reserve,
     Reserved,
+    Settle,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -34,8 +35,9 @@ class Decision(NamedTuple):
     Keys are user input, and there may be millions of them: good for a line in a log, and never for a label of a metric.
 
     :param verb: the name of the verb; ``consume`` is reported when its tokens are reserved, before it waits for them.
-    :param tokens: what was asked for; for ``try_consume_as_much_as_possible`` the most that would be taken.
-    :param consumed: tokens that were consumed.
+    :param tokens: what was asked for; for ``try_consume_as_much_as_possible`` the most that would be taken, for
+        ``settle`` what was used.
+    :param consumed: tokens that were consumed; of ``settle``, those beyond the reservation.
     :param remaining: tokens that are left, negative in debt; None where nobody knows.
     :param wait_nanos: until the tokens will be there: how long ``consume`` waits, or when to come back after a refusal;
         ``NEVER`` where they will not.
@@ -44,6 +46,7 @@ class Decision(NamedTuple):
     :param degraded: whether the store has failed, and the ``OnError`` policy has decided.
     :param error: why there is no decision of the store; also where the policy has made one.
     :param asynchronous: whether asyncio code has asked.
+    :param given_back: tokens of a reservation that ``settle`` has given back. A ``settle`` is never a refusal.
     """
 
     key: Key
@@ -57,6 +60,7 @@ class Decision(NamedTuple):
     degraded: bool
     error: Exception | None
     asynchronous: bool
+    given_back: int = 0
 
 
 class Listener(Protocol):
@@ -106,8 +110,9 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
         command: Command[Any] = asked.command if isinstance(asked, Verbose) else asked
         if command.verb is None:
             return
-        tokens = command.limit if isinstance(command, ConsumeAsMuchAsPossible) else command.tokens  # type: ignore[attr-defined]  # all of these verbs have some
+        tokens = _asked_for(command)
         consumed, remaining, wait = _seen(command, tokens, answer)
+        is_settled = isinstance(command, Settle) and answer is not None and question.course.charged
         decision = Decision(
             key=target.key,
             verb=command.verb,
@@ -121,6 +126,7 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
             degraded=question.course.degraded,
             error=error,
             asynchronous=asynchronous,
+            given_back=command.rest if is_settled else 0,  # type: ignore[attr-defined]  # a Settle has it
         )
         # The decision is made, and its tokens are taken: a listener that fails must not make an error of it.
         try:
@@ -159,6 +165,15 @@ def _unobserved(command: Command[Any], answer: Any) -> Any:
     return answer
 
 
+def _asked_for(command: Command[Any]) -> int:
+    """Return the number of tokens that a command is about."""
+    if isinstance(command, ConsumeAsMuchAsPossible):
+        return command.limit
+    if isinstance(command, Settle):
+        return command.used
+    return command.tokens  # type: ignore[attr-defined, no-any-return]  # all other decisions have some
+
+
 def _seen(command: Command[Any], tokens: int, answer: Any) -> tuple[int, int | None, int]:
     """Return the tokens consumed, the tokens left, and the wait."""
     remaining: int | None = None
@@ -172,6 +187,8 @@ def _seen(command: Command[Any], tokens: int, answer: Any) -> tuple[int, int | N
         return 0, None, 0
     if isinstance(command, ConsumeAsMuchAsPossible):
         return answer, remaining, 0
+    if isinstance(command, Settle):
+        return (0 if answer == NEVER else command.excess), remaining, answer
     if isinstance(command, Reserve | ConsumeIgnoringRateLimits):
         wait = answer.wait if isinstance(answer, Reserved) else answer
         return (0 if wait == NEVER else tokens), remaining, wait

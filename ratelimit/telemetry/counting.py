@@ -7,13 +7,14 @@ from ratelimit.keys import Key
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.copies import OfThisProcess
 
-_NEVER_REFUSED = ("estimate_ability_to_consume", "try_consume_as_much_as_possible")
+_NEVER_REFUSED = ("estimate_ability_to_consume", "settle", "try_consume_as_much_as_possible")
 
 
 class CountingListener(OfThisProcess):
     """Counts, as Bucket4j's ``SimpleBucketListener`` does; safe for threads. One listener can serve several managers.
 
     :ivar consumed: tokens consumed.
+    :ivar given_back: tokens that reservations have given back; ``consumed`` still counts them.
     :ivar rejected: tokens refused.
     :ivar parked_nanos: for how long threads had to wait in ``consume``.
     :ivar delayed_nanos: for how long tasks had to wait in it.
@@ -26,6 +27,7 @@ class CountingListener(OfThisProcess):
 
     def __init__(self) -> None:
         self.consumed = 0
+        self.given_back = 0
         self.rejected = 0
         self.parked_nanos = 0
         self.delayed_nanos = 0
@@ -42,6 +44,7 @@ class CountingListener(OfThisProcess):
                 self.failed += 1
                 return
             self.consumed += decision.consumed
+            self.given_back += decision.given_back
             if not decision.consumed and decision.verb in _NEVER_REFUSED:
                 return
             if not decision.consumed:
