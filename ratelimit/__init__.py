@@ -36,6 +36,7 @@ from ratelimit.errors import (
     UnsupportedStateError,
 )
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.reservation import AsyncReservation, Reservation
 from ratelimit.runtime.clock import Clock, SystemClock
 from ratelimit.settings import Recovery
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
@@ -50,6 +51,7 @@ __all__ = [
     "AsyncMemoryStore",
     "AsyncProxyManager",
     "AsyncRedisStore",
+    "AsyncReservation",
     "AsyncStore",
     "AsyncVerboseBucket",
     "Bandwidth",
@@ -80,6 +82,7 @@ __all__ = [
     "RateLimitExceeded",
     "Recovery",
     "RedisStore",
+    "Reservation",
     "ReservationOverflowError",
     "Snapshot",
     "Store",

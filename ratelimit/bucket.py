@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any, Final
 
-from ratelimit.checks import duration_nanos, token_count
+from ratelimit.checks import duration_nanos, max_wait_nanos, timeout_seconds, token_count, whole_number
 from ratelimit.core.commands import (
     AddTokens,
     ConsumeAsMuchAsPossible,
@@ -19,16 +20,19 @@ from ratelimit.core.commands import (
     Reserve,
     Reserved,
     Reset,
+    Settle,
     TryConsume,
     TryConsumeAndReturnRemaining,
     Verbose,
 )
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.limits import Limits, configuration_of
-from ratelimit.core.numbers import MAX, Duration
+from ratelimit.core.numbers import MAX, NEVER, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.reserving import Taken, settling, take, taking
 from ratelimit.keys import Key, shown
+from ratelimit.reservation import AsyncReservation, Charge, RefundOn, Reservation
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps, arun, run
 from ratelimit.settings import checked_inheritance
@@ -103,6 +107,33 @@ class Bucket(_OfBucket):
         :raises ReservationOverflowError: without a longest wait, where the wait would never end.
         """
         return self._proxy.under_shield(self._proxy.consume, tokens, max_wait, timeout)
+
+    def reserve(
+        self,
+        tokens: int,
+        *,
+        max_wait: Duration | None = 0,
+        refund_on: RefundOn = (),
+        timeout: Duration | None = None,
+    ) -> Reservation:
+        """Charge an estimate before some work, and settle what was used after it.
+
+        ::
+
+            with bucket.reserve(2_000) as reservation:
+                answer = call_the_model(question)
+                reservation.settle(answer.usage.total_tokens)
+
+        Nothing is sent before the block is entered: that raises :class:`RateLimitExceeded` where the tokens are
+        refused.
+
+        :param tokens: the estimate. More than the bucket can hold is cut to that; the rest is settled as debt.
+        :param max_wait: the longest wait for the tokens that is accepted, as for :meth:`consume`; 0: no wait.
+        :param refund_on: exceptions that give all tokens back when they leave the block, because no work was done: a
+            class or a tuple of them.
+        :param timeout: of the request that takes the tokens, and of the one that settles them.
+        """
+        return Reservation(_taking(self._proxy, tokens, max_wait, timeout), refund_on)
 
     def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """Return whether the tokens could be consumed now, and how long to wait for them; consume nothing."""
@@ -273,6 +304,17 @@ class AsyncBucket(_OfBucket):
         """See :meth:`Bucket.consume`."""
         return await arun(self._proxy.consume(tokens, max_wait, timeout))
 
+    def reserve(
+        self,
+        tokens: int,
+        *,
+        max_wait: Duration | None = 0,
+        refund_on: RefundOn = (),
+        timeout: Duration | None = None,
+    ) -> AsyncReservation:
+        """See :meth:`Bucket.reserve`; the answer is entered by ``async with``, and is itself not awaited."""
+        return AsyncReservation(_ataking(self._proxy, tokens, max_wait, timeout), refund_on)
+
     async def estimate_ability_to_consume(self, tokens: int, *, timeout: Duration | None = None) -> EstimationProbe:
         """See :meth:`Bucket.estimate_ability_to_consume`."""
         return await self._proxy.aask(EstimateAbilityToConsume(token_count(tokens)), timeout)
@@ -399,6 +441,63 @@ def consuming(bucket: Bucket | AsyncBucket, tokens: int, max_wait: Duration | No
     if isinstance(bucket, Bucket):
         return proxy.under_shield(proxy.consume_and_show, tokens, max_wait, None)
     return arun(proxy.consume_and_show(tokens, max_wait, None))
+
+
+def settled(bucket: Bucket | AsyncBucket, reserved: int, used: int) -> Any:
+    """Settle tokens that were taken before, and return a ``VerboseResult``, or an awaitable of it.
+
+    It is None where nothing has changed.
+    """
+    proxy = bucket._proxy  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # this module is a bucket's own
+    steps = settling(proxy, Settle(reserved, used), None)
+    return run(steps) if isinstance(bucket, Bucket) else arun(steps)
+
+
+def _taking(
+    proxy: BucketProxy, tokens: int, max_wait: Duration | None, timeout: Duration | None
+) -> Callable[[], Charge]:
+    """Return what takes the tokens of a reservation in sync code."""
+    arguments = _checked_reservation(tokens, max_wait, timeout)
+
+    def charge() -> Charge:
+        taken = take(proxy, *arguments)
+
+        def settle(used: int) -> None:
+            run(_settling(proxy, taken, used, timeout))
+
+        return Charge(proxy.target.key, taken.tokens, taken.result.value, settle)
+
+    return charge
+
+
+def _ataking(
+    proxy: BucketProxy, tokens: int, max_wait: Duration | None, timeout: Duration | None
+) -> Callable[[], Awaitable[Charge]]:
+    """Return what takes the tokens of a reservation in asyncio."""
+    arguments = _checked_reservation(tokens, max_wait, timeout)
+
+    async def charge() -> Charge:
+        taken = await arun(taking(proxy, *arguments))
+
+        async def settle(used: int) -> None:
+            await arun(_settling(proxy, taken, used, timeout))
+
+        return Charge(proxy.target.key, taken.tokens, taken.result.value, settle)
+
+    return charge
+
+
+def _checked_reservation(
+    tokens: int, max_wait: Duration | None, timeout: Duration | None
+) -> tuple[int, Duration | None, int, Duration | None]:
+    longest_wait = NEVER if max_wait is None else max_wait_nanos(max_wait)
+    return token_count(tokens), max_wait, longest_wait, None if timeout is None else timeout_seconds(timeout)
+
+
+def _settling(proxy: BucketProxy, taken: Taken, used: int, timeout: Duration | None) -> Steps[None]:
+    command = Settle(taken.tokens, whole_number(used, "tokens", least=0))
+    if taken.is_charged:
+        yield from settling(proxy, command, timeout, is_local=taken.is_local)
 
 
 def _limit(limit: int | None) -> int:

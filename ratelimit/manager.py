@@ -27,6 +27,7 @@ from ratelimit.engine.question import Target
 from ratelimit.engine.store_requests import DEFAULT_TUNING
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import Key, brief
+from ratelimit.reservation import AsyncReservation, RefundOn, Reservation
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import arun, run
 from ratelimit.settings import (
@@ -291,6 +292,18 @@ class ProxyManager(_Manager[Store, Bucket]):
         """See :meth:`Bucket.consume`."""
         return self._own_bucket(key).consume(tokens, max_wait=max_wait, timeout=timeout)
 
+    def reserve(
+        self,
+        key: Key,
+        tokens: int,
+        *,
+        max_wait: Duration | None = 0,
+        refund_on: RefundOn = (),
+        timeout: Duration | None = None,
+    ) -> Reservation:
+        """See :meth:`Bucket.reserve`."""
+        return self._own_bucket(key).reserve(tokens, max_wait=max_wait, refund_on=refund_on, timeout=timeout)
+
     def available_tokens(self, key: Key, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.available_tokens`."""
         return self._own_bucket(key).available_tokens(timeout=timeout)
@@ -390,6 +403,18 @@ class AsyncProxyManager(_Manager[AsyncStore, AsyncBucket]):
     ) -> bool:
         """See :meth:`Bucket.consume`."""
         return await self._own_bucket(key).consume(tokens, max_wait=max_wait, timeout=timeout)
+
+    def reserve(
+        self,
+        key: Key,
+        tokens: int,
+        *,
+        max_wait: Duration | None = 0,
+        refund_on: RefundOn = (),
+        timeout: Duration | None = None,
+    ) -> AsyncReservation:
+        """See :meth:`AsyncBucket.reserve`."""
+        return self._own_bucket(key).reserve(tokens, max_wait=max_wait, refund_on=refund_on, timeout=timeout)
 
     async def available_tokens(self, key: Key, *, timeout: Duration | None = None) -> int:
         """See :meth:`Bucket.available_tokens`."""

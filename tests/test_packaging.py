@@ -301,7 +301,7 @@ FLOORS = (
     ("runtime",),
     ("stores",),
     ("engine",),
-    ("settings", "bucket", "manager"),
+    ("settings", "reservation", "bucket", "manager"),
     ("telemetry", "policy"),
     ("integrations", "testing"),
     ("pytest_plugin", "server", "replay", "demo"),

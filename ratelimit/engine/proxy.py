@@ -105,10 +105,18 @@ class BucketProxy:
         return result  # type: ignore[no-any-return]  # that of a Verbose
 
     def under_shield(
-        self, verb: Callable[..., Steps[T]], tokens: int, max_wait: Duration | None, timeout: Duration | None
+        self,
+        verb: Callable[..., Steps[T]],
+        tokens: int,
+        max_wait: Duration | None,
+        timeout: Duration | None,
+        course: Course | None = None,
     ) -> T:
-        """Run one of these two in sync code; its tokens are given back wherever it is interrupted."""
-        course = Course()
+        """Run one of these three in sync code; its tokens are given back wherever it is interrupted.
+
+        :param course: that of the question, where the caller looks at it afterwards.
+        """
+        course = course or Course()
         shield = Shield(course, partial(self._cancel_late, tokens), self.timeout)
         try:
             return run(verb(tokens, max_wait, timeout, course))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from ratelimit.bucket import AsyncBucket, Bucket, consuming
 from ratelimit.core.commands import Reserved
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
+from ratelimit.engine.reserving import probe_of
 from ratelimit.runtime.steps import Steps
 
 
@@ -26,12 +26,3 @@ def consumed(bucket: Bucket | AsyncBucket, tokens: int, max_wait: int | None) ->
     taken = result.value.wait != NEVER
     probe = probe_of(result, 0 if taken else result.value.refused_wait, consumed=taken)
     return replace(result, value=probe)  # type: ignore[return-value, arg-type]  # its value is the probe now
-
-
-def probe_of(result: VerboseResult[Any], wait: int, *, consumed: bool) -> ConsumptionProbe:
-    """Return the answer of a reservation as a probe.
-
-    :param wait: how long the refused wait would have been, in nanoseconds.
-    """
-    remaining, full = max(0, result.available_tokens), result.full_refilling_time_nanos
-    return ConsumptionProbe(consumed, remaining, wait, full, result.degraded)

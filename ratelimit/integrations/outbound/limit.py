@@ -23,6 +23,7 @@ from ratelimit.core.limits import configuration_of
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration, to_seconds
 from ratelimit.core.results import ConsumptionProbe
 from ratelimit.core.token_bucket.bandwidth import Limits
+from ratelimit.engine.reserving import probe_of
 from ratelimit.errors import InvalidArgumentError, RateLimitError, RateLimitExceeded
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
 from ratelimit.keys import Key, shown
@@ -30,7 +31,7 @@ from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.policy.callables import answered_cost, checked_cost
 from ratelimit.policy.managers import async_manager_of, manager_of
 from ratelimit.policy.switch import is_enabled
-from ratelimit.policy.waiting import consumed, probe_of
+from ratelimit.policy.waiting import consumed
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
 from ratelimit.runtime.copies import OfThisProcess
