@@ -35,6 +35,7 @@ from ratelimit.core.token_bucket import codec
 from ratelimit.testing import AsyncSwappingMemoryStore, ManualClock, SwappingMemoryStore
 from tests.support.both_faces import Settled, settled
 from tests.support.inside import pipeline_of
+from tests.support.reservations import entered
 
 NOW = 1_700_000_000 * 10**9
 
@@ -94,6 +95,7 @@ EVERY_DAY = {
 @pytest.mark.parametrize("face", ["sync", "asyncio"])
 def test_a_manager_has_the_verbs_of_every_day(face: str) -> None:
     manager = ProxyManager if face == "sync" else AsyncProxyManager
+    assert callable(manager.reserve)
     assert {verb for verb in VERBS if hasattr(manager, verb)} == EVERY_DAY
 
 
@@ -293,7 +295,7 @@ async def test_a_closed_manager_says_so(store: Any, on_error: OnError, limits: A
     make: Any = AsyncProxyManager if iscoroutinefunction(store.swap) else ProxyManager
     manager = make(opened, limits, on_error=on_error, listener=CountingListener())
     bucket = manager.bucket("key")
-    assert public(bucket) - {"key", "verbose"} == VERBS.keys() | {"sync"}
+    assert public(bucket) - {"key", "verbose"} == VERBS.keys() | {"reserve", "sync"}
     assert public(bucket.verbose) - {"key"} <= VERBS.keys()
     assert await settled(bucket.try_consume())
     for _ in range(2):
@@ -308,6 +310,10 @@ async def test_a_closed_manager_says_so(store: Any, on_error: OnError, limits: A
         if verb in EVERY_DAY:
             with refused:
                 await settled(getattr(manager, verb)("key", *arguments))
+    for owner in (bucket, manager.bucket("new")):
+        with refused:
+            async with entered(owner.reserve(1)):
+                pytest.fail("the block was entered")
     for verb in ("remove", "configuration"):
         with refused:
             await settled(getattr(manager, verb)("key"))

@@ -35,6 +35,7 @@ from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support import storms
 from tests.support.inside import coalescing_of, local_buckets_of, local_decisions_of, pipeline_of
 from tests.support.interrupting import Interruption, at_every_point
+from tests.support.reservations import reserve_and_settle
 from tests.support.servers import RedisServer, wait_until
 
 NOW = 1_700_000_000 * 10**9 + 1
@@ -207,6 +208,7 @@ def every_verb(manager: ProxyManager) -> None:
     manager.bucket("key").add_tokens(3)
     manager.bucket("key").force_add_tokens(3)
     manager.bucket("key").give_back(3)
+    reserve_and_settle(manager, "key")
     manager.snapshot("key")
     manager.reset("key")
     manager.bucket("key").hold_back(1)

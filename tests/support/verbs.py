@@ -12,6 +12,7 @@ from redis.exceptions import RedisClusterException
 
 from ratelimit import BucketConfiguration, CorruptStateError, StoreError, TokensInheritance
 from tests.support.both_faces import Manager, settled
+from tests.support.reservations import reserve_and_settle
 
 LIMITS = BucketConfiguration.parse("10/minute")
 KEY = "user:42"
@@ -23,6 +24,7 @@ VERBS: dict[str, Callable[[Manager], Any]] = {
     "try_consume_as_much_as_possible": lambda manager: manager.bucket(KEY).try_consume_as_much_as_possible(2),
     "consume_ignoring_rate_limits": lambda manager: manager.bucket(KEY).consume_ignoring_rate_limits(1),
     "consume": lambda manager: manager.consume(KEY, max_wait=1),
+    "reserve": lambda manager: reserve_and_settle(manager, KEY),
     "estimate_ability_to_consume": lambda manager: manager.bucket(KEY).estimate_ability_to_consume(1),
     "available_tokens": lambda manager: manager.available_tokens(KEY),
     "add_tokens": lambda manager: manager.bucket(KEY).add_tokens(1),
@@ -46,6 +48,7 @@ TOKEN_VERBS: dict[str, Callable[[Manager, Any], Any]] = {
     "try_consume_and_return_remaining": lambda manager, tokens: manager.try_consume_and_return_remaining(KEY, tokens),
     "consume_ignoring_rate_limits": lambda manager, tokens: manager.bucket(KEY).consume_ignoring_rate_limits(tokens),
     "consume": lambda manager, tokens: manager.consume(KEY, tokens),
+    "reserve": lambda manager, tokens: manager.reserve(KEY, tokens),
     "estimate_ability_to_consume": lambda manager, tokens: manager.bucket(KEY).estimate_ability_to_consume(tokens),
     "add_tokens": lambda manager, tokens: manager.bucket(KEY).add_tokens(tokens),
     "force_add_tokens": lambda manager, tokens: manager.bucket(KEY).force_add_tokens(tokens),
