@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
-from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.bucket import AsyncBucket, Bucket, settled
+from ratelimit.checks import whole_number
 from ratelimit.core.algorithm import Configuration, Level, levels
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
-from ratelimit.keys import Key
+from ratelimit.engine.reserving import probe_of
+from ratelimit.errors import InvalidArgumentError, RateLimitError
+from ratelimit.keys import Key, brief
 from ratelimit.policy.rule import Rule
+from ratelimit.runtime.steps import Steps, arun, run
 
 R = TypeVar("R")
+
+_logger = logging.getLogger("ratelimit")
 
 LARGEST_INTEGER: Final = 10**15 - 1
 """Clients are shown no larger number: it is the largest that a structured field (RFC 9651) holds."""
@@ -58,6 +66,7 @@ class Outcome:
     :param bucket: the bucket that was asked.
     :param tokens: the cost.
     :param result: the answer of the bucket.
+    :ivar settled: what the request has cost in the end; None as long as that is not settled.
     """
 
     rule: Rule[Any]
@@ -66,6 +75,8 @@ class Outcome:
     tokens: int
     result: VerboseResult[ConsumptionProbe] = field(repr=False)
     _limits: list[tuple[ServiceLimit, ...]] = field(default_factory=list, init=False, repr=False)
+    # The class is frozen, because the rest of it is what was decided.
+    _settlement: dict[str, object] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def probe(self) -> ConsumptionProbe:
@@ -88,6 +99,32 @@ class Outcome:
     def consumed(self) -> bool:
         """Whether the tokens were there."""
         return self.result.value.consumed
+
+    @property
+    def settled(self) -> int | None:
+        """What the request has cost in the end; None as long as that is not settled."""
+        return self._settlement.get("cost")  # type: ignore[return-value]  # an int is kept there
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the request has paid here, and nobody has begun to settle or to give back what it has paid."""
+        return self.consumed and not self._settlement
+
+    def claim(self) -> bool:
+        """Return True to the first caller, which is to settle the outcome, or to give back what was paid."""
+        mine = object()
+        # One step, at which two threads cannot both be first.
+        return self._settlement.setdefault("claim", mine) is mine
+
+    def note(self, cost: int, result: VerboseResult[int] | None) -> None:
+        """Take note of what the request has cost.
+
+        :param result: the bucket after that; None where it is as it was, or nobody knows.
+        """
+        self._settlement["cost"] = cost
+        if result is not None:
+            shown = replace(result, value=probe_of(result, 0, consumed=True))  # type: ignore[arg-type]
+            self._limits[:] = [service_limits(self.rule, cost, shown)]  # type: ignore[arg-type]  # its value is the probe now
 
     @property
     def violated_policies(self) -> list[str]:
@@ -114,6 +151,48 @@ class Decision(Generic[R]):
     def __bool__(self) -> bool:
         return self.missing is None and (not self.outcomes or self.outcomes[-1].result.value.consumed)
 
+    def settle(self, cost: int, *names: str) -> None:
+        """Settle what the request has cost, once that is known: a rest is given back, an excess is debt.
+
+        The header fields of an answer that has not begun yet show what is left after it. Where the store fails the
+        tokens that were paid stay charged, and the error is logged.
+
+        :param cost: what the request has cost, 0 or more.
+        :param names: of the rules whose cost it is; those that have not charged the request are passed over. Without
+            names, it is that of the rules with a ``cost=``; where there are none, that of all rules.
+        :raises InvalidArgumentError: for what is not such a number, where it is settled already, and where a limiter of
+            asyncio has decided: await :meth:`asettle` there.
+        """
+        run(self._settle(cost, names, asynchronous=False))
+
+    async def asettle(self, cost: int, *names: str) -> None:
+        """See :meth:`settle`; for requests about which a limiter of asyncio has decided."""
+        await arun(self._settle(cost, names, asynchronous=True))
+
+    def _settle(self, cost: int, names: tuple[str, ...], *, asynchronous: bool) -> Steps[None]:
+        whole_number(cost, "cost", least=0)
+        # A request that is refused has paid nothing.
+        chosen = list(self._chosen(names)) if self else []
+        for outcome in chosen:
+            if isinstance(outcome.bucket, AsyncBucket) is not asynchronous:
+                raise InvalidArgumentError(
+                    "a decision of a limiter for sync code must be settled by settle(cost)"
+                    if asynchronous
+                    else "a decision of a limiter for asyncio must be settled by: await asettle(cost)"
+                )
+            if not outcome.is_open:
+                raise InvalidArgumentError(f"a decision must be settled once; that of {brief(outcome.rule.name)} is")
+        for outcome in chosen:
+            if outcome.claim():
+                yield from settling(outcome, cost, outcome.bucket)
+
+    def _chosen(self, names: tuple[str, ...]) -> Iterator[Outcome]:
+        """Yield the outcomes of the rules with these names, or of those whose cost may be settled."""
+        have_cost = any(outcome.rule.cost != 1 for outcome in self.outcomes)
+        for outcome in self.outcomes:
+            if outcome.rule.name in names if names else outcome.rule.cost != 1 or not have_cost:
+                yield outcome
+
     @property
     def refused(self) -> Outcome | None:
         """The outcome that the request was refused by."""
@@ -129,6 +208,22 @@ class Decision(Generic[R]):
     def retry_after(self) -> float | None:
         """Seconds until a refused request may be sent again; None for never, and for one that was not refused."""
         return None if self.refused is None else self.refused.probe.retry_after
+
+
+def settling(outcome: Outcome, cost: int, bucket: Bucket | AsyncBucket) -> Steps[None]:
+    """Settle an outcome that was claimed. An error of the store is logged, because the client must get its answer.
+
+    :param bucket: that of the outcome, in the face of the caller.
+    """
+    result: VerboseResult[int] | None = None
+    # Of what was admitted without the store, the store does not know.
+    if outcome.configuration is not None and not outcome.probe.degraded:
+        try:
+            result = yield settled(bucket, outcome.tokens, cost)
+        except RateLimitError as error:
+            _logger.warning("a request that has paid %d tokens could not be settled: %s", outcome.tokens, error)
+            return
+    outcome.note(cost, None if result is None or result.degraded else result)
 
 
 def service_limits(rule: Rule[Any], tokens: int, result: VerboseResult[ConsumptionProbe]) -> tuple[ServiceLimit, ...]:

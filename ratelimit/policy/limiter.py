@@ -216,16 +216,20 @@ class BaseLimiter(OfThisProcess, Generic[R]):
     def _give_back(self, decision: Decision[R]) -> Steps[None]:
         """Give back what a request has paid if it is refused in the end."""
         for outcome in decision.outcomes:
-            if not outcome.consumed or outcome.probe.degraded:
+            if not outcome.is_open or not outcome.claim() or outcome.probe.degraded:
                 continue
-            bucket = outcome.bucket
-            # A limiter of the other face may have paid: an async middleware, say, around a sync view.
-            if not isinstance(bucket, self._face):
-                bucket = self._buckets.bucket(bucket.key, outcome.configuration)
             try:
-                yield bucket.give_back(outcome.tokens)
+                yield self._own(outcome).give_back(outcome.tokens)
             except RateLimitError as error:  # the client must be shown the refusal, not this error
                 _logger.warning("%d tokens of a refused request could not be given back: %s", outcome.tokens, error)
+
+    def _own(self, outcome: Outcome) -> Bucket | AsyncBucket:
+        """Return the bucket of an outcome, in the face of this limiter.
+
+        A limiter of the other face may have paid: an async middleware, say, around a sync view.
+        """
+        bucket = outcome.bucket
+        return bucket if isinstance(bucket, self._face) else self._buckets.bucket(bucket.key, outcome.configuration)
 
 
 class Limiter(BaseLimiter[R]):
