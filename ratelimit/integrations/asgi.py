@@ -15,6 +15,7 @@ from ratelimit.errors import InvalidArgumentError
 from ratelimit.integrations.http.answers import Headers, HttpAnswer
 from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, decision_about, fields_for
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.integrations.marks import marked
@@ -40,6 +41,7 @@ _STARTS: Final = ("http.response.start", "websocket.accept", "websocket.http.res
 _DENIAL: Final = "websocket.http.response"
 # A server turns any code into a 403 as long as the handshake has not been accepted.
 _POLICY_VIOLATION: Final = 1008
+_SWITCHING_PROTOCOLS: Final = 101
 
 
 class RateLimitMiddleware:
@@ -92,6 +94,8 @@ class RateLimitMiddleware:
     def _telling(self, request: HttpRequest, send: Send) -> Send:
         async def tell(message: Message) -> None:
             if message["type"] in _STARTS:
+                if decision_about(request).waits_for_response:
+                    await self._limiter.deduct(request, lambda: http_response(message))
                 fields = fields_for(request, self._limiter.answers)
                 if fields:
                     message = {**message, "headers": _with_fields(message.get("headers") or (), fields)}
@@ -132,6 +136,11 @@ def http_request(scope: Scope, native: object = None, router: object = None) -> 
     )
 
 
+def http_response(message: Message) -> HttpResponse:
+    """Return the response that a message begins; an accepted WebSocket has the status 101."""
+    return HttpResponse(message.get("status", _SWITCHING_PROTOCOLS), lambda name: _header(message, name), message)
+
+
 def _path(scope: Scope) -> str:
     """Return the path that the application's routes are matched with: the part below the mount point."""
     path: str = scope["path"]
@@ -141,7 +150,7 @@ def _path(scope: Scope) -> str:
     return path or "/"
 
 
-def _header(scope: Scope, name: str) -> str | None:
+def _header(scope: Scope | Message, name: str) -> str | None:
     wanted = name.encode("latin-1")
     values: list[str] = [value.decode("latin-1") for found, value in scope.get("headers") or () if found == wanted]
     return ", ".join(values) if values else None

@@ -37,7 +37,7 @@ from ratelimit.integrations.asgi import (
 )
 from ratelimit.integrations.extras import needing
 from ratelimit.integrations.http.answers import Answers, HttpAnswer
-from ratelimit.integrations.http.decision import HttpDecision
+from ratelimit.integrations.http.decision import FIELDS_AGAIN, HttpDecision
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.limiter import AsyncLimiter, LimiterSettings, fields_for
 from ratelimit.integrations.http.request import HttpRequest
@@ -149,8 +149,20 @@ class RateLimit:
             _handle_refusals(scope)
             raise RequestRefused(decision, limiter.answers.refusal(decision))
         if TELLS not in scope:
-            response.headers.update(dict(fields_for(request, limiter.answers)))
+            self._show_fields(request, response, limiter.answers)
         return decision
+
+    def _show_fields(self, request: HttpRequest, response: Response, answers: Answers) -> None:
+        """Set the header fields where no middleware does, and set them again after each settlement."""
+        if self.rule.deduct_when is not None:
+            raise InvalidArgumentError("a rule with deduct_when needs the middleware: call configure(app)")
+
+        # The function does not refer to the request, which refers to it: a circle would be collected late.
+        def show(request: HttpRequest) -> None:
+            response.headers.update(dict(fields_for(request, answers)))
+
+        request.notes[FIELDS_AGAIN] = show
+        show(request)
 
     def answers_for(self, app: FastAPI) -> Answers:
         """Return the answers that clients of an application get from this limit."""

@@ -25,6 +25,7 @@ from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.keys import RequestKey
 from ratelimit.integrations.http.limiter import Limiter, LimiterSettings
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.rules import Rule, RuleLimits, RuleSettings, checked_rules
 from ratelimit.integrations.marks import marked
 from ratelimit.integrations.wsgi import ask_router, decision_of
@@ -227,6 +228,9 @@ class RateLimiter:
         return installed.limiters[rules]
 
     def _add_fields(self, response: Response) -> Response:
+        if self.decision.waits_for_response:
+            seen = HttpResponse(response.status_code, response.headers.get, response)
+            self._limiter(self._rules).deduct(http_request(request), lambda: seen)
         for name, value in self._answers.headers(self.decision):
             response.headers.setdefault(name, value)
         return response

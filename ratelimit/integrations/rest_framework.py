@@ -26,8 +26,9 @@ with needing("rest_framework"):
     from ratelimit.integrations.django.keys import client, user_or_client
     from ratelimit.integrations.django.requests import http_request, native_of, refusal
 
-from ratelimit.integrations.http import HttpDecision, HttpRequest, RequestKey, Rule, decision_about
-from ratelimit.integrations.http.rules import Cost, Predicate, RuleLimits
+from ratelimit.integrations.http import Answers, HttpDecision, HttpRequest, RequestKey, Rule, decision_about
+from ratelimit.integrations.http.decision import FIELDS_AGAIN
+from ratelimit.integrations.http.rules import Cost, DeductWhen, Predicate, RuleLimits
 
 __all__ = ["AnonRateLimit", "RateLimitThrottle", "Refused", "ScopedRateLimit", "UserRateLimit", "exception_handler"]
 
@@ -59,6 +60,8 @@ class RateLimitThrottle(BaseThrottle):
     :cvar name: by default the scope. A class with limits of its own and without a name has buckets of its own.
     :cvar key: whose bucket it is; by default the user's, or that of the address of an anonymous client.
     :cvar cost: tokens of a request.
+    :cvar deduct_when: says of a response whether its request has cost anything; this needs the middleware of
+        :mod:`ratelimit.integrations.django`.
     :cvar exempt: requests for which this is true are not limited.
     :cvar version: of the limits; raise it whenever they change, so that live buckets get the new ones.
     :cvar enabled: False: the throttle lets every request through.
@@ -69,6 +72,7 @@ class RateLimitThrottle(BaseThrottle):
     name: str | None = None
     key: RequestKey = user_or_client
     cost: Cost = 1
+    deduct_when: DeductWhen | None = None
     exempt: Predicate | None = None
     version: int | None = None
     enabled: bool = True
@@ -90,7 +94,7 @@ class RateLimitThrottle(BaseThrottle):
         self._decision = deciding.decide(http_request(native_of(request), asynchronous=False), place)
         # REST framework sets the headers of the view on whatever response there will be.
         if hasattr(view, "headers"):
-            view.headers.update(deciding.answers.headers(self._decision))
+            _show_fields(self._decision, view, deciding.answers)
         if not self._decision and deciding.answers.problem(self._decision)["status"] != 429:
             raise Refused(self._decision)
         return bool(self._decision)
@@ -109,10 +113,23 @@ class RateLimitThrottle(BaseThrottle):
             if isinstance(limits, list | tuple):  # a list has no hash
                 limits = configuration_of(limits)
             return (
-                None if limits is None else _made(limits, name, cls.key, cls.cost, cls.exempt, cls.version, cls.enabled)
+                None
+                if limits is None
+                else _made(limits, name, cls.key, cls.cost, cls.deduct_when, cls.exempt, cls.version, cls.enabled)
             )
         except InvalidConfigurationError as error:
             raise ImproperlyConfigured(f"{cls.__name__} is not valid: {error}") from error
+
+
+def _show_fields(decision: HttpDecision, view: Any, answers: Answers) -> None:
+    """Set the header fields of a view, and set them again after each settlement."""
+
+    def show(request: HttpRequest) -> None:
+        view.headers.update(answers.headers(decision_about(request)))
+
+    if decision.request is not None:
+        decision.request.notes[FIELDS_AGAIN] = show
+    view.headers.update(answers.headers(decision))
 
 
 def _rate(throttle: str, scope: str | None) -> Limits | None:
@@ -131,11 +148,21 @@ def _made(  # noqa: PLR0917  # as a class has them
     name: str | None,
     key: RequestKey,
     cost: Cost,
+    deduct_when: DeductWhen | None,
     exempt: Predicate | None,
     version: int | None,
     enabled: bool,
 ) -> Rule:
-    return Rule(limits, name=name, key=key, cost=cost, exempt=exempt, version=version, enabled=enabled)
+    return Rule(
+        limits,
+        name=name,
+        key=key,
+        cost=cost,
+        deduct_when=deduct_when,
+        exempt=exempt,
+        version=version,
+        enabled=enabled,
+    )
 
 
 def _is_known(request: HttpRequest) -> bool:

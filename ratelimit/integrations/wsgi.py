@@ -17,6 +17,7 @@ from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.limiter import Limiter, LimiterSettings, decision_about, decision_in
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.routes import canonical
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import ProxyManager
@@ -71,6 +72,8 @@ class RateLimitMiddleware:
             return [] if request.method == "HEAD" else [body]
 
         def start(status: str, headers: Headers, *exc_info: Any) -> Callable[[bytes], object]:
+            if decision_about(request).waits_for_response:
+                self._limiter.deduct(request, lambda: http_response(status, headers))
             # The fields show all that has been decided by now: the application may have asked rules of its own.
             return start_response(status, _with_fields(headers, answers, decision_about(request)), *exc_info)
 
@@ -100,6 +103,16 @@ def http_request(environ: WSGIEnvironment) -> HttpRequest:
         native=environ,
         notes=environ.setdefault(NOTES, {}),
     )
+
+
+def http_response(status: str, headers: Headers) -> HttpResponse:
+    """Return a response as rules see it, from what an application has given to ``start_response``."""
+
+    def header(name: str) -> str | None:
+        values = [value for found, value in headers if found.lower() == name]
+        return ", ".join(values) if values else None
+
+    return HttpResponse(int(status.split(" ", 1)[0]), header)
 
 
 def _url_map_within(app: Any) -> Any:

@@ -67,8 +67,15 @@ def answered(
         return refusal(limiter.answers.refusal(decision))
     response: Any = yield respond()
     if isinstance(response, HttpResponseBase):  # Django itself complains about everything else
+        # The middleware looks at the answer for all rules, also for views that have raised an exception.
+        if decision_about(asked).waits_for_response:
+            yield limiter.deduct(asked, partial(_http_response, response), limiter.rules if place else None)
         tell(response, limiter.answers.headers(decision_about(asked)))
     return response  # type: ignore[no-any-return]
+
+
+def _http_response(response: HttpResponseBase) -> http.HttpResponse:
+    return http.HttpResponse(response.status_code, response.headers.get, response)
 
 
 def refusal(answer: HttpAnswer) -> HttpResponse:

@@ -20,6 +20,7 @@ from ratelimit.integrations.http.keys import (
 )
 from ratelimit.integrations.http.limiter import AsyncLimiter, Limiter, LimiterSettings, OnRefused, decision_about
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.rules import Rule, RuleSettings
 from ratelimit.policy import Assigned, Missing, Outcome, Plans, Policy, ServiceLimit
 from ratelimit.policy.callables import name_of
@@ -32,6 +33,7 @@ __all__ = [
     "HttpAnswer",
     "HttpDecision",
     "HttpRequest",
+    "HttpResponse",
     "Limiter",
     "LimiterSettings",
     "Missing",

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Final
 
 from ratelimit.integrations.http.request import HttpRequest
 from ratelimit.policy import Decision
 from ratelimit.policy.decision import whole_seconds
+from ratelimit.runtime.steps import Steps
+
+FIELDS_AGAIN: Final = "ratelimit.fields_again"
+"""The name under which an adapter keeps a function with a request that sets its header fields again.
+
+It is given the request. Only adapters that set the fields before the answer is made need one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,18 @@ class HttpDecision(Decision[HttpRequest]):
     """
 
     @property
+    def waits_for_response(self) -> bool:
+        """Whether a rule says by the response, which it has not seen yet, if the request has cost anything."""
+        rules: Any = [outcome.rule for outcome in self.outcomes if outcome.is_open]
+        return any(rule.deduct_when is not None for rule in rules)
+
+    @property
     def retry_after(self) -> int | None:
         """Whole seconds, rounded up, 1 at least, until a refused request may be sent again; None for never."""
         refused = self.refused
         return None if refused is None else whole_seconds(max(1, refused.probe.nanos_to_wait_for_refill))
+
+    def _settle(self, cost: int, names: tuple[str, ...], *, asynchronous: bool) -> Steps[None]:
+        yield from super(HttpDecision, self)._settle(cost, names, asynchronous=asynchronous)
+        if self.request is not None and FIELDS_AGAIN in self.request.notes:
+            self.request.notes[FIELDS_AGAIN](self.request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Final, TypeAlias, TypedDict, Unpack
 
 from ratelimit import policy
@@ -10,10 +10,13 @@ from ratelimit.engine.on_error import ErrorPolicy, OnError
 from ratelimit.integrations.http.answers import Answers, Headers
 from ratelimit.integrations.http.decision import HttpDecision
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.rules import Rule, RuleLimits
 from ratelimit.manager import AsyncProxyManager, ProxyManager
+from ratelimit.policy.callables import answer_of
+from ratelimit.policy.decision import settling
 from ratelimit.policy.limiter import BaseLimiter
-from ratelimit.runtime.steps import arun, run
+from ratelimit.runtime.steps import Steps, arun, run
 
 OnRefused: TypeAlias = Callable[[HttpRequest, HttpDecision], Awaitable[object] | object]
 """Is called for each request that is refused; what it returns is dropped. May be async where the limiter is."""
@@ -74,6 +77,18 @@ class _HttpLimiter(BaseLimiter[HttpRequest]):
         if self._has_own_answers:
             request.notes[_ANSWERS] = self.answers
 
+    def _deducted(
+        self, request: HttpRequest, respond: Callable[[], HttpResponse], rules: Collection[Rule] | None
+    ) -> Steps[None]:
+        response: HttpResponse | None = None
+        for outcome in decision_about(request).outcomes:
+            deduct_when = outcome.rule.deduct_when  # type: ignore[attr-defined]  # it is a rule for HTTP
+            if deduct_when is None or not outcome.is_open or (rules is not None and outcome.rule not in rules):
+                continue
+            response = respond() if response is None else response
+            if not (yield from answer_of(deduct_when(response))) and outcome.claim():
+                yield from settling(outcome, 0, self._own(outcome))
+
 
 class Limiter(_HttpLimiter, policy.Limiter[HttpRequest]):
     """Decides about requests, one after another, by rules whose buckets a manager has.
@@ -103,6 +118,16 @@ class Limiter(_HttpLimiter, policy.Limiter[HttpRequest]):
         """
         return run(self._decide(request, place))  # type: ignore[return-value]  # of the class that it began with
 
+    def deduct(
+        self, request: HttpRequest, respond: Callable[[], HttpResponse], rules: Collection[Rule] | None = None
+    ) -> None:
+        """Give back what a request has paid, where ``deduct_when`` of a rule says so of the response.
+
+        :param respond: makes the response as rules see it, where one of them looks at it.
+        :param rules: those that are to look at it; None: all that the request has paid for.
+        """
+        run(self._deducted(request, respond, rules))
+
 
 class AsyncLimiter(_HttpLimiter, policy.AsyncLimiter[HttpRequest]):
     """A :class:`Limiter` for asyncio, whose callables may be ``async``."""
@@ -120,6 +145,12 @@ class AsyncLimiter(_HttpLimiter, policy.AsyncLimiter[HttpRequest]):
     async def decide(self, request: HttpRequest, place: str = "") -> HttpDecision:
         """See :meth:`Limiter.decide`."""
         return await arun(self._decide(request, place))  # type: ignore[arg-type]  # of the class that it began with
+
+    async def deduct(
+        self, request: HttpRequest, respond: Callable[[], HttpResponse], rules: Collection[Rule] | None = None
+    ) -> None:
+        """See :meth:`Limiter.deduct`."""
+        await arun(self._deducted(request, respond, rules))
 
 
 def decision_about(request: HttpRequest) -> HttpDecision:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, ClassVar, TypeAlias, TypedDict
 
 from ratelimit import policy
-from ratelimit.checks import boolean, refusal
+from ratelimit.checks import boolean, function, refusal
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.http.keys import RequestKey, client_ip, joined, method
 from ratelimit.integrations.http.request import HttpRequest
+from ratelimit.integrations.http.response import HttpResponse
 from ratelimit.integrations.http.routes import RouteTemplate, canonical, templates_of
 from ratelimit.keys import Key
 from ratelimit.policy import Missing
@@ -17,6 +18,7 @@ from ratelimit.policy import rule as of_any
 
 Predicate: TypeAlias = of_any.Predicate[HttpRequest]
 Cost: TypeAlias = of_any.Cost[HttpRequest]
+DeductWhen: TypeAlias = Callable[[HttpResponse], bool | Awaitable[bool]]
 RuleLimits: TypeAlias = of_any.RuleLimits[HttpRequest]
 """Limits of one bucket, ``Plans``, or a callable that returns limits by the key, or by the key and the request."""
 
@@ -31,6 +33,7 @@ class RuleSettings(TypedDict, total=False):
     when: Predicate | None
     exempt: Predicate | None
     cost: Cost
+    deduct_when: DeductWhen | None
     missing: Missing
     per_method: bool
     version: int | None
@@ -60,6 +63,10 @@ class Rule(policy.Rule[HttpRequest]):
     :param when: only requests for which this is true.
     :param exempt: only requests for which this is false.
     :param cost: tokens of a request, an int of 1 or more, or a callable that is given the request; for 0 it is exempt.
+    :param deduct_when: is given the :class:`HttpResponse`, before it is sent: where it is false, the request has cost
+        nothing. The tokens are taken before the request goes on and given back then, so that no more requests are under
+        way at once than the limit admits. Without a response, as after an error that no handler has turned into one,
+        they stay charged.
     :param missing: how a request without the key ends: in an error (400), or without being limited.
     :param per_method: whether each method has buckets of its own; GET and HEAD have one together.
     :param version: of the limits, an int of 0 or more. Raise it whenever the limits of a rule with a name change:
@@ -71,7 +78,7 @@ class Rule(policy.Rule[HttpRequest]):
     The callables may be ``async`` where the limiter is.
     """
 
-    __slots__ = ("_routes", "_where", "methods", "per_method", "routes")
+    __slots__ = ("_routes", "_where", "deduct_when", "methods", "per_method", "routes")
 
     _shown_settings: ClassVar[dict[str, object]] = {
         "methods": None,
@@ -79,6 +86,7 @@ class Rule(policy.Rule[HttpRequest]):
         "when": None,
         "exempt": None,
         "cost": 1,
+        "deduct_when": None,
         "missing": Missing.ERROR,
         "per_method": False,
         "version": None,
@@ -98,6 +106,7 @@ class Rule(policy.Rule[HttpRequest]):
         when: Predicate | None = None,
         exempt: Predicate | None = None,
         cost: Cost = 1,
+        deduct_when: DeductWhen | None = None,
         missing: Missing = Missing.ERROR,
         per_method: bool = False,
         version: int | None = None,
@@ -113,6 +122,9 @@ class Rule(policy.Rule[HttpRequest]):
             missing=missing,
             version=version,
             enabled=enabled,
+        )
+        self.deduct_when = (
+            None if deduct_when is None else function(deduct_when, "deduct_when", InvalidConfigurationError)
         )
         self.methods = None if methods is None else _checked_methods(methods)
         self.routes = None if routes is None else tuple(_listed(routes, "routes"))
