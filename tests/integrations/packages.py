@@ -31,6 +31,7 @@ OF_TESTS: dict[str, list[str]] = {
     "flask": ["gunicorn", "http_sf"],
     "rest_framework": ["gunicorn", "http_sf"],
     "httpx": ["httpx2"],
+    "settling": ["django", "fastapi", "flask", "http_sf", "httpx", "rest_framework", "starlette", "werkzeug"],
     "wsgi": ["http_sf"],
 }
 
