@@ -173,4 +173,4 @@ def limiter_over(store: Unreliable, *, asynchronous: bool, on_error: OnError) ->
 
 async def decided(limiter: Any, order: Order) -> Decision[Order]:
     decision = limiter.decide(order)
-    return decision if isinstance(decision, Decision) else await decision  # type: ignore[no-any-return]
+    return decision if isinstance(decision, Decision) else await decision
