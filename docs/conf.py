@@ -44,6 +44,7 @@ ALIASES = [
     "Key",
     "Limits",
     "LimitsOfKey",
+    "RefundOn",
     "RpcLimits",
     "RuleLimits",
 ]
