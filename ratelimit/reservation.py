@@ -54,6 +54,7 @@ class _Reservation(OfThisProcess):
         self._take = take
         self._refund_on = _checked_exceptions(refund_on)
         self._entered = False
+        self._is_used = False
         self._charge: Charge | None = None
         self._how = "open"
         # Whoever takes this out settles the reservation: one step, at which two threads cannot both be first.
@@ -94,7 +95,8 @@ class _Reservation(OfThisProcess):
         self._open.append(None)
 
     def _is_refunded(self, error: BaseException | None) -> bool:
-        return bool(self._open) and isinstance(error, self._refund_on)
+        # Where settling has failed the work was done, even if its error is one of those that refund.
+        return bool(self._open) and not self._is_used and isinstance(error, self._refund_on)
 
     @contextmanager
     def _ending(self, how: str, leaving: BaseException | None = None) -> Generator[Charge]:
@@ -154,6 +156,7 @@ class Reservation(_Reservation):
         :raises InvalidArgumentError: for another number, and for a reservation that is settled or cancelled already.
         :raises ReservationOverflowError: where the debt does not fit into 64 bits.
         """
+        self._is_used = True
         with self._ending("settled") as charge:
             charge.settle(tokens)
 
@@ -183,6 +186,7 @@ class AsyncReservation(_Reservation):
 
     async def settle(self, tokens: int) -> None:
         """See :meth:`Reservation.settle`."""
+        self._is_used = True
         with self._ending("settled") as charge:
             await charge.settle(tokens)
 

@@ -326,6 +326,18 @@ async def test_they_give_nothing_back_that_is_settled(manager: Any) -> None:
     assert await consumed(manager) == 300
 
 
+async def test_a_settlement_that_fails_refunds_nothing(manager: Any, store: Unreliable) -> None:
+    """Its error is one of those that refund, but the work was done."""
+    with pytest.raises(StoreUnavailableError):
+        async with entered(manager.reserve("key", 400, refund_on=Exception)) as reservation:
+            store.down = DOWN
+            try:
+                await reservation.settle(300)
+            finally:
+                store.down = None
+    assert await consumed(manager) == 400
+
+
 async def test_cancelling_gives_all_of_it_back(manager: Any) -> None:
     async with entered(manager.reserve("key", 400)) as reservation:
         await reservation.cancel()

@@ -156,15 +156,17 @@ def settling(
     """
     if not (command.rest or command.excess):
         return None
-    result: VerboseResult[int] | None = None
     if is_local:
-        wait = proxy.pipeline.local_buckets.settle_reservation(proxy.target, command)
-    else:
-        question = proxy.question(Verbose(command), timeout, holds=True)
-        result = yield from _asked(proxy, question)
-        if question.course.interruption is not None:
-            raise question.course.interruption
-        wait = result.value
+        _check_is_payable(proxy.pipeline.local_buckets.settle_reservation(proxy.target, command))
+        return None
+    question = proxy.question(Verbose(command), timeout, holds=True)
+    result: VerboseResult[int] = yield from _asked(proxy, question)
+    if question.course.interruption is not None:
+        raise question.course.interruption
+    _check_is_payable(result.value)
+    return result
+
+
+def _check_is_payable(wait: int) -> None:
     if wait == NEVER:
         raise ReservationOverflowError("so many tokens could never be paid back")
-    return result

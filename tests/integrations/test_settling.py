@@ -2,7 +2,7 @@
 """Decisions that are settled after the work, and rules that ask the response: the fields say what is left."""
 
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from functools import partial
 from typing import Annotated, Any
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -191,7 +191,7 @@ def test_asgi_settles_at_the_end_of_a_stream(stored: Stored) -> None:
     async def stream(request: Request) -> StreamingResponse:
         decision: HttpDecision = request.state.ratelimit
 
-        async def chunks() -> Any:
+        async def chunks() -> AsyncIterator[bytes]:
             for _ in range(3):
                 yield b"x" * 5
             await decision.asettle(15)
