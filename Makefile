@@ -4,7 +4,7 @@ BENCH = $(VENV)-bench
 NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$python && break; done)
-EXAMPLES = fastapi plans flask django outbound
+EXAMPLES = fastapi plans flask django outbound llm-proxy
 # As many processes as there are cores, each with servers of its own; one that has nothing left takes from another.
 PYTEST = bin/pytest --numprocesses=logical --dist=worksteal
 CODE = ratelimit tests $(wildcard examples benchmarks)
@@ -19,7 +19,7 @@ help: ## list the targets
 demo: $(VENV)/installed-demo ## show the limiter at work against a Redis server of its own
 	$(VENV)/bin/ratelimit demo $(ARGS)
 
-examples: $(VENV)/installed-examples ## run the examples, a minute; each alone: make example-fastapi (or -plans, -flask, -django, -outbound)
+examples: $(VENV)/installed-examples ## run the examples, a minute; each alone: make example-fastapi (or -plans, -flask, -django, -outbound, -llm-proxy)
 	@for name in $(EXAMPLES); do $(MAKE) --no-print-directory example-$$name || exit 1; done
 
 .PHONY: $(EXAMPLES:%=example-%)

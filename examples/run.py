@@ -1,6 +1,6 @@
 """Runs an example as its readers would, and tells what happens.
 
-python examples/run.py fastapi | plans | flask | django | outbound
+python examples/run.py fastapi | plans | flask | django | outbound | llm-proxy
 
 Starts a Redis of its own (or takes the one in RATELIMIT_URL), and with it two instances of the example, or the workers
 and the API that they call. Then it plays the part of the clients, and prints their requests and the answers. Ends with
@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self, cast
 
-from ratelimit import ProxyManager, RateLimitError
+from ratelimit import Bandwidth, ProxyManager, RateLimitError
 from ratelimit.demo.errors import DemoError
 from ratelimit.demo.local_redis import find_binary, local_redis
 from ratelimit.integrations.http import api_key
@@ -425,6 +425,95 @@ def count_overtaken(calls: Iterable[Call]) -> int:
     return overtaken
 
 
+# Clients of a language model.
+
+CLIENTS = 10
+USERS = ("alice", "bob", "carol", "dave", "erin")
+TOKENS_OF_A_USER = Bandwidth.greedy(1_500, 1)
+TOKENS_OF_AN_ORGANISATION = Bandwidth.greedy(3_000, 1)
+ORGANISATION_KEY = "acme"
+MOST_TOKENS = 400
+"""The most that a client asks for at once; see llm_proxy/client.py."""
+LEAST_USE = 0.95
+"""The part of the limit that is used at least, while there is always somebody who wants more."""
+LLM_KEYS = [f"llm-tokens:user:{user}" for user in USERS] + [f"llm-tokens:organisation:{ORGANISATION_KEY}"]
+
+
+def tell_of_tokens(stage: Stage, seconds: float, manager: ProxyManager) -> str:
+    bill = stage.scratch / "bill"
+    model = stage.serve("-m", "uvicorn", "model:app", "--no-access-log", "--port", "PORT")
+    variables = {
+        "MODEL_URL": f"http://127.0.0.1:{model.port}",
+        "BILLING": str(bill),
+        "TOKENS_OF_A_USER": str(TOKENS_OF_A_USER),
+        "TOKENS_OF_AN_ORGANISATION": str(TOKENS_OF_AN_ORGANISATION),
+    }
+    proxies = cycle([stage.uvicorn(**variables), stage.uvicorn(**variables)])
+    say(f"$ python client.py    (x {CLIENTS})")
+    users = cycle(USERS)
+    begin = time.monotonic()
+    clients = [
+        stage.start("client.py", PROXY_URL=f"http://127.0.0.1:{next(proxies).port}", LLM_USER=next(users))
+        for _ in range(CLIENTS)
+    ]
+    # The time of the story begins when the burst is used up, which the bucket has saved for it.
+    while used_by(bill).total() < TOKENS_OF_AN_ORGANISATION.capacity:
+        for client in clients:
+            client.check()
+        check(time.monotonic() < begin + PATIENCE, "nobody gets any tokens")
+        time.sleep(0.05)
+    say(f"\n{CLIENTS} clients ask, for {seconds:g} seconds:")
+    first, before = time.monotonic(), used_by(bill).total()
+    time.sleep(seconds / 2)
+    os.kill(clients[0].pid, signal.SIGKILL)
+    say(f"  a client of {USERS[0]} is killed in mid-stream")
+    time.sleep(max(0.0, first + seconds - time.monotonic()))
+    used_meanwhile, last = used_by(bill).total() - before, time.monotonic()
+    for client in clients[1:]:
+        os.kill(client.pid, signal.SIGKILL)
+    return account_for_tokens(bill, manager, used_meanwhile, last - first, last - begin)
+
+
+def used_by(bill: Path) -> Counter[str]:
+    """How many tokens each user has used, as the proxies have settled them."""
+    used = Counter[str]()
+    if bill.exists():
+        for line in bill.read_text().split("\n")[:-1]:
+            user, tokens = line.split()
+            used[user] += int(tokens)
+    return used
+
+
+def account_for_tokens(
+    bill: Path, manager: ProxyManager, used_meanwhile: int, seconds: float, all_seconds: float
+) -> str:
+    """Compare the bill with the buckets, once the last stream has been settled."""
+
+    def charged() -> dict[str, int]:
+        return {key: manager.snapshot(key).consumed_tokens for key in LLM_KEYS}
+
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        used = used_by(bill)
+        billed = {**{f"llm-tokens:user:{user}": used[user] for user in USERS}, LLM_KEYS[-1]: used.total()}
+        if charged() == billed or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    say("\n        used  charged")
+    for key, tokens in billed.items():
+        say(f"{tokens:>12,}  {charged()[key]:>7,}  {key}")
+    rate, capacity = TOKENS_OF_AN_ORGANISATION.refill_tokens, TOKENS_OF_AN_ORGANISATION.capacity
+    share = used_meanwhile / (rate * seconds)
+    say(f"\nuse of the limit, once its burst was used up: {share:.0%}")
+    # What is given back while others wait may be used by newcomers at once: one estimate for each call under way.
+    bound = capacity + rate * all_seconds + CLIENTS * MOST_TOKENS
+    say(f"used in all: {used.total():,} of at most {bound:,.0f}")
+    check(charged() == billed, "what was charged is not what was used")
+    check(used.total() <= bound, "more was used than the limit allows")
+    check(share >= LEAST_USE, "the limit was not used")
+    return "What was charged is what was used, to the token, and the limit was used."
+
+
 # The program.
 
 
@@ -458,6 +547,14 @@ def run(name: str, seconds: float, workers: int, *, serve: bool) -> str:
         if name == "outbound":
             with without_buckets(manager, [OUTBOUND_KEY]), Stage(name, url) as stage:
                 return tell_of_workers(stage, seconds, manager)
+        if name == "llm-proxy":
+            # The buckets of tokens have a prefix of their own.
+            with (
+                ProxyManager.from_url(url, "1/hour", timeout=PATIENCE) as tokens,
+                without_buckets(tokens, LLM_KEYS),
+                Stage("llm_proxy", url) as stage,
+            ):
+                return tell_of_tokens(stage, seconds, tokens)
         example = EXAMPLES[name]
         keys = example.keys()
         with without_buckets(manager, keys), Stage(name, url, workers) as stage:
@@ -478,6 +575,10 @@ def run(name: str, seconds: float, workers: int, *, serve: bool) -> str:
             raise DemoError("this machine is too slow")
 
 
+WITHOUT_REQUESTS = ("outbound", "llm-proxy")
+"""Examples whose workers or clients make the requests."""
+
+
 def check_packages() -> None:
     """:raises DemoError: where one that an example needs is not installed."""
     missing = [name for name in ("django", "fastapi", "flask", "gunicorn", "httpx", "uvicorn") if not find_spec(name)]
@@ -487,13 +588,13 @@ def check_packages() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", choices=[*EXAMPLES, "outbound"])
-    parser.add_argument("--seconds", type=float, default=30, help="for how long the workers of outbound work")
+    parser.add_argument("name", choices=[*EXAMPLES, *WITHOUT_REQUESTS])
+    parser.add_argument("--seconds", type=float, default=30, help="for how long workers or clients work")
     parser.add_argument("--workers", type=int, default=1, help="processes of each instance")
     parser.add_argument("--serve", action="store_true", help="start the instances, and leave the requests to you")
     arguments: Any = parser.parse_args()
-    if arguments.serve and arguments.name == "outbound":
-        parser.error("there is nothing to ask in outbound")
+    if arguments.serve and arguments.name in WITHOUT_REQUESTS:
+        parser.error(f"there is nothing to ask in {arguments.name}")
     try:
         with interruptible():
             check_packages()

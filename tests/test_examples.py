@@ -187,6 +187,15 @@ class TestStories:
         assert [bool(killed) for *_, killed in rows].count(True) == 1
         check_that_nothing_is_left(surroundings)
 
+    def test_tokens_of_a_model_are_settled_to_the_token(self, surroundings: Surroundings) -> None:
+        told = told_by("llm-proxy", "--seconds", "5")
+        rows = re.findall(r"^ +([\d,]+) +([\d,]+)  llm-tokens:(\w+):(\w+)$", told, re.MULTILINE)
+        assert len(rows) == 6
+        assert all(used == charged for used, charged, *_ in rows)
+        users = sum(int(used.replace(",", "")) for used, _, kind, _ in rows if kind == "user")
+        assert [int(used.replace(",", "")) for used, _, kind, _ in rows if kind == "organisation"] == [users]
+        check_that_nothing_is_left(surroundings)
+
     def test_a_redis_that_is_given_is_left_as_it_was(
         self, surroundings: Surroundings, server_binary: servers.ServerBinary
     ) -> None:
