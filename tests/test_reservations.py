@@ -723,10 +723,14 @@ class Slow(AsyncSwappingMemoryStore):
         self.may_go = asyncio.Event()
         self.may_go.set()
         self.asked = asyncio.Event()
+        self.left = 100
 
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         self.asked.set()
         await self.may_go.wait()
+        self.left -= 1
+        if self.left < 0:
+            raise StoreUnavailableError(key, "the store is down")
         return await super().swap(key, before, after, ttl_millis)
 
 
@@ -751,8 +755,12 @@ async def test_a_task_that_is_cancelled_while_it_settles_has_settled() -> None:
     assert await consumed(manager) == 100
 
 
-async def test_a_task_that_is_cancelled_while_it_enters_has_reserved_nothing() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_task_that_is_cancelled_while_it_enters_has_reserved_nothing(
+    fails: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Slow()
+    store.left = 1 if fails else 100
     manager = AsyncProxyManager(store, LIMITS)
     store.may_go.clear()
 
@@ -767,7 +775,8 @@ async def test_a_task_that_is_cancelled_while_it_enters_has_reserved_nothing() -
     store.may_go.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await consumed(manager) == 0
+    assert await consumed(manager) == (400 if fails else 0)
+    assert ("could not be given back: the store is down" in caplog.text) is fails
 
 
 async def test_a_task_that_is_cancelled_while_it_waits_has_reserved_nothing() -> None:

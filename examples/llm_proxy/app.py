@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -44,7 +44,7 @@ if path := os.environ.get("BILLING"):
 
 
 @asynccontextmanager
-async def closing(_: FastAPI) -> AsyncIterator[None]:
+async def closing(_: FastAPI) -> AsyncGenerator[None]:
     async with model, users, organisations:
         yield
 

@@ -9,6 +9,7 @@ granted without charge is not settled at all.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +22,8 @@ from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Question
 from ratelimit.errors import RateLimitError, ReservationOverflowError
 from ratelimit.runtime.steps import Steps, run
+
+_logger = logging.getLogger("ratelimit")
 
 # Seconds that a wait is asked for at least, where the first question has taken all of its time.
 _LEAST_TIMEOUT: Final = 0.001
@@ -95,12 +98,22 @@ def _tried(proxy: BucketProxy, question: Question, tokens: int) -> Steps[Taken]:
         if course.interruption is not None:
             # The tokens were taken for a caller that is cancelled, and never enters its block.
             if taken.is_charged:
-                yield from uninterrupted(settling(proxy, Settle(tokens, 0), None, is_local=taken.is_local), course)
+                yield from uninterrupted(_released(proxy, taken), course)
             raise course.interruption
         most = _capacity(result.configuration)
         if taken.result.value.consumed or most is None or tokens <= most:
             return taken
         tokens = most
+
+
+def _released(proxy: BucketProxy, taken: Taken) -> Steps[None]:
+    """Give back all that was taken."""
+    try:
+        yield from settling(proxy, Settle(taken.tokens, 0), None, is_local=taken.is_local)
+    except RateLimitError as error:  # the interruption is what the caller must hear of
+        _logger.warning(
+            "%d tokens of a reservation that was interrupted could not be given back: %s", taken.tokens, error
+        )
 
 
 def _asked(proxy: BucketProxy, question: Question) -> Steps[Any]:
