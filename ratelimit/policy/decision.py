@@ -119,7 +119,7 @@ class Outcome:
     def note(self, cost: int, result: VerboseResult[int] | None) -> None:
         """Take note of what the request has cost.
 
-        :param result: the bucket after that; None where it is as it was, or nobody knows.
+        :param result: the bucket after that; None where it is as it was.
         """
         self._settlement["cost"] = cost
         if result is not None:
@@ -223,7 +223,10 @@ def settling(outcome: Outcome, cost: int, bucket: Bucket | AsyncBucket) -> Steps
         except RateLimitError as error:
             _logger.warning("a request that has paid %d tokens could not be settled: %s", outcome.tokens, error)
             return
-    outcome.note(cost, None if result is None or result.degraded else result)
+        if result is not None and result.degraded:
+            # By ``on_error``, the store has settled nothing.
+            return
+    outcome.note(cost, result)
 
 
 def service_limits(rule: Rule[Any], tokens: int, result: VerboseResult[ConsumptionProbe]) -> tuple[ServiceLimit, ...]:

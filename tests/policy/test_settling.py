@@ -160,6 +160,7 @@ async def test_an_error_of_the_store_is_logged_and_what_was_paid_stays_charged(
     with caplog.at_level(logging.WARNING, "ratelimit"):
         await settle(decision, cost)
     assert "the store is down" in caplog.text
+    assert decision.outcomes[0].settled is None
     store.down = None
     assert [limit.remaining for limit in decision.outcomes[0].limits] == [60]
     assert ProxyManager(store, "1/s").snapshot("pieces:acme").consumed_tokens == 40
