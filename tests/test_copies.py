@@ -93,6 +93,8 @@ SHARED: list[Any] = [
     BUCKET.verbose,
     ABUCKET,
     ABUCKET.verbose,
+    BUCKET.reserve(1),
+    ABUCKET.reserve(1),
     MemoryStore(),
     AsyncMemoryStore(),
     ScriptedStore(),
