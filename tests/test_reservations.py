@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from heapq import heappop, heappush
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -853,3 +854,63 @@ def test_settled_totals_are_what_was_used_to_the_token(limits: str, calls: list[
     assert manager.try_consume("key", 1) or True
     taken = manager.snapshot("key").consumed_tokens
     assert taken - expected in (0, 1)
+
+
+class Call(NamedTuple):
+    """A call that reserves an estimate, and settles what it has used some time later."""
+
+    pause: int
+    estimate: int
+    used: int
+    duration: int
+
+
+class Settlement(NamedTuple):
+    """What an admitted call has reserved and used, and when; times are in nanoseconds."""
+
+    begun: int
+    ended: int
+    reserved: int
+    used: int
+
+
+def settlements(manager: ProxyManager, clock: ManualClock, calls: list[Call]) -> list[Settlement]:
+    """Let calls begin one after another, each of which ends in its own time."""
+    under_way: list[tuple[int, int, Call, int, Reservation]] = []
+    ended: list[Settlement] = []
+
+    def end_until(then: int) -> None:
+        while under_way and under_way[0][0] <= then:
+            at, _, call, begun, reservation = heappop(under_way)
+            clock.set(at)
+            reservation.settle(call.used)
+            ended.append(Settlement(begun, at, reservation.tokens, call.used))
+
+    begun = NOW
+    for number, call in enumerate(calls):
+        begun += call.pause
+        end_until(begun)
+        clock.set(begun)
+        with contextlib.suppress(RateLimitExceeded), manager.reserve("key", call.estimate) as reservation:
+            heappush(under_way, (begun + call.duration, number, call, begun, reservation))
+    end_until(begun + 100 * SECOND)
+    return ended
+
+
+TIMES = st.integers(0, 3 * SECOND)
+CALLS = st.builds(Call, TIMES, st.integers(1, 150), st.integers(0, 200), TIMES)
+
+
+@given(st.sampled_from([100, 1000]), st.lists(CALLS, max_size=30))
+def test_calls_of_any_span_use_no_more_than_the_limit_admits(rate: int, calls: list[Call]) -> None:
+    clock = ManualClock(NOW)
+    manager = ProxyManager(MemoryStore(clock=clock), f"{rate}/10s burst 100", clock=clock)
+    ended = settlements(manager, clock, calls)
+    for first in (NOW, *(each.begun for each in ended)):
+        for last in (each.begun for each in ended if each.begun >= first):
+            own = [each for each in ended if first <= each.begun <= last]
+            earlier = [each for each in ended if each.begun < first <= each.ended <= last]
+            given_back = sum(max(0, each.reserved - each.used) for each in earlier)
+            unpaid = sum(max(0, each.used - each.reserved) for each in own if each.ended >= last)
+            admitted = 100 + rate * (last - first) // (10 * SECOND) + 1
+            assert sum(each.used for each in own) <= admitted + given_back + unpaid
