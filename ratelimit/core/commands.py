@@ -168,6 +168,27 @@ def _consumed_probe(after: State, now: int) -> ConsumptionProbe:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeConsumption(Command[ConsumptionProbe]):
+    """Answer whether the tokens could be consumed, what is there, and how long to wait; consume nothing."""
+
+    tokens: int
+    only_reads = True
+    verb = "estimate_ability_to_consume"
+    is_decision = True
+
+    def decide(self, state: State, now: int) -> Transition[ConsumptionProbe]:
+        available = state.available_tokens
+        wait = 0 if self.tokens <= available else state.nanos_until(self.tokens, now, check_capacity=True)
+        return None, ConsumptionProbe(self.tokens <= available, max(0, available), wait, state.nanos_until_full(now))
+
+    def answer_without_limit(self) -> ConsumptionProbe:
+        return ConsumptionProbe(True, MAX, 0, 0)
+
+    def answer_refused(self, wait: int) -> ConsumptionProbe:
+        return ConsumptionProbe(False, 0, wait, wait)
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumeAsMuchAsPossible(Command[int]):
     """Consume what is there, at most the limit."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from ratelimit.core.numbers import to_seconds
+from ratelimit.keys import Key
 
 if TYPE_CHECKING:
     from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
@@ -44,6 +46,43 @@ class ConsumptionProbe:
     def reset_after(self) -> float | None:
         """``nanos_to_wait_for_reset`` in seconds, rounded up to a microsecond; None for never."""
         return to_seconds(self.nanos_to_wait_for_reset)
+
+
+@dataclass(frozen=True, slots=True)
+class CombinedProbe:
+    """The answer of an ``all_of`` about all of its buckets; true where the tokens were consumed.
+
+    :param consumed: whether each bucket was charged; otherwise none was. An estimate charges none: there it says
+        whether all could be.
+    :param refused_by: the keys of all buckets that refuse; empty when consumed.
+    :param nanos_to_wait_for_refill: the longest wait of a bucket that refuses, in nanoseconds; 0 when consumed,
+        ``NEVER`` when more was asked for than one of them can hold.
+    :param parts: what each bucket shows, in the order in which they were given. ``consumed`` is that of the whole; a
+        bucket that has its tokens while another one refuses has a wait of 0.
+    :param degraded: whether the store has failed, and the answer is that of the ``OnError`` policies.
+    """
+
+    consumed: bool
+    refused_by: tuple[Key, ...]
+    nanos_to_wait_for_refill: int
+    parts: tuple[ConsumptionProbe, ...]
+    degraded: bool = False
+
+    @classmethod
+    def of(cls, keys: Sequence[Key], probes: Sequence[ConsumptionProbe]) -> Self:
+        """Return the answer for buckets that each would give one of these."""
+        refused_by = tuple([key for key, probe in zip(keys, probes, strict=True) if not probe.consumed])
+        parts = tuple([replace(probe, consumed=False) for probe in probes] if refused_by else probes)
+        longest = max([probe.nanos_to_wait_for_refill for probe in probes], default=0)
+        return cls(not refused_by, refused_by, longest, parts, any(probe.degraded for probe in probes))
+
+    def __bool__(self) -> bool:
+        return self.consumed
+
+    @property
+    def retry_after(self) -> float | None:
+        """``nanos_to_wait_for_refill`` in seconds, rounded up to a microsecond; None for never."""
+        return to_seconds(self.nanos_to_wait_for_refill)
 
 
 @dataclass(frozen=True, slots=True)
