@@ -5,7 +5,7 @@
 --
 -- Uses    elapsed (nanoseconds), capacity, period, rate, size, part; exact
 -- Offers  nothing: it changes size and part, and sets exact to false where it cannot compute them
--- To      token_bucket_everyday
+-- To      token_bucket_everyday, decide_all
 
 if elapsed > 0 and size < capacity then
   -- Counted in token x nanosecond: every whole period of it is a token, and the rest is the part of one.

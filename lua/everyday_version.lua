@@ -2,7 +2,7 @@
 --
 -- Uses    stored, length, formats, wanted, request; exact
 -- Offers  suffix, what follows the state's numbers; it sets exact to false where the version will not do
--- To      everyday_one, everyday_two
+-- To      everyday_one, everyday_two, decide_all
 
 local suffix = ''
 if length == 107 or length == 178 then

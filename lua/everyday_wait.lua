@@ -4,7 +4,7 @@
 --
 -- Uses    capacity, period, rate, size, part; full, exact
 -- Offers  nothing: it raises full (nanoseconds) to this wait, and sets exact to false where it cannot compute it
--- To      token_bucket_everyday
+-- To      token_bucket_everyday, decide_all
 
 if size < capacity then
   local missing = capacity - size

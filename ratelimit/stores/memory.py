@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from ratelimit.core.algorithm import State, decode, encode, out_of_range
@@ -14,7 +14,7 @@ from ratelimit.keys import Key, brief
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import MONOTONIC_IS_FINE, Clock, has_unique_readings, steady_clock
 from ratelimit.runtime.copies import OfThisProcess
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.protocol import Lost, Swap
 
 T = TypeVar("T")
 
@@ -108,6 +108,24 @@ class SwappingMemoryStore(OfThisProcess):
                 return Lost(current)
             entry = self._entries[key] = _Entry(after, _deadline(now, ttl_millis))
             self._tidy(key, entry, now)
+            return None
+
+    def swap_all(self, swaps: Sequence[Swap]) -> list[Lost | None] | None:
+        """Carry out all of the swaps, or none; see ``ratelimit.stores.protocol.AtomicStore``."""
+        fork_safety.check()
+        with self._lock:
+            now = self._now()
+            found: list[Lost | None] = []
+            for key, before, _, _ in swaps:
+                entry = self._live(key, now)
+                current = None if entry is None else entry.as_bytes()
+                found.append(None if current == before else Lost(current))
+            if any(found):
+                return found
+            for key, _, after, ttl_millis in swaps:
+                if after is not None:
+                    entry = self._entries[key] = _Entry(after, _deadline(now, ttl_millis))
+                    self._tidy(key, entry, now)
             return None
 
     def delete(self, key: bytes) -> None:
@@ -219,6 +237,30 @@ class MemoryStore(SwappingMemoryStore):
                 self._tidy(key, entry, written_at)
             return answer, before is None or before.configuration_version != after.configuration_version
 
+    def update_all(
+        self,
+        keys: Sequence[bytes],
+        transition: Callable[[list[State | None], int], tuple[list[State | None], T]],
+        expirations: Sequence[Expiration],
+        now: int | None,
+    ) -> T:
+        """Apply a function to the states under the keys; see ``ratelimit.stores.protocol.AtomicUpdatingStore``."""
+        with self._lock:
+            written_at = self._now()
+            if now is None:
+                now = written_at
+            entries = [self._live(key, written_at) for key in keys]
+            befores = [None if entry is None else entry.as_state(key) for key, entry in zip(keys, entries, strict=True)]
+            afters, answer = transition(befores, now)
+            for key, entry, after, expiration in zip(keys, entries, afters, expirations, strict=True):
+                if after is None:
+                    continue
+                written = self._entries[key] = entry or _Entry()
+                written.data, written.state, written.written = None, after, (expiration, now, written_at)
+                written.surely_until = written_at + expiration.shortest_ttl_nanos
+                self._tidy(key, written, written_at)
+            return answer
+
 
 class AsyncSwappingMemoryStore(OfThisProcess):
     """A :class:`SwappingMemoryStore` whose methods are awaited, for tests.
@@ -244,6 +286,10 @@ class AsyncSwappingMemoryStore(OfThisProcess):
     async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Put ``after`` in the place of ``before`` (None: nothing); return None when done, else what is there."""
         return self._store.swap(key, before, after, ttl_millis)
+
+    async def swap_all(self, swaps: Sequence[Swap]) -> list[Lost | None] | None:
+        """Carry out all of the swaps, or none; see ``ratelimit.stores.protocol.AtomicStore``."""
+        return self._store.swap_all(swaps)
 
     async def delete(self, key: bytes) -> None:
         """Forget what is stored under the key, if anything."""
@@ -289,6 +335,8 @@ class AsyncMemoryStore(AsyncSwappingMemoryStore):
         super().__init__(own)
         self.update = own.update
         """There is nothing to await: see :meth:`MemoryStore.update`."""
+        self.update_all = own.update_all
+        """There is nothing to await: see :meth:`MemoryStore.update_all`."""
 
 
 def _refuse_bypassed(cls: type, base: type, instead: type) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from ratelimit.core.algorithm import State
@@ -164,3 +164,75 @@ class UpdatingStore(Protocol):
         *,
         must_exist: bool,
     ) -> tuple[T, bool] | None: ...
+
+
+class Swap(NamedTuple):
+    """One of several swaps that are carried out together.
+
+    :param before: what must be stored; None: nothing.
+    :param after: what takes its place; None: it stays, and is only compared.
+    :param ttl_millis: see :meth:`Store.swap`.
+    """
+
+    key: bytes
+    before: bytes | None
+    after: bytes | None
+    ttl_millis: int
+
+
+@runtime_checkable
+class AtomicStore(Protocol):
+    """A store that can swap under several keys at once, which :func:`ratelimit.all_of` needs.
+
+    Where different keys may be on different servers, ``slot_of(key)`` returns what must be equal for keys to be changed
+    together; without it, any keys are. The method of a :class:`DecidingStore` takes the keyword ``deadline`` as well.
+    """
+
+    def swap_all(self, swaps: Sequence[Swap]) -> Any:
+        """Carry out all of the swaps, or none of them; return, or await, None when done.
+
+        Where anything else is stored under one of the keys, none is carried out. The answer then has an entry for each
+        swap: None where ``before`` is stored, or :class:`Lost`. Each key is there once.
+        """
+        ...
+
+
+@runtime_checkable
+class AtomicDecidingStore(Protocol):
+    """A :class:`DecidingStore` that can decide about several buckets at once."""
+
+    def decide_all(self, keys: Sequence[bytes], arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Any:
+        """Carry out a request of ``ratelimit.engine.several.script_arguments``.
+
+        Return, or await, a :class:`DecidedAll`. If there is a bucket that the store cannot decide exactly, all stay
+        untouched. A request whose reply is lost is not to be repeated.
+        """
+        ...
+
+
+class DecidedAll(NamedTuple):
+    """The answer of a store that decides about several buckets.
+
+    :param done: whether the store has decided.
+    :param before: what was stored before, for each key.
+    """
+
+    done: bool
+    before: tuple[bytes | None, ...]
+
+
+@runtime_checkable
+class AtomicUpdatingStore(Protocol):
+    """An :class:`UpdatingStore` that can change several buckets at once.
+
+    ``update_all`` applies a function to what is under the keys, as ``update`` does: it takes the states and the time,
+    and returns the states to store (None: nothing) and an answer, which is returned.
+    """
+
+    def update_all(
+        self,
+        keys: Sequence[bytes],
+        transition: Callable[[list[State | None], int], tuple[list[State | None], T]],
+        expirations: Sequence[Expiration],
+        now: int | None,
+    ) -> T: ...

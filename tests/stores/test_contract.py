@@ -14,7 +14,7 @@ import redis.asyncio
 from ratelimit import AsyncMemoryStore, AsyncRedisStore, BucketConfiguration, MemoryStore, RedisStore
 from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import Command, GiveBack, HoldBack, Reserve, Terms, TryConsume, execute
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.protocol import Lost, Swap
 from ratelimit.testing import AsyncSwappingMemoryStore, SwappingMemoryStore
 from tests.support.both_faces import Settled
 from tests.support.fixed_window import FixedWindow
@@ -168,6 +168,58 @@ async def test_of_many_that_swap_from_the_same_state_one_wins(store: Any) -> Non
     assert losses.count(None) == 1
     assert losses[int(winner)] is None
     assert all(loss == Lost(winner) for loss in losses if loss is not None)
+
+
+async def test_several_swaps_are_carried_out_together(store: Any) -> None:
+    await store.swap(b"{a}1", None, b"one", -1)
+    await store.swap(b"{a}3", None, b"three", -1)
+    swaps = [
+        Swap(b"{a}1", b"one", b"uno", 60_000),
+        Swap(b"{a}2", None, b"due", -1),
+        Swap(b"{a}3", b"three", None, 0),
+        Swap(b"{a}4", None, None, 0),
+    ]
+    assert await store.swap_all(swaps) is None
+    assert [await store.get(key) for key in (b"{a}1", b"{a}2", b"{a}3", b"{a}4")] == [b"uno", b"due", b"three", None]
+
+
+async def test_several_swaps_of_which_one_loses_tell_what_is_there_and_change_nothing(store: Any) -> None:
+    await store.swap(b"{a}1", None, b"one", -1)
+    await store.swap(b"{a}3", None, b"three", -1)
+    swaps = [
+        Swap(b"{a}1", b"one", b"uno", -1),
+        Swap(b"{a}2", b"two", b"due", -1),
+        Swap(b"{a}3", None, b"tre", -1),
+        Swap(b"{a}4", None, b"quattro", -1),
+        Swap(b"{a}5", b"five", None, 0),
+    ]
+    assert await store.swap_all(swaps) == [None, Lost(None), Lost(b"three"), None, Lost(None)]
+    assert [await store.get(b"{a}%d" % number) for number in range(1, 6)] == [b"one", None, b"three", None, None]
+
+
+async def test_several_swaps_make_nothing_where_a_value_is_empty(store: Any) -> None:
+    await store.swap(b"{a}2", None, b"", -1)
+    swaps = [Swap(b"{a}1", None, b"uno", -1), Swap(b"{a}2", None, b"due", -1), Swap(b"{a}3", None, b"tre", 60_000)]
+    assert await store.swap_all(swaps) == [None, Lost(b""), None]
+    assert [await store.get(key) for key in (b"{a}1", b"{a}3")] == [None, None]
+
+
+async def test_several_states_expire_each_at_its_time(store: Any) -> None:
+    await store.swap(b"{a}2", None, b"two", -1)
+    swaps = [Swap(b"{a}1", None, b"uno", 20), Swap(b"{a}2", b"two", b"due", 20), Swap(b"{a}3", None, b"tre", 2**63 - 1)]
+    assert await store.swap_all(swaps) is None
+    await expire(store, b"{a}1")
+    await expire(store, b"{a}2")
+    assert await store.get(b"{a}3") == b"tre"
+
+
+async def test_of_many_that_swap_the_same_states_one_wins(store: Any) -> None:
+    calls = [[Swap(b"{a}1", None, b"%d" % number, -1), Swap(b"{a}2", None, b"%d" % number, -1)] for number in range(20)]
+    losses = await asyncio.gather(*(store.swap_all(swaps) for swaps in calls))
+    winner = await store.get(b"{a}1")
+    assert await store.get(b"{a}2") == winner
+    assert losses.count(None) == 1
+    assert losses[int(winner)] is None
 
 
 async def test_its_time_is_that_of_the_epoch_and_goes_on(store: Any) -> None:

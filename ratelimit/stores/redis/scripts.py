@@ -23,7 +23,7 @@ _BETWEEN_LINES: Final = re.compile(r"\s*\n\s*")
 
 
 class Script(NamedTuple):
-    """A script of one key, its SHA-1, and the beginning of a command that calls it by that."""
+    """A script, its SHA-1, and the beginning of a command that calls it by that for one key."""
 
     text: bytes
     sha: str

@@ -12,9 +12,10 @@ server does know them.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from redis.crc import key_slot
 from redis.exceptions import NoScriptError, ResponseError
 
 from ratelimit.core.algorithm import LONGEST_STATE
@@ -22,7 +23,7 @@ from ratelimit.errors import StoreError, StoreUnavailableError
 from ratelimit.runtime.clock import MONOTONIC_IS_FINE
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import Decided, Lost, Usual
+from ratelimit.stores.protocol import Decided, DecidedAll, Lost, Swap, Usual
 from ratelimit.stores.redis.channel import Channel, Command
 from ratelimit.stores.redis.circuit import CircuitStatus
 from ratelimit.stores.redis.errors import translated
@@ -34,6 +35,8 @@ _SET_NX_PX: Final = load("set_nx_px")
 _COMPARE_AND_SWAP: Final = load("compare_and_swap")
 _COMPARE_AND_SWAP_PX: Final = load("compare_and_swap_px")
 _DECIDE: Final = load("decide")
+_COMPARE_AND_SWAP_ALL: Final = load("compare_and_swap_all")
+_DECIDE_ALL: Final = load("decide_all")
 
 _LAST_BYTE_READ: Final = b"%d" % LONGEST_STATE
 """The index of the last byte that is read: one byte more than a state may have, so that no server sends 512 MB."""
@@ -76,6 +79,10 @@ class RedisSteps(OfThisProcess):
     def clock_error_nanos(self, key: bytes) -> int | None:
         """Return how far the estimate of the server's time may be behind; None before the first reply."""
         return self._node_of(key).time.error_bound(self._monotonic())
+
+    def slot_of(self, key: bytes) -> int:
+        """Return what keys must have in common to be changed together: the slot of a cluster; elsewhere they all do."""
+        return key_slot(key) if self._channel.spans_nodes else 0
 
     def circuits(self) -> dict[str, CircuitStatus]:
         """Return the state of the circuit to each server, by node (``host:port``; empty for a single server)."""
@@ -143,7 +150,7 @@ class RedisSteps(OfThisProcess):
             # Another server has taken this one's place, and has no IFEQ.
             node.swaps_natively = False
         script, arguments = _scripted_swap(before, after, ttl_millis)
-        reply = yield from self._run(node, script, key, arguments, deadline)
+        reply = yield from self._run(node, script, (key,), arguments, deadline)
         return None if reply == 1 else Lost(_state(reply, key))
 
     def usual_decision(self, key: bytes, arguments: tuple[bytes, ...]) -> Usual | None:
@@ -158,7 +165,7 @@ class RedisSteps(OfThisProcess):
         usual = self.usual_decision(key, arguments)
         if usual is None:
             node = self._only or self._node_of(key)
-            reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
+            reply = yield from self._run(node, _DECIDE, (key,), arguments, deadline)
             return _decided(reply, key)
         (reply,) = yield self._channel.send(key, (usual.command,), deadline)
         return (yield from self.decided(key, arguments, deadline, reply))
@@ -170,7 +177,7 @@ class RedisSteps(OfThisProcess):
         if isinstance(reply, NoScriptError):
             node = self._only or self._node_of(key)
             node.scripts.clear()
-            reply = yield from self._run(node, _DECIDE, key, arguments, deadline)
+            reply = yield from self._run(node, _DECIDE, (key,), arguments, deadline)
         return _decided(reply, key)
 
     def send_usual(self, key: bytes, command: Command, deadline: float | None) -> Any:
@@ -185,6 +192,29 @@ class RedisSteps(OfThisProcess):
         """
         post = self._channel.post
         return post is not None and post(key, command, waiter, deadline)
+
+    def _swapping_all(self, swaps: Sequence[Swap], deadline: float | None) -> Steps[list[Lost | None] | None]:
+        keys = [swap.key for swap in swaps]
+        arguments: list[bytes] = []
+        for _, before, after, ttl_millis in swaps:
+            ttl = max(0, min(ttl_millis, _LONGEST_TTL_MILLIS))
+            arguments += (before or b"", after or b"", b"%d" % ttl)
+        node = self._node_of(keys[0])
+        reply = yield from self._run(node, _COMPARE_AND_SWAP_ALL, keys, tuple(arguments), deadline)
+        if reply == 1:
+            return None
+        if type(reply) is not list or len(reply) != len(keys):
+            raise _senseless(reply, keys[0])
+        return [None if found == 1 else Lost(_state(found, key)) for key, found in zip(keys, reply, strict=True)]
+
+    def _deciding_all(
+        self, keys: Sequence[bytes], arguments: tuple[bytes, ...], deadline: float | None
+    ) -> Steps[DecidedAll]:
+        reply = yield from self._run(self._node_of(keys[0]), _DECIDE_ALL, keys, arguments, deadline)
+        if type(reply) is not list or len(reply) != len(keys) + 1:
+            raise _senseless(reply, keys[0])
+        done, *before = reply
+        return DecidedAll(done == 1, tuple([_state(found, key) for key, found in zip(keys, before, strict=True)]))
 
     def _deleting(self, key: bytes, deadline: float | None) -> Steps[None]:
         yield from self._asking(key, (b"DEL", key), deadline)
@@ -205,10 +235,13 @@ class RedisSteps(OfThisProcess):
 
     # What they share
 
-    def _run(self, node: Node, script: Script, key: bytes, arguments: Command, deadline: float | None) -> Steps[Any]:
+    def _run(
+        self, node: Node, script: Script, keys: Sequence[bytes], arguments: Command, deadline: float | None
+    ) -> Steps[Any]:
         """Run a script: by its SHA-1 where the server should know it, otherwise by its text."""
+        key, operands = keys[0], (b"%d" % len(keys), *keys, *arguments)
         if script.sha in node.scripts:
-            command = (*script.call, key, *arguments)
+            command: Command = (*script.call[:2], *operands)
             questions = self._questions(node, key)
             if questions:
                 reply = yield from self._accompanied(questions, node, key, command, deadline)
@@ -219,7 +252,7 @@ class RedisSteps(OfThisProcess):
             # A server that was restarted has forgotten all scripts. To try each of them would cost a round trip each.
             node.scripts.clear()
         reply = yield from self._accompanied(
-            self._questions(node, key), node, key, (b"EVAL", script.text, b"1", key, *arguments), deadline
+            self._questions(node, key), node, key, (b"EVAL", script.text, *operands), deadline
         )
         _checked(reply, key)
         node.scripts.add(script.sha)

@@ -11,7 +11,7 @@ From the outside to the inside:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import redis
@@ -20,7 +20,7 @@ import redis.asyncio
 from ratelimit.errors import InvalidArgumentError
 from ratelimit.runtime.clock import elapsed_ns
 from ratelimit.runtime.steps import arun, run
-from ratelimit.stores.protocol import Decided, Lost
+from ratelimit.stores.protocol import Decided, DecidedAll, Lost, Swap
 from ratelimit.stores.redis.async_cluster import AsyncClusterChannel
 from ratelimit.stores.redis.async_pool import AsyncPoolChannel
 from ratelimit.stores.redis.channel import Channel, as_bytes
@@ -70,6 +70,16 @@ class RedisStore(RedisSteps):
     def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided | int:
         """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return run(self.deciding(key, arguments, deadline))
+
+    def swap_all(self, swaps: Sequence[Swap], *, deadline: float | None = None) -> list[Lost | None] | None:
+        """Carry out all of the swaps, or none; see ``ratelimit.stores.protocol.AtomicStore``."""
+        return run(self._swapping_all(swaps, deadline))
+
+    def decide_all(
+        self, keys: Sequence[bytes], arguments: tuple[bytes, ...], *, deadline: float | None = None
+    ) -> DecidedAll:
+        """Let the server decide about several buckets; see ``ratelimit.stores.protocol.AtomicDecidingStore``."""
+        return run(self._deciding_all(keys, arguments, deadline))
 
     def delete(self, key: bytes, *, deadline: float | None = None) -> None:
         """Delete what is stored under a key, if anything."""
@@ -134,6 +144,16 @@ class AsyncRedisStore(RedisSteps):
     async def decide(self, key: bytes, arguments: tuple[bytes, ...], *, deadline: float | None = None) -> Decided | int:
         """Let the server decide; see ``ratelimit.stores.protocol.DecidingStore``."""
         return await arun(self.deciding(key, arguments, deadline))
+
+    async def swap_all(self, swaps: Sequence[Swap], *, deadline: float | None = None) -> list[Lost | None] | None:
+        """Carry out all of the swaps, or none; see ``ratelimit.stores.protocol.AtomicStore``."""
+        return await arun(self._swapping_all(swaps, deadline))
+
+    async def decide_all(
+        self, keys: Sequence[bytes], arguments: tuple[bytes, ...], *, deadline: float | None = None
+    ) -> DecidedAll:
+        """Let the server decide about several buckets; see ``ratelimit.stores.protocol.AtomicDecidingStore``."""
+        return await arun(self._deciding_all(keys, arguments, deadline))
 
     async def delete(self, key: bytes, *, deadline: float | None = None) -> None:
         """Delete what is stored under a key, if anything."""
