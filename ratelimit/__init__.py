@@ -11,11 +11,12 @@
 
 __distribution__ = "ratelimit-redis"  # before the imports: ratelimit.errors looks for it
 
+from ratelimit.all_of import AllOf, AsyncAllOf, all_of
 from ratelimit.bucket import AsyncBucket, AsyncVerboseBucket, Bucket, VerboseBucket
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
-from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.core.results import CombinedProbe, ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.engine.observing import Decision, Listener
@@ -47,6 +48,8 @@ from ratelimit.telemetry.counting import CountingListener
 
 __all__ = [
     "NEVER",
+    "AllOf",
+    "AsyncAllOf",
     "AsyncBucket",
     "AsyncMemoryStore",
     "AsyncProxyManager",
@@ -63,6 +66,7 @@ __all__ = [
     "CircuitState",
     "CircuitStatus",
     "Clock",
+    "CombinedProbe",
     "ConsumptionProbe",
     "ContentionError",
     "CorruptStateError",
@@ -94,4 +98,5 @@ __all__ = [
     "UnsupportedStateError",
     "VerboseBucket",
     "VerboseResult",
+    "all_of",
 ]

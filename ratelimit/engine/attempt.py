@@ -18,7 +18,7 @@ from ratelimit.stores.protocol import Lost
 
 # A decision that has lost this many swaps pauses before the next. Each pause is drawn at random between nothing and a
 # longest that doubles, so that writers that have collided do not meet again.
-_IMMEDIATE_ATTEMPTS: Final = 4
+IMMEDIATE_ATTEMPTS: Final = 4
 _SHORTEST_PAUSE_NANOS: Final = 500_000
 _LONGEST_PAUSE_NANOS: Final = 16_000_000
 
@@ -231,8 +231,8 @@ class Attempt:
                     self.target.key, f"there was no time left after {self.swaps} swaps that were lost"
                 )
             raise ContentionError(self.target.key, self.swaps)
-        if self.swaps >= _IMMEDIATE_ATTEMPTS:
-            yield requests.pause(_jittered_pause(self.swaps - _IMMEDIATE_ATTEMPTS))
+        if self.swaps >= IMMEDIATE_ATTEMPTS:
+            yield requests.pause(jittered_pause(self.swaps))
             yield from self.read()
 
     def is_late(self) -> bool:
@@ -272,5 +272,7 @@ class Attempt:
         return can_delegate and (self.swaps > 0 or not self.command.only_reads)
 
 
-def _jittered_pause(retry: int) -> int:
-    return fork_safety.chance.randrange(min(_SHORTEST_PAUSE_NANOS << min(retry, 20), _LONGEST_PAUSE_NANOS))
+def jittered_pause(swaps: int) -> int:
+    """Return how long to pause, in nanoseconds, after so many swaps that were lost."""
+    longest = min(_SHORTEST_PAUSE_NANOS << min(swaps - IMMEDIATE_ATTEMPTS, 20), _LONGEST_PAUSE_NANOS)
+    return fork_safety.chance.randrange(longest)

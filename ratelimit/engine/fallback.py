@@ -28,7 +28,7 @@ from ratelimit.errors import (
     RateLimitError,
     StoreError,
 )
-from ratelimit.keys import brief
+from ratelimit.keys import Key, brief
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.steps import Steps
 
@@ -70,7 +70,7 @@ class Fallback:
 
     def layer(self, inner: Layer, policy: ErrorPolicy) -> Layer:
         """Return the layer that answers by a policy where the layer below fails."""
-        local, outages = self.local, self._outages
+        local = self.local
 
         def decide(question: Question) -> Steps[Any]:
             ((target, _, command),) = question.parts
@@ -87,8 +87,8 @@ class Fallback:
                 course.degraded = True
             else:
                 # An answer without a round trip, such as a local decision, does not show that the store is back.
-                if (outages.degraded or self._in_debt) and course.round_trips:
-                    self._store_answers()
+                if course.round_trips:
+                    self.store_answers()
             return answer
 
         return decide
@@ -112,9 +112,7 @@ class Fallback:
         ((target, _, command),) = question.parts
         if not command.is_decision:
             raise error
-        chosen = policy if isinstance(policy, OnError) else policy(target.key, error)
-        if not isinstance(chosen, OnError):
-            raise InvalidArgumentError(f"on_error must give an OnError; got {brief(chosen)}") from error
+        chosen = self.chosen(policy, target.key, error)
         if chosen.kind == "raise":
             raise error
         if chosen.kind == "allow":
@@ -137,12 +135,26 @@ class Fallback:
                 # In doubt, the shared bucket may have them back already.
                 if not in_doubt:
                     self.local.give_back(target, rest)
-        self._in_debt |= chosen.kind == "local"
-        self._outages.note_failure(target.key, chosen, error)
+        self.note_failure(target.key, chosen, error)
         return _degraded(answer)
 
-    def _store_answers(self) -> None:
+    @staticmethod
+    def chosen(policy: ErrorPolicy, key: Key, error: RateLimitError) -> OnError:
+        """Return what a policy says of an error."""
+        chosen = policy if isinstance(policy, OnError) else policy(key, error)
+        if not isinstance(chosen, OnError):
+            raise InvalidArgumentError(f"on_error must give an OnError; got {brief(chosen)}") from error
+        return chosen
+
+    def note_failure(self, key: Key, chosen: OnError, error: RateLimitError) -> None:
+        """Note that a policy has answered in place of the store."""
+        self._in_debt |= chosen.kind == "local"
+        self._outages.note_failure(key, chosen, error)
+
+    def store_answers(self) -> None:
         """Note that the store answers, and begin a sweep if one is due."""
+        if not self._outages.degraded and not self._in_debt:
+            return
         self._outages.note_answer()
         now = self._monotonic()
         with self._lock:

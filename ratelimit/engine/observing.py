@@ -47,6 +47,7 @@ class Decision(NamedTuple):
     :param error: why there is no decision of the store; also where the policy has made one.
     :param asynchronous: whether asyncio code has asked.
     :param given_back: tokens of a reservation that ``settle`` has given back. A ``settle`` is never a refusal.
+    :param refused_by: the keys of the buckets that have refused, where several were asked together; empty elsewhere.
     """
 
     key: Key
@@ -61,6 +62,7 @@ class Decision(NamedTuple):
     error: Exception | None
     asynchronous: bool
     given_back: int = 0
+    refused_by: tuple[Key, ...] = ()
 
 
 class Listener(Protocol):
@@ -128,13 +130,18 @@ def observing(inner: Layer, listener: Listener, monotonic: Callable[[], float], 
             asynchronous=asynchronous,
             given_back=command.rest if is_settled else 0,  # type: ignore[attr-defined]  # a Settle has it
         )
-        # The decision is made, and its tokens are taken: a listener that fails must not make an error of it.
-        try:
-            listener.on_decision(decision)
-        except Exception:
-            _logger.exception("a listener has failed")
+        report_decision(listener, decision)
 
     return decide
+
+
+def report_decision(listener: Listener, decision: Decision) -> None:
+    """Report a decision."""
+    # The decision is made, and its tokens are taken: a listener that fails must not make an error of it.
+    try:
+        listener.on_decision(decision)
+    except Exception:
+        _logger.exception("a listener has failed")
 
 
 def report_interruption(listener: Listener | None, key: Key, tokens: int, error: BaseException) -> None:

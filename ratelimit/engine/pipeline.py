@@ -9,19 +9,21 @@ From the outside in; a layer that has nothing to do is left out:
 - local decisions answer without the store, as far as an optimization allows;
 - coalescing lets one question at a time through for each bucket;
 - swapping asks the store. Over a store in this process, :class:`InProcess` takes the place of these last two.
+
+Questions about several buckets at once have layers of their own, in ``several``.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.core.algorithm import Configuration, decode
 from ratelimit.core.commands import Terms
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import Limits, configuration_of
+from ratelimit.core.limits import Limits
 from ratelimit.engine.cancelled_waits import CancelledWaits
 from ratelimit.engine.coalescing.tasks import TaskCoalescing
 from ratelimit.engine.coalescing.threads import ThreadCoalescing
@@ -38,10 +40,13 @@ from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.outage_log import OutageLog
 from ratelimit.engine.proxy import BucketProxy, asking_in_process, asking_in_steps, asking_together
 from ratelimit.engine.question import Layer, Part, Question, Target, errors_named
+from ratelimit.engine.several import Several
+from ratelimit.engine.several.parts import Manner, terms_of_key
 from ratelimit.engine.shield import shielding
 from ratelimit.engine.store_requests import Tuning, now_of, requests_to
 from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import RateLimitError
+from ratelimit.keys import Key
 from ratelimit.runtime import fork_safety
 from ratelimit.runtime.clock import Clock, MonotonicSleep, steady_clock
 from ratelimit.runtime.steps import Steps
@@ -100,6 +105,8 @@ class Pipeline:
     ) -> None:
         self.store = store
         self.face = face
+        self.clock = clock
+        self.coalesces = coalesces
         self.listener = listener
         self.monotonic = face.monotonic
         # This is not a method, because layers that referred to the pipeline would keep a dropped manager, and its
@@ -143,7 +150,10 @@ class Pipeline:
         if not coalesces:
             return swapping.decide
         express = Express(swapping, self.requests)
-        self.coalescing = (TaskCoalescing if self.face.asynchronous else ThreadCoalescing)(express, self.monotonic)
+        if self.face.asynchronous:
+            self.coalescing = TaskCoalescing(express, self.monotonic)
+        else:
+            self.coalescing = ThreadCoalescing(express.decide, self.monotonic)
         self._asking = partial(asking_together, self.coalescing)
         return self.coalescing.decide
 
@@ -188,16 +198,23 @@ class Pipeline:
                 self._optimization if optimization is None else optimization,
             )
         layer, shielded, asking = layers
+        manner = Manner(
+            self._on_error if on_error is None else on_error,
+            self._optimization if optimization is None else optimization,
+            partial(terms_of_key, limits, version, inheritance) if callable(limits) else None,
+        )
         terms: Terms | None = None
-        if callable(limits):
-            of_key: Any = limits
-            look_up = partial(
-                looking_up, limits=of_key, version=version, inheritance=inheritance, monotonic=self.monotonic
-            )
+        if manner.find_terms is not None:
+            look_up = partial(looking_up, find=manner.find_terms, monotonic=self.monotonic)
             layer, shielded, asking = look_up(layer), look_up(shielded), asking_in_steps
         else:
             terms = Terms(limits, version, inheritance)
-        return BucketProxy(self, target, terms, timeout, layer, shielded, asking)
+        return BucketProxy(self, target, terms, timeout, layer, shielded, asking, manner)
+
+    @cached_property
+    def several(self) -> Several:
+        """What decides about several buckets, the last of which is of this pipeline."""
+        return Several(self)
 
     def deadline(self, seconds: float) -> float:
         """Return the deadline of a question that begins now.
@@ -244,23 +261,15 @@ class Pipeline:
         return None if state is None else decode(state, target.key).configuration
 
 
-def looking_up(
-    inner: Layer,
-    *,
-    limits: AsyncLimitsOfKey,
-    version: int | None,
-    inheritance: TokensInheritance,
-    monotonic: Callable[[], float],
-) -> Layer:
+def looking_up(inner: Layer, *, find: Callable[[Key], Steps[Terms | None]], monotonic: Callable[[], float]) -> Layer:
     """Return the layer that looks up the terms of a key; a key without limits is answered without the store."""
 
     def decide(question: Question) -> Steps[Any]:
         ((target, _, command),) = question.parts
         begun = monotonic()
-        found = yield limits(target.key)
-        if found is None:
+        terms = yield from find(target.key)
+        if terms is None:
             return command.answer_without_limit()
-        terms = Terms(configuration_of(found), version, inheritance)
         deadline = question.deadline
         if deadline is not None:
             # The lookup is the caller's own code, so that its time does not count.

@@ -51,6 +51,7 @@ class BucketProxy:
     :param layer: answers questions.
     :param shielded: answers the reservations of waits in sync code.
     :param asking: makes ``ask``; one of the functions below.
+    :param manner: what a question about several buckets has to know of this one; a ``several.parts.Manner``.
     :ivar ask: answers a command, within a timeout of its own or that of the bucket.
     :ivar aask: the function of ``ask``, as it is where the manager is asyncio's.
     """
@@ -62,6 +63,7 @@ class BucketProxy:
     layer: Layer
     shielded: Layer
     asking: Callable[[BucketProxy], Any]
+    manner: Any = None
     ask: Ask = field(init=False)
     aask: AsyncAsk = field(init=False)
 

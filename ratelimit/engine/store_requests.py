@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -11,7 +11,17 @@ from ratelimit.engine.face import Face
 from ratelimit.engine.last_seen import LastSeen, Sighting
 from ratelimit.runtime.clock import Clock, has_unique_readings
 from ratelimit.runtime.steps import Steps
-from ratelimit.stores.protocol import AsyncStore, Decided, DecidingStore, ExpressStore, Lost, Store
+from ratelimit.stores.protocol import (
+    AsyncStore,
+    AtomicDecidingStore,
+    AtomicStore,
+    Decided,
+    DecidingStore,
+    ExpressStore,
+    Lost,
+    Store,
+    Swap,
+)
 
 
 class Tuning(NamedTuple):
@@ -46,6 +56,8 @@ class Requests:
     :param decide: lets the store decide; None where it cannot.
     :param deciding: lets the store decide, in steps.
     :param express: the store, where it shows its usual requests; None elsewhere.
+    :param swap_all: swaps under several keys; None where the store cannot.
+    :param decide_all: lets the store decide about several buckets; None where it cannot.
     :param pause: waits for a number of nanoseconds between attempts, in real time.
     :param monotonic: the clock of deadlines, in seconds.
     :param last_seen: gives what was last seen under a key, or the sighting beside it.
@@ -71,6 +83,8 @@ class Requests:
     remember: Callable[[bytes, Sighting], None]
     tuning: Tuning
     habit: Habit = field(default_factory=Habit)
+    swap_all: Callable[..., Any] | None = None
+    decide_all: Callable[..., Any] | None = None
 
 
 def requests_to(
@@ -106,6 +120,8 @@ def requests_to(
         last_seen=last_seen.get,
         remember=last_seen.put,
         tuning=tuning,
+        swap_all=asks.swap_all if isinstance(store, AtomicStore) else None,
+        decide_all=deciding.decide_all if isinstance(deciding, AtomicDecidingStore) else None,
     )
 
 
@@ -123,6 +139,9 @@ class _WithDeadlines:
 
     def swapping(self, key: bytes, before: bytes | None, after: bytes, ttl: int, deadline: float | None) -> Steps[Any]:
         return (yield self._store.swap(key, before, after, ttl))
+
+    def swap_all(self, swaps: Sequence[Swap], *, deadline: float | None) -> Any:
+        return self._store.swap_all(swaps)
 
     def now_nanos(self, key: bytes, *, deadline: float | None) -> Any:
         return self._store.now_nanos(key)

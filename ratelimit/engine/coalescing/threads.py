@@ -9,7 +9,6 @@ from weakref import ref
 
 from ratelimit.core.commands import Batch
 from ratelimit.engine.coalescing.common import copied, count_together, too_late
-from ratelimit.engine.express import Express
 from ratelimit.engine.question import Course, Question
 from ratelimit.errors import RateLimitError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.runtime import fork_safety, threads
@@ -20,7 +19,7 @@ from ratelimit.runtime.steps import Steps
 _LONGEST_SLEEP: Final = 0.05
 
 
-class _Entry:
+class Entry:
     """What a thread asks of a bucket while it waits for its turn.
 
     :ivar caller: refers to the question's course for as long as its thread has not left it, whichever way.
@@ -28,11 +27,11 @@ class _Entry:
     :ivar left: whether nobody waits for the answer any more.
     """
 
-    __slots__ = ("caller", "deadline", "flight", "left", "part", "woken")
+    __slots__ = ("caller", "deadline", "flight", "left", "parts", "woken")
 
     def __init__(self, question: Question, caller: ref[Course]) -> None:
         # Of the question without its course, which would live on as long as this entry does.
-        (self.part,) = question.parts
+        self.parts = question.parts
         self.deadline = math.inf if question.deadline is None else question.deadline
         self.caller = caller
         self.woken = threads.event()
@@ -61,7 +60,7 @@ class _Flight:
     def __init__(self, leader: ref[Course], course: Course) -> None:
         self.leader = leader
         self.course = course
-        self.led: dict[_Entry, int] = {}
+        self.led: dict[Entry, int] = {}
         self.answers: Sequence[Any] | None = None
         self.error: Exception | None = None
         self.over = False
@@ -91,15 +90,15 @@ class ThreadCoalescing:
     - Where nobody leads, any thread that notices appoints the next leader. To do that twice does no harm, and neither
       would two leaders: swaps decide.
 
-    :param express: answers the questions that are let through.
+    :param decide: answers the questions that are let through.
     :param monotonic: the clock of deadlines, in seconds.
     """
 
-    def __init__(self, express: Express, monotonic: Callable[[], float]) -> None:
-        self._decide = express.decide
+    def __init__(self, decide: Callable[[Question], Any], monotonic: Callable[[], float]) -> None:
+        self._decide = decide
         self._monotonic = monotonic
         self._leaders: dict[bytes, ref[Course]] = {}
-        self._queues: dict[bytes, list[_Entry]] = {}
+        self._queues: dict[bytes, list[Entry]] = {}
         self._lock = fork_safety.lock()
         fork_safety.call_in_child(self._forget)
 
@@ -118,7 +117,11 @@ class ThreadCoalescing:
         (part,) = question.parts
         if part.command.only_reads:
             return self._decide(question)
-        place, me = part.target.stored_key, ref(question.course)
+        return self._decide_at(part.target.stored_key, question)
+
+    def _decide_at(self, place: bytes, question: Question) -> Any:
+        """Answer a question that goes together with others of the same place."""
+        me = ref(question.course)
         if place not in self._queues:
             try:
                 if self._leaders.setdefault(place, me) is me:
@@ -135,9 +138,9 @@ class ThreadCoalescing:
         if threads.block_greenlets():
             # No greenlet waits for another: each asks by itself.
             return self._decide(question)
-        return self._carried(place, question, _Entry(question, me))
+        return self._carried(place, question, Entry(question, me))
 
-    def _carried(self, place: bytes, question: Question, entry: _Entry) -> Any:
+    def _carried(self, place: bytes, question: Question, entry: Entry) -> Any:
         """Queue, and wait for the answer or lead others."""
         me, course = entry.caller, question.course
         try:
@@ -159,9 +162,9 @@ class ThreadCoalescing:
             self._appoint(place)
         return self._answer(entry, flight, course)
 
-    def _answer(self, entry: _Entry, flight: Any, course: Course) -> Any:
+    def _answer(self, entry: Entry, flight: Any, course: Course) -> Any:
         course.round_trips = flight.course.round_trips
-        key = entry.part.target.key
+        key = entry.parts[0].target.key
         if flight.error is not None and flight.leader is not entry.caller:
             raise copied(flight.error, key)
         if flight.answers is None:
@@ -182,11 +185,11 @@ class ThreadCoalescing:
                 return
             self._queues[place] = waiting
             # The one with the latest deadline leads, so that the question for all does not end before theirs.
-            chosen = max(_together(waiting), key=lambda entry: entry.deadline)
+            chosen = max(self._together(waiting), key=lambda entry: entry.deadline)
             self._leaders[place] = chosen.caller
         chosen.woken.set()
 
-    def _wait(self, place: bytes, entry: _Entry, question: Question) -> bool:
+    def _wait(self, place: bytes, entry: Entry, question: Question) -> bool:
         """Block until the entry is decided, or is to lead; return whether it is to lead."""
         while True:
             flight = entry.flight
@@ -207,23 +210,20 @@ class ThreadCoalescing:
                 # The outcome of the command must be known, and then undone.
                 question.course.interruption = error
 
-    def _give_up(self, entry: _Entry) -> None:
+    def _give_up(self, entry: Entry) -> None:
         with self._lock:
             entry.left = True
             flight = entry.flight
-        raise too_late(entry.part.target.key, in_doubt=not (flight is None or flight.is_void()))
+        raise too_late(entry.parts[0].target.key, in_doubt=not (flight is None or flight.is_void()))
 
-    def _lead(self, place: bytes, leader: _Entry, question: Question) -> None:
+    def _lead(self, place: bytes, leader: Entry, question: Question) -> None:
         """Ask one question for all that go together, and publish the answers."""
         course = question.course
         asking = course if question.holds else Course()
         flight = _Flight(leader.caller, asking)
         try:
             self._board(place, leader, flight)
-            command = Batch(tuple([entry.part.command for entry in flight.led]))
-            target, terms, _ = next(iter(flight.led)).part
-            asked = Question.of(target, terms, command, question.deadline, holds=True, course=asking)
-            flight.answers = self._decide(asked)
+            flight.answers = self._ask_for(list(flight.led), question.deadline, asking)
         except RateLimitError as error:
             if isinstance(error, StoreTimeoutError) and not error.in_doubt:
                 # Only the leader had no time left; the others may have some.
@@ -241,17 +241,22 @@ class ThreadCoalescing:
         if asking is not course and asking.interruption is not None:
             raise asking.interruption
 
-    def _board(self, place: bytes, leader: _Entry, flight: _Flight) -> None:
+    def _board(self, place: bytes, leader: Entry, flight: _Flight) -> None:
         """Take along those that wait and go together with the first."""
         with self._lock:
-            led = _together([entry for entry in self._queues.get(place, ()) if entry.waits()])
+            led = self._together([entry for entry in self._queues.get(place, ()) if entry.waits()])
             if leader not in led:
                 led = [leader]
             flight.led = {entry: number for number, entry in enumerate(led)}
             for entry in led:
                 entry.flight = flight
 
+    def _ask_for(self, led: list[Entry], deadline: float | None, course: Course) -> Sequence[Any]:
+        """Ask one question for all of these, and return their answers in order."""
+        command = Batch(tuple([entry.parts[0].command for entry in led]))
+        target, terms, _ = led[0].parts[0]
+        return self._decide(Question.of(target, terms, command, deadline, holds=True, course=course))  # type: ignore[no-any-return]
 
-def _together(waiting: list[_Entry]) -> list[_Entry]:
-    """Return the first, and those behind it that can be carried with it."""
-    return waiting[: count_together(entry.part for entry in waiting)]
+    def _together(self, waiting: list[Entry]) -> list[Entry]:
+        """Return the first, and those behind it that can be carried with it."""
+        return waiting[: count_together(entry.parts[0] for entry in waiting)]

@@ -1,0 +1,227 @@
+"""Several buckets in one decision: each of them is charged, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias, overload
+
+from ratelimit.bucket import AsyncBucket, Bucket
+from ratelimit.checks import boolean, refusal, token_count
+from ratelimit.core.numbers import Duration
+from ratelimit.core.results import CombinedProbe, Snapshot
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.several.buckets import SeveralBuckets
+from ratelimit.engine.several.parts import hash_tag
+from ratelimit.errors import InvalidArgumentError
+from ratelimit.keys import Key, brief, shown
+from ratelimit.runtime.clock import SystemClock
+from ratelimit.runtime.copies import OfThisProcess
+from ratelimit.runtime.steps import arun, run
+
+_ADVICE: Final = "pickle its keys, and ask managers for the buckets again"
+
+Part: TypeAlias = Bucket | tuple[Bucket, int]
+"""A bucket, or a bucket and how many of its tokens one of the whole is worth."""
+
+MOST_PARTS: Final = 16
+"""The most buckets of one decision: a server is busy with them for a fraction of a millisecond."""
+
+AsyncPart: TypeAlias = AsyncBucket | tuple[AsyncBucket, int]
+"""A :data:`Part` for asyncio."""
+
+
+class _AllOf(OfThisProcess):
+    """What both faces share."""
+
+    __slots__ = ("_several",)
+
+    _advice = _ADVICE
+
+    def __init__(self, several: SeveralBuckets) -> None:
+        self._several = several
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The keys of the buckets, as they were given."""
+        return tuple([proxy.target.key for proxy, _ in self._several.shares])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join([shown(key) for key in self.keys])})"
+
+
+class AllOf(_AllOf):
+    """Several buckets that are charged together or not at all, for sync code; :func:`all_of` makes it.
+
+    Every verb has a ``timeout``, which defaults to the shortest of the buckets'. Verbs raise what those of a
+    :class:`Bucket` raise.
+    """
+
+    __slots__ = ()
+
+    def try_consume(self, *, timeout: Duration | None = None) -> bool:
+        """Consume the tokens of every bucket if all of them are there, and return whether they were."""
+        return run(self._several.try_consume("try_consume", timeout)).consumed
+
+    def try_consume_and_return_remaining(self, *, timeout: Duration | None = None) -> CombinedProbe:
+        """Consume the tokens of every bucket if all of them are there; return which refuse, and how long to wait."""
+        return run(self._several.try_consume("try_consume_and_return_remaining", timeout))
+
+    def consume(self, *, max_wait: Duration | None = None, timeout: Duration | None = None) -> bool:
+        """Wait until the tokens of every bucket are there at once, and consume them.
+
+        Nothing is taken while this waits: it tries, sleeps for the longest wait, and tries again. Of the callers of a
+        manager that wait for the same bucket, those that came first are served first.
+
+        :param max_wait: the longest wait that is accepted, a ``timedelta`` or seconds, 0 or more; None: as long as it
+            takes. Where the tokens would take longer the answer is False, and nothing is taken.
+        :raises ReservationOverflowError: without a longest wait, where a bucket cannot hold so many tokens.
+        """
+        return run(self._several.consume(max_wait, timeout))
+
+    def estimate_ability_to_consume(self, *, timeout: Duration | None = None) -> CombinedProbe:
+        """Return whether all tokens could be consumed now, which buckets refuse, and how long to wait; consume none."""
+        return run(self._several.estimate(timeout))
+
+    def give_back(self, *, timeout: Duration | None = None) -> None:
+        """Undo a consumption that was of no use: every bucket has its tokens again; see :meth:`Bucket.give_back`."""
+        run(self._several.give_back(timeout))
+
+    def snapshot(self, *, timeout: Duration | None = None) -> tuple[Snapshot, ...]:
+        """Return the states of the buckets at one time, in their order.
+
+        :raises BucketNotFoundError: for a key that is not limited.
+        """
+        return run(self._several.snapshot(timeout))
+
+
+class AsyncAllOf(_AllOf):
+    """Several buckets that are charged together or not at all, for asyncio; the verbs are those of :class:`AllOf`."""
+
+    __slots__ = ()
+
+    async def try_consume(self, *, timeout: Duration | None = None) -> bool:
+        """See :meth:`AllOf.try_consume`."""
+        return (await arun(self._several.try_consume("try_consume", timeout))).consumed
+
+    async def try_consume_and_return_remaining(self, *, timeout: Duration | None = None) -> CombinedProbe:
+        """See :meth:`AllOf.try_consume_and_return_remaining`."""
+        return await arun(self._several.try_consume("try_consume_and_return_remaining", timeout))
+
+    async def consume(self, *, max_wait: Duration | None = None, timeout: Duration | None = None) -> bool:
+        """See :meth:`AllOf.consume`."""
+        return await arun(self._several.consume(max_wait, timeout))
+
+    async def estimate_ability_to_consume(self, *, timeout: Duration | None = None) -> CombinedProbe:
+        """See :meth:`AllOf.estimate_ability_to_consume`."""
+        return await arun(self._several.estimate(timeout))
+
+    async def give_back(self, *, timeout: Duration | None = None) -> None:
+        """See :meth:`AllOf.give_back`."""
+        await arun(self._several.give_back(timeout))
+
+    async def snapshot(self, *, timeout: Duration | None = None) -> tuple[Snapshot, ...]:
+        """See :meth:`AllOf.snapshot`."""
+        return await arun(self._several.snapshot(timeout))
+
+
+@overload
+def all_of(*parts: Part, spread: bool = False) -> AllOf: ...
+@overload
+def all_of(*parts: AsyncPart, spread: bool = False) -> AsyncAllOf: ...
+def all_of(*parts: Any, spread: bool = False) -> AllOf | AsyncAllOf:
+    """Return several buckets as one: each of them is charged, or none, in one round trip. Nothing is sent yet.
+
+    ::
+
+        limit = all_of(users.bucket("{acme}:42"), tenants.bucket("{acme}"), (tokens.bucket("{acme}"), 1_500))
+        if not limit.try_consume(): ...
+
+    In a cluster the keys must share a slot, and so need one tag in braces, such as ``{acme}`` above. The bucket that
+    most calls share should come last: calls of one process that share it, or the tag, go together.
+
+    :param parts: buckets, or pairs of a bucket and how many of its tokens one of the whole is worth. They may be of any
+        managers over one store, of one face, and must have different keys in the store.
+    :param spread: take the tokens from one bucket after the other, in this order, and give them back where a later one
+        refuses: for keys that cannot share a slot. ``docs/several-buckets.md`` says what is guaranteed then.
+    :raises InvalidArgumentError: for buckets that cannot be charged together.
+    """
+    boolean(spread, "spread")
+    if not parts:
+        raise InvalidArgumentError("parts must be one bucket or more; got none")
+    shares = tuple([_share(part) for part in parts])
+    proxies = [proxy for proxy, _ in shares]
+    _check_that_they_differ(proxies)
+    first = proxies[0].pipeline
+    if any(proxy.pipeline.face is not first.face for proxy in proxies):
+        raise InvalidArgumentError(
+            f"parts must be buckets of sync code, or of asyncio, and not of both; got {brief(parts)}"
+        )
+    if not spread:
+        _check_that_they_go_together(proxies)
+    several = SeveralBuckets(shares, spread)
+    return AsyncAllOf(several) if first.face.asynchronous else AllOf(several)
+
+
+def _share(part: Any) -> tuple[BucketProxy, int]:
+    bucket, tokens = part if isinstance(part, tuple) and len(part) == 2 else (part, 1)
+    if not isinstance(bucket, Bucket | AsyncBucket):
+        raise refusal("part", "a bucket, or a bucket and a number of tokens", part)
+    return bucket._proxy, token_count(tokens)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # this is a bucket's own
+
+
+def _check_that_they_differ(proxies: Sequence[BucketProxy]) -> None:
+    found: set[bytes] = set()
+    for proxy in proxies:
+        key = proxy.target.stored_key
+        if key in found:
+            raise InvalidArgumentError(
+                f"parts must have different keys in the store; got {shown(key)} twice; give the managers of different "
+                "limits different prefixes"
+            )
+        found.add(key)
+
+
+def _check_that_they_go_together(proxies: Sequence[BucketProxy]) -> None:
+    """Check what one decision needs of buckets.
+
+    :raises InvalidArgumentError: with what to do.
+    """
+    first = proxies[0].pipeline
+    for proxy in proxies:
+        pipeline = proxy.pipeline
+        if pipeline.store is not first.store:
+            raise InvalidArgumentError(
+                f"parts must be buckets of managers over one store; got {brief(first.store)} and "
+                f"{brief(pipeline.store)}; make the second manager over manager.store of the first, or pass spread=True"
+            )
+        if not _is_one_clock(pipeline.clock, first.clock):
+            raise InvalidArgumentError(
+                f"parts must be buckets that go by one clock; got {brief(first.clock)} and {brief(pipeline.clock)}"
+            )
+        if proxy.manner.optimization is not None:
+            raise InvalidArgumentError(
+                f"parts must be buckets without an optimization; got one for the key {shown(proxy.target.key)}; ask a "
+                "manager without one for the bucket, or pass spread=True"
+            )
+    if len(proxies) > MOST_PARTS:
+        raise InvalidArgumentError(f"parts must be {MOST_PARTS} buckets at most; got {len(proxies)}")
+    if proxies[-1].pipeline.several.decide is None:
+        raise InvalidArgumentError(
+            f"parts must be buckets over a store with a method swap_all(); got {brief(first.store)}; pass spread=True"
+        )
+    _check_slots([proxy.target.stored_key for proxy in proxies], getattr(first.store, "slot_of", None))
+
+
+def _is_one_clock(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is SystemClock and type(other) is SystemClock)
+
+
+def _check_slots(keys: Sequence[bytes], slot_of: Any) -> None:
+    if slot_of is None or len({slot_of(key) for key in keys}) == 1:
+        return
+    tag = next((tag for key in keys if (tag := hash_tag(key)) is not None), None)
+    example = "{acme}" if tag is None else "{" + tag.decode(errors="replace") + "}"
+    raise InvalidArgumentError(
+        f"parts must have keys that share a slot of the cluster; got {', '.join([shown(key) for key in keys])}; put "
+        f"the same text in braces into each of them, such as {example}, or pass spread=True"
+    )

@@ -1,0 +1,185 @@
+"""Several buckets as one: what an ``all_of`` asks, and what it does around that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ratelimit.checks import timeout_seconds
+from ratelimit.core.commands import (
+    Command,
+    GiveBack,
+    ProbeConsumption,
+    TakeSnapshot,
+    TryConsumeAndReturnRemaining,
+)
+from ratelimit.core.numbers import MAX, NANOS_PER_SECOND, Duration
+from ratelimit.core.results import CombinedProbe, ConsumptionProbe, Snapshot
+from ratelimit.engine.observing import Decision, report_decision
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Course, Part, Question
+from ratelimit.engine.several.one_by_one import OneByOne
+from ratelimit.engine.several.parts import Call, place_of
+from ratelimit.engine.several.waiting import waited_for
+from ratelimit.engine.several.without_store import answers_without_store
+from ratelimit.errors import (
+    BucketNotFoundError,
+    ContentionError,
+    CorruptStateError,
+    RateLimitError,
+    StoreError,
+)
+from ratelimit.runtime.steps import Steps
+
+Shares = tuple[tuple[BucketProxy, int], ...]
+"""Buckets, and how many tokens of each one of the whole is worth."""
+
+FAILURES: Final = (StoreError, ContentionError, CorruptStateError)
+"""What ``on_error`` is asked about."""
+
+
+@dataclass(slots=True)
+class SeveralBuckets:
+    """Buckets that are charged together, or not at all.
+
+    :param spread: whether the tokens are taken from one bucket after the other, and given back where one refuses.
+    :ivar keys: the keys of the buckets in the store.
+    :ivar home: the pipeline of the last bucket, where questions meet others.
+    """
+
+    shares: Shares
+    spread: bool
+    home: Any = field(init=False)
+    keys: list[bytes] = field(init=False)
+    _place: bytes = field(init=False)
+    _timeout: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        proxies = [proxy for proxy, _ in self.shares]
+        self.home = proxies[-1].pipeline
+        self.keys = [proxy.target.stored_key for proxy in proxies]
+        self._place = place_of(self.keys)
+        self._timeout = min([proxy.timeout for proxy in proxies])
+
+    def try_consume(self, verb: str, timeout: Duration | None) -> Steps[CombinedProbe]:
+        """Consume the tokens of all buckets if all of them are there."""
+        return self._probed(verb, TryConsumeAndReturnRemaining, timeout)
+
+    def estimate(self, timeout: Duration | None) -> Steps[CombinedProbe]:
+        """Return whether all tokens could be consumed now, and consume none."""
+        return self._probed("estimate_ability_to_consume", ProbeConsumption, timeout)
+
+    def snapshot(self, timeout: Duration | None) -> Steps[tuple[Snapshot, ...]]:
+        """Return the states of all buckets; at one time, unless they are spread."""
+        commands = [TakeSnapshot() for _ in self.shares]
+        answers = yield from self._answers(commands, self._deadline(timeout), Course())
+        for (proxy, _), answer in zip(self.shares, answers, strict=True):
+            if answer is None:
+                raise BucketNotFoundError(proxy.target.key)
+        return tuple(answers)
+
+    def give_back(self, timeout: Duration | None) -> Steps[None]:
+        """Undo a consumption, of the last bucket first; where one fails, the others get theirs back all the same."""
+        deadline, failure = self._deadline(timeout), None
+        for proxy, tokens in reversed(self.shares):
+            try:
+                yield from proxy.layer(Question.of(proxy.target, proxy.terms, GiveBack(tokens), deadline))  # type: ignore[arg-type]  # a layer looks the terms up
+            except RateLimitError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def consume(self, max_wait: Duration | None, timeout: Duration | None) -> Steps[bool]:
+        """Wait for the tokens, and consume them; return False where that would take longer than ``max_wait``."""
+        probe = yield from waited_for(self, max_wait, timeout)
+        return probe is not None and probe.consumed
+
+    def _deadline(self, timeout: Duration | None) -> float:
+        seconds = self._timeout if timeout is None else timeout_seconds(timeout)
+        for proxy, _ in self.shares:
+            # Each of them raises an error if its manager is closed.
+            proxy.pipeline.begin()
+        return self.home.deadline(seconds)  # type: ignore[no-any-return]
+
+    def _probed(
+        self, verb: str, command: Callable[[int], Command[Any]], timeout: Duration | None
+    ) -> Steps[CombinedProbe]:
+        deadline, course, begun = self._deadline(timeout), Course(), self.home.monotonic()
+        commands = [command(tokens) for _, tokens in self.shares]
+        try:
+            answers = yield from self._answers(commands, deadline, course)
+        except RateLimitError as error:
+            failure = course.failure or error
+            # Only failures of the store are reported. A wrong argument or a closed manager concerns the caller alone.
+            if isinstance(failure, FAILURES):
+                self._report(verb, None, course, failure, begun)
+            raise
+        probe = CombinedProbe.of([proxy.target.key for proxy, _ in self.shares], answers)
+        self._report(verb, probe, course, course.failure, begun)
+        return probe
+
+    def _answers(self, commands: Sequence[Command[Any]], deadline: float, course: Course) -> Steps[list[Any]]:
+        """Return an answer for each bucket, from the store or without it."""
+        if self.spread:
+            return (yield from OneByOne(self.shares).answers(commands, deadline, course))
+        parts: list[Part | None] = []
+        for (proxy, _), command in zip(self.shares, commands, strict=True):
+            terms = proxy.terms
+            if terms is None:
+                begun = self.home.monotonic()
+                terms = yield from proxy.manner.find_terms(proxy.target.key)
+                # The lookup is the caller's own code, so that its time does not count.
+                deadline += self.home.monotonic() - begun
+            parts.append(None if terms is None else Part(proxy.target, terms, command))
+        limited = tuple([part for part in parts if part is not None])
+        found = iter((yield from self._answers_of_limited(limited, deadline, course)) if limited else ())
+        return [
+            command.answer_without_limit() if part is None else next(found)
+            for part, command in zip(parts, commands, strict=True)
+        ]
+
+    def _answers_of_limited(self, parts: Call, deadline: float, course: Course) -> Steps[list[Any]]:
+        question = Question(parts, deadline, False, course)
+        asked = [proxy for proxy, _ in self.shares if any(part.target is proxy.target for part in parts)]
+        try:
+            found: list[Any] = yield from self.home.several.decide(self._place, question)
+        except FAILURES as error:
+            course.failure = error
+            found = answers_without_store(asked, question, error)
+            course.degraded = True
+        else:
+            if course.round_trips:
+                for proxy in asked:
+                    proxy.pipeline.fallback.store_answers()
+        return found
+
+    def _report(
+        self, verb: str, probe: CombinedProbe | None, course: Course, error: Exception | None, begun: float
+    ) -> None:
+        """Report the decision to the listener of each bucket, as one about that bucket."""
+        if self.spread:
+            # Each bucket has reported its own.
+            return
+        duration = round((self.home.monotonic() - begun) * NANOS_PER_SECOND)
+        for number, (proxy, tokens) in enumerate(self.shares):
+            pipeline = proxy.pipeline
+            if pipeline.listener is None:
+                continue
+            part: ConsumptionProbe | None = None if probe is None else probe.parts[number]
+            charged = part is not None and part.consumed and verb != "estimate_ability_to_consume"
+            decision = Decision(
+                key=proxy.target.key,
+                verb=verb,
+                tokens=tokens,
+                consumed=tokens if charged else 0,
+                remaining=None if part is None or part.remaining_tokens == MAX else part.remaining_tokens,
+                wait_nanos=0 if probe is None else probe.nanos_to_wait_for_refill,
+                duration_nanos=duration,
+                round_trips=course.round_trips,
+                degraded=course.degraded,
+                error=error,
+                asynchronous=pipeline.face.asynchronous,
+                refused_by=() if probe is None else probe.refused_by,
+            )
+            report_decision(pipeline.listener, decision)

@@ -1,0 +1,122 @@
+"""Wait until several buckets have their tokens at the same time.
+
+Tokens cannot be reserved in one bucket while another one has none: they would be gone by the time at which the other is
+ready, and the limits would not hold. So nothing is taken while a caller waits. It sleeps for the longest wait, and then
+tries again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ratelimit.checks import max_wait_nanos
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration
+from ratelimit.core.results import CombinedProbe
+from ratelimit.engine.cancellation import uninterrupted
+from ratelimit.engine.observing import report_interruption
+from ratelimit.engine.question import Course
+from ratelimit.engine.several.turns import Turn, Turns
+from ratelimit.errors import RateLimitError, ReservationOverflowError
+from ratelimit.runtime.steps import Steps
+
+_logger = logging.getLogger("ratelimit")
+
+
+def waited_for(buckets: Any, max_wait: Duration | None, timeout: Duration | None) -> Steps[CombinedProbe | None]:
+    """Consume the tokens of several buckets once they are there.
+
+    :param buckets: a ``SeveralBuckets``.
+    :returns: the last answer; None where ``max_wait`` was over before it was this caller's turn.
+    :raises ReservationOverflowError: without a longest wait, where the tokens will never be there.
+    """
+    wait = _Wait(buckets, max_wait)
+    try:
+        while (yield from wait.is_its_turn()):
+            probe = yield from _try_or_undo(buckets, timeout)
+            if probe.consumed or wait.is_hopeless(probe):
+                return probe
+            if wait.queues(probe):
+                yield from wait.sleep(probe.nanos_to_wait_for_refill)
+        return None
+    finally:
+        wait.end()
+
+
+class _Wait:
+    """A caller that waits.
+
+    :ivar waited: for how long it has waited, in nanoseconds.
+    """
+
+    def __init__(self, buckets: Any, max_wait: Duration | None) -> None:
+        self._buckets = buckets
+        self._longest = NEVER if max_wait is None else max_wait_nanos(max_wait)
+        self._turns: Turns = buckets.home.several.turns
+        # A caller that does not wait at all does not queue either.
+        self._turn: Turn | None = self._turns.first_queue_of(buckets.keys) if self._longest else None
+        self.waited = 0
+
+    def is_its_turn(self) -> Steps[bool]:
+        """Wait until no other caller has to be served before; return False where that takes too long."""
+        if self._turn is None or self._turns.is_first(self._turn):
+            return True
+        monotonic = self._buckets.home.monotonic
+        begun = monotonic()
+        left = None if self._longest == NEVER else (self._longest - self.waited) / NANOS_PER_SECOND
+        is_first = yield from self._turns.wait(self._turn, left)
+        self.waited += round((monotonic() - begun) * NANOS_PER_SECOND)
+        return is_first
+
+    def is_hopeless(self, probe: CombinedProbe) -> bool:
+        """Return whether there is nothing to wait for, or not for so long."""
+        wait = probe.nanos_to_wait_for_refill
+        if wait == NEVER and self._longest == NEVER and not probe.degraded:
+            raise ReservationOverflowError("so many tokens will never be there at the same time")
+        return probe.degraded or wait == NEVER or self.waited + wait > self._longest
+
+    def queues(self, probe: CombinedProbe) -> bool:
+        """Queue at the bucket with the longest wait; return whether no other caller was there before."""
+        waits = [part.nanos_to_wait_for_refill for part in probe.parts]
+        key = self._buckets.keys[waits.index(max(waits))]
+        if self._turn is None or self._turn.key != key:
+            self.end()
+            self._turn = self._turns.join(key)
+        return self._turns.is_first(self._turn)
+
+    def sleep(self, nanos: int) -> Steps[None]:
+        """Sleep, and report to the listeners where that is cut short."""
+        try:
+            yield self._buckets.home.sleep(nanos)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            for proxy, tokens in self._buckets.shares:
+                report_interruption(proxy.pipeline.listener, proxy.target.key, tokens, error)
+            raise
+        self.waited += nanos
+
+    def end(self) -> None:
+        """Leave the queue, if the caller is in one."""
+        if self._turn is not None:
+            self._turns.leave(self._turn)
+            self._turn = None
+
+
+def _try_or_undo(buckets: Any, timeout: Duration | None) -> Steps[CombinedProbe]:
+    """Try to consume; where the task is cancelled meanwhile, give back what it has taken."""
+    course = Course()
+    try:
+        probe: CombinedProbe = yield from uninterrupted(buckets.try_consume("consume", timeout), course)
+    except RateLimitError as error:
+        if course.interruption is not None:
+            raise course.interruption from error
+        raise
+    if course.interruption is None:
+        return probe
+    if probe.consumed and not probe.degraded:
+        try:
+            yield from uninterrupted(buckets.give_back(None), course)
+        except RateLimitError as error:  # the interruption is what the caller must hear of
+            _logger.warning("the tokens of a wait that was cancelled could not be given back: %s", error)
+    raise course.interruption

@@ -1,0 +1,74 @@
+"""What several buckets answer together where the store fails, by the ``on_error`` of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ratelimit.core.commands import ProbeConsumption
+from ratelimit.core.results import ConsumptionProbe
+from ratelimit.engine.on_error import RETRY_NANOS, OnError
+from ratelimit.engine.proxy import BucketProxy
+from ratelimit.engine.question import Question
+from ratelimit.errors import RateLimitError
+
+
+def answers_without_store(proxies: Sequence[BucketProxy], question: Question, error: RateLimitError) -> list[Any]:
+    """Return an answer for each part of a question, or raise the error.
+
+    A part that says DENY refuses for all. Otherwise a part that says RAISE raises the error; and else each part answers
+    by itself: those that say ALLOW have their tokens, and local buckets are all charged, or none.
+    """
+    parts = question.parts
+    if not all(part.command.is_decision for part in parts):
+        raise error
+    chosen = [proxy.pipeline.fallback.chosen(proxy.manner.on_error, proxy.target.key, error) for proxy in proxies]
+    if OnError.DENY in chosen:
+        answers = [
+            part.command.answer_refused(RETRY_NANOS) if one == OnError.DENY else _unlimited(part.command)
+            for part, one in zip(parts, chosen, strict=True)
+        ]
+    elif OnError.RAISE in chosen:
+        raise error
+    else:
+        answers = _decided_locally(proxies, question, chosen, in_doubt=bool(getattr(error, "in_doubt", False)))
+    for proxy, one in zip(proxies, chosen, strict=True):
+        proxy.pipeline.fallback.note_failure(proxy.target.key, one, error)
+    return [replace(answer, degraded=True) for answer in answers]
+
+
+def _unlimited(command: Any) -> ConsumptionProbe:
+    answer: ConsumptionProbe = command.answer_without_limit()
+    return answer
+
+
+def _decided_locally(
+    proxies: Sequence[BucketProxy], question: Question, chosen: Sequence[OnError], *, in_doubt: bool
+) -> list[Any]:
+    """Return the answers of local buckets, of which all are charged, or none."""
+
+    def answers_to(commands: Sequence[Any]) -> list[Any]:
+        answers = []
+        for proxy, part, command, one in zip(proxies, question.parts, commands, chosen, strict=True):
+            if one.kind == "local":
+                asked = question._replace(parts=(part._replace(command=command),))
+                answers.append(proxy.pipeline.local_buckets.decide(asked, one.share, in_doubt=in_doubt))
+            else:
+                answers.append(_unlimited(command))
+        # Nobody waits for these answers under a shield.
+        question.course.local_answer = None
+        return answers
+
+    commands: list[Any] = [part.command for part in question.parts]
+    looks = [ProbeConsumption(command.tokens) for command in commands]
+    looked = answers_to(looks)
+    if commands == looks or not all(answer.consumed for answer in looked):
+        return looked
+    answers = answers_to(commands)
+    if not all(answer.consumed for answer in answers):
+        # Another thread has taken the tokens in between.
+        for proxy, command, one, answer in zip(proxies, commands, chosen, answers, strict=True):
+            if one.kind == "local" and answer.consumed:
+                proxy.pipeline.local_buckets.give_back(proxy.target, command.tokens)
+    return answers
