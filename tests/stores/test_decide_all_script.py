@@ -22,7 +22,7 @@ from ratelimit.engine.several.parts import Call
 from ratelimit.engine.several.script_arguments import request_for
 from ratelimit.errors import CorruptStateError
 from ratelimit.stores.redis.scripts import load
-from tests.stores.test_decide_script import CASES, LONGEST_TTL, NOW, SEED, SECOND, Case, any_case, greedy_case
+from tests.stores.test_decide_script import CASES, LONGEST_TTL, NOW, SECOND, SEED, Case, any_case, greedy_case
 
 pytestmark = pytest.mark.redis
 
@@ -284,6 +284,6 @@ def test_nothing_is_changed_where_a_bucket_is_missing_that_must_exist(client: re
 
 def test_another_type_is_an_error_and_nothing_is_changed(client: redis.Redis) -> None:
     client.rpush("t", "one")
-    with pytest.raises(redis.ResponseError, match="WRONGTYPE|wrong kind of value"):
+    with pytest.raises(redis.ResponseError, match=r"WRONGTYPE|wrong kind of value"):
         decided(client, CALL)
     assert client.get("u") is None
