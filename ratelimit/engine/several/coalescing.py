@@ -12,6 +12,7 @@ import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ratelimit.engine.coalescing.common import copied, too_late
@@ -146,13 +147,15 @@ class TasksTogether:
             self._leave(where)
 
     def _start_carrier(self, where: _Where) -> None:
-        carrier = where[0].create_task(self._carry(where))
+        queue = self._queues[where]
+        carrier = where[0].create_task(self._carry(where, queue))
         self._carriers.add(carrier)
-        carrier.add_done_callback(lambda ended: self._ended(where, ended))
+        carrier.add_done_callback(partial(self._ended, where, queue))
 
-    def _ended(self, where: _Where, carrier: asyncio.Task[None]) -> None:
+    def _ended(self, where: _Where, queue: list[_Queued], carrier: asyncio.Task[None]) -> None:
         self._carriers.discard(carrier)
-        self._leave(where)
+        if self._queues.get(where) is queue:  # it was cancelled before it had begun
+            self._leave(where)
 
     def _leave(self, where: _Where) -> None:
         """Wake those that are left where nothing is in flight any more."""
@@ -160,15 +163,18 @@ class TasksTogether:
             with suppress(RuntimeError):  # the loop is closed
                 queued.answers.cancel()
 
-    async def _carry(self, where: _Where) -> None:
+    async def _carry(self, where: _Where, queue: list[_Queued]) -> None:
         """Ask one question after the other until nobody waits."""
-        queue = self._queues[where]
-        while queue:
-            count = count_together(queued.question.parts for queued in queue)
-            together = [queued for queued in queue[:count] if not queued.answers.done()]
-            del queue[:count]
-            if together:
-                await self._carry_together(together)
+        try:
+            while queue:
+                count = count_together(queued.question.parts for queued in queue)
+                together = [queued for queued in queue[:count] if not queued.answers.done()]
+                del queue[:count]
+                if together:
+                    await self._carry_together(together)
+        finally:
+            # At once, so that nobody queues where nothing is in flight any more.
+            self._leave(where)
 
     async def _carry_together(self, together: list[_Queued]) -> None:
         """Ask one question for all of them, until the last of their deadlines, and hand out the answers."""
