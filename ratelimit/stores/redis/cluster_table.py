@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -124,14 +125,22 @@ def follow(  # noqa: PLR0917  # what was sent, and how to send it again
 
     :param send: sends commands in one write to a node.
     :param asked: the node that has answered with the redirection ``reply``.
+    A node answers ``TRYAGAIN`` to a command of several keys while their slot moves, since some of them are on another
+    node. The command is then sent again until the slot has moved.
+
     :raises StoreTimeoutError: where the nodes redirect until the deadline; nothing was carried out.
     :raises StoreUnavailableError: where they redirect very often.
     """
     node = asked
     commands: tuple[tuple[bytes, ...], ...] = (command,)
-    for count in range(_MOST_REDIRECTIONS):
+    followed = 0
+    for count in itertools.count():
+        if followed >= _MOST_REDIRECTIONS:
+            break
+        # A slot may move for as long as it takes, but there is a deadline.
+        followed += deadline is None or not isinstance(reply, TryAgainError)
         if count >= _IMMEDIATE_REDIRECTIONS or isinstance(reply, TryAgainError):
-            pause = min(_SHORTEST_PAUSE * 2**count, _LONGEST_PAUSE)
+            pause = min(_SHORTEST_PAUSE * 2 ** min(count, 10), _LONGEST_PAUSE)
             if deadline is not None and monotonic() + pause >= deadline:
                 raise StoreTimeoutError(key, f"the nodes of the Redis cluster still redirect ({reply})") from reply
             yield sleep(pause)
