@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -14,7 +15,7 @@ from ratelimit.keys import brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.stores.memory import AsyncSwappingMemoryStore, SwappingMemoryStore
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.protocol import Lost, Swap
 
 __all__ = [
     "AsyncSwappingMemoryStore",
@@ -158,33 +159,38 @@ def _of_integrations() -> tuple[list[ProxyManager], list[AsyncProxyManager]]:
     return managers_made()
 
 
+_Outcome = Callable[[bytes, Callable[[], Any], Callable[[Lost], Any]], Any]
+"""Answers a swap: it gets the key, what carries the swap out, and what makes the answer of a loss."""
+
+
 class ScriptedStore(SwappingMemoryStore):
     """A store in memory whose next swaps follow a script; the swaps after those succeed or lose as usual.
 
-    The scripted outcomes are used in order, one for each swap.
+    The scripted outcomes are used in order, one for each swap. A swap under several keys at once, that of ``all_of``,
+    counts as one; where it loses, it does so under the first of its keys.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._script: deque[Callable[[bytes, bytes | None, bytes, int], Lost | None]] = deque()
+        self._script: deque[_Outcome] = deque()
 
     def lose_swaps(self, times: int = 1, *, state: bytes | None) -> None:
         """Let another writer win the next swaps, and leave this state (None: the bucket is removed)."""
 
-        def lose(key: bytes, *_: object) -> Lost:
+        def lose(key: bytes, _: Callable[[], Any], lost: Callable[[Lost], Any]) -> Any:
             if state is None:
                 self.delete(key)
             else:
                 self.put(key, state)
-            return Lost(state)
+            return lost(Lost(state))
 
         self._script.extend([lose] * times)
 
     def lose_replies(self, times: int = 1) -> None:
         """Carry the next swaps out, and answer that the reply was lost."""
 
-        def lose(key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-            self._do(key, before, after, ttl_millis)
+        def lose(key: bytes, carry_out: Callable[[], Any], _: Callable[[Lost], Any]) -> Any:
+            carry_out()
             raise StoreUnavailableError(key, "the reply was lost, as scripted", in_doubt=True)
 
         self._script.extend([lose] * times)
@@ -199,18 +205,28 @@ class ScriptedStore(SwappingMemoryStore):
         if not isinstance(scripted, StoreError):
             raise InvalidArgumentError(f"a store fails with a StoreError, not with {error!r}")
 
-        def fail(key: bytes, *_: object) -> Lost | None:
+        def fail(key: bytes, *_: object) -> Any:
             raise type(scripted)(key, scripted.message, scripted.in_doubt)
 
         self._script.extend([fail] * times)
 
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         """Swap as scripted; once the script is used up, swap as every store does."""
-        try:
-            scripted = self._script.popleft()
-        except IndexError:
-            scripted = self._do
-        return scripted(key, before, after, ttl_millis)
+        carry_out = partial(super().swap, key, before, after, ttl_millis)
+        return self._next()(key, carry_out, lambda loss: loss)  # type: ignore[no-any-return]
 
-    def _do(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
-        return super().swap(key, before, after, ttl_millis)
+    def swap_all(self, swaps: Sequence[Swap]) -> list[Lost | None] | None:
+        """Swap under several keys as scripted; once the script is used up, as every store does."""
+        carry_out = partial(super().swap_all, swaps)
+        others = [None] * (len(swaps) - 1)
+        return self._next()(swaps[0].key, carry_out, lambda loss: [loss, *others])  # type: ignore[no-any-return]
+
+    def _next(self) -> _Outcome:
+        try:
+            return self._script.popleft()
+        except IndexError:
+            return self._do
+
+    @staticmethod
+    def _do(_key: bytes, carry_out: Callable[[], Any], _lost: Callable[[Lost], Any]) -> Any:
+        return carry_out()

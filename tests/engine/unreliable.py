@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ratelimit import StoreError, StoreTimeoutError, StoreUnavailableError
 from ratelimit.keys import Key
-from ratelimit.stores.protocol import Lost
+from ratelimit.stores.protocol import Lost, Swap
 from ratelimit.testing import ScriptedStore
 
 DOWN = StoreUnavailableError(b"", "the store is down")
@@ -26,6 +28,10 @@ class Unreliable(ScriptedStore):
     def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
         self._fail()
         return super().swap(key, before, after, ttl_millis)
+
+    def swap_all(self, swaps: Sequence[Swap]) -> list[Lost | None] | None:
+        self._fail()
+        return super().swap_all(swaps)
 
     def _fail(self) -> None:
         self.asked += 1

@@ -18,7 +18,15 @@ import redis
 import redis.asyncio
 from redis.exceptions import RedisClusterException
 
-from ratelimit import AsyncProxyManager, AsyncRedisStore, Expiration, ProxyManager, StoreError, StoreUnavailableError
+from ratelimit import (
+    AsyncProxyManager,
+    AsyncRedisStore,
+    Expiration,
+    ProxyManager,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from tests.support import servers
 from tests.support.both_faces import Face, Settled, closing
 from tests.support.decision_paths import By, deciding_by

@@ -231,7 +231,7 @@ async def test_a_user_with_the_least_permissions_can_do_everything(
 ) -> None:
     allow(admin, *ACL_COMMANDS)
     async with closing(face.from_url(limited_url(server), "5/day", prefix=PREFIX)) as manager:
-        buckets = [manager.bucket(f"{{tag}}{number}") for number in range(3)]
+        buckets: list[Any] = [manager.bucket(f"{{tag}}{number}") for number in range(3)]
         limit: Any = Settled(all_of(*buckets))
         for _ in range(3):
             assert await limit.try_consume()

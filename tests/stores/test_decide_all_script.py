@@ -121,7 +121,8 @@ def by_the_core(one: Together) -> Expected | None:
                 if after is not None:
                     states[key] = after
                     changed.add(key)
-        stored, ttls = [], []
+        stored: list[bytes | None] = []
+        ttls: list[int | None] = []
         for target, case in zip(one.targets, one.buckets, strict=True):
             key, state = target.stored_key, states[target.stored_key]
             if key not in changed or state is None:
@@ -232,7 +233,7 @@ def decided(client: redis.Redis, *calls: Call, now: int = NOW) -> list[Any]:
     held = {part.target.stored_key: Held(part.target, NOTHING_SEEN) for call in calls for part in call}
     arguments = request_for(calls, held, now)
     assert arguments is not None
-    reply: list[Any] = client.execute_command("EVAL", SCRIPT.text, len(held), *held, *arguments)  # type: ignore[no-untyped-call]
+    reply: list[Any] = client.execute_command("EVAL", SCRIPT.text, len(held), *held, *arguments)
     return reply
 
 

@@ -28,11 +28,13 @@ class Several:
 
     :ivar decide: takes the place and the question, and returns the steps to an answer for each part; None where the
         store cannot change several keys together.
-    :ivar turns: the queues of those that wait.
+    :ivar coalescing: lets one question at a time through for each place; None where questions do not go together.
+    :ivar turns: the queues of those that wait for tokens.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self.turns = Turns(pipeline.face)
+        self.coalescing: ThreadsTogether | TasksTogether | None = None
         self.decide: Callable[[bytes, Question], Steps[list[Any]]] | None = None
         if isinstance(pipeline.store, AtomicUpdatingStore):
             self.decide = InProcessTogether(pipeline.store, pipeline.clock and now_of(pipeline.clock)).decide
@@ -40,7 +42,7 @@ class Several:
             deciding = Deciding(pipeline.requests)
             if not pipeline.coalesces:
                 self.decide = deciding.decide
-            elif pipeline.face.asynchronous:
-                self.decide = TasksTogether(deciding, pipeline.monotonic).decide
             else:
-                self.decide = ThreadsTogether(deciding, pipeline.monotonic).decide_at
+                kind = TasksTogether if pipeline.face.asynchronous else ThreadsTogether
+                self.coalescing = kind(deciding, pipeline.monotonic)
+                self.decide = self.coalescing.decide_at

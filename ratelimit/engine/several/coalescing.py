@@ -106,7 +106,7 @@ class TasksTogether:
         # An event loop refers weakly to its tasks: without this set they could be collected before they end.
         self._carriers: set[asyncio.Task[None]] = set()
 
-    def decide(self, place: bytes, question: Question) -> Steps[Answers]:
+    def decide_at(self, place: bytes, question: Question) -> Steps[Answers]:
         """Answer a question, alone or together with others of its place."""
         if only_reads(question):
             return (yield from self._deciding.alone(question))
