@@ -337,7 +337,7 @@ class Notes:
     def on_decision(self, decision: Decision) -> None:
         self.decisions.append(decision)
 
-    def on_interrupted(self, key: Any, tokens: int, _: BaseException) -> None:
+    def on_interrupted(self, key: Any, tokens: int, error: BaseException) -> None:
         self.interrupted.append((key, tokens))
 
     def taken(self) -> list[Decision]:

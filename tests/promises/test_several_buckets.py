@@ -27,7 +27,7 @@ from tests.support.both_faces import Face, Settled, closing
 from tests.support.decision_paths import By, Way, deciding_by
 from tests.support.permissions import ACL_COMMANDS, allow, limited_url
 from tests.support.proxies import Proxy
-from tests.support.redis_monitor import Monitor, monitored
+from tests.support.redis_monitor import monitored
 from tests.support.servers import RedisServer
 from tests.support.several_load import Books, books_of
 from tests.support.verbs import PREFIX
@@ -37,6 +37,12 @@ pytestmark = pytest.mark.redis
 
 SWAP_ALL, DECIDE_ALL = load("compare_and_swap_all"), load("decide_all")
 SWAP, DECISION = "swap_all", "decide_all"
+SCRIPTS = {
+    SWAP_ALL.sha.encode(): SWAP,
+    SWAP_ALL.text: SWAP,
+    DECIDE_ALL.sha.encode(): DECISION,
+    DECIDE_ALL.text: DECISION,
+}
 
 
 class Buckets:
@@ -49,18 +55,6 @@ class Buckets:
     def both(self, user: str = "1", tokens: int = 1) -> Settled:
         parts = self.users.bucket(f"{{acme}}:{user}"), (self.tenants.bucket("{acme}"), tokens)
         return Settled(all_of(*parts))
-
-
-class Watch:
-    """Tells the commands that reached a server by what they do."""
-
-    def __init__(self, monitor: Monitor, tap: list[str]) -> None:
-        self._monitor = monitor
-        self._tap = tap
-
-    def sent(self) -> list[str]:
-        taken, self._tap[:] = list(self._tap), []
-        return taken
 
 
 @pytest.fixture
@@ -90,9 +84,7 @@ def sent(buckets: Buckets) -> Callable[[], list[str]]:
 
     def sending(key: bytes, commands: Any, deadline: float | None = None) -> Any:
         command = commands[-1]
-        script = {SWAP_ALL.sha.encode(): SWAP, SWAP_ALL.text: SWAP, DECIDE_ALL.sha.encode(): DECISION}
-        script[DECIDE_ALL.text] = DECISION
-        names.append(script.get(command[1], command[0].decode()))
+        names.append(SCRIPTS.get(command[1]) or command[0].decode())
         return send(key, commands, deadline)
 
     channel.send = sending
@@ -106,7 +98,8 @@ def sent(buckets: Buckets) -> Callable[[], list[str]]:
 
 def consumed(url: str) -> dict[str, int]:
     with redis.Redis.from_url(url) as client:
-        found = {key.decode(): client.get(key) for key in client.keys("*")}
+        keys: Any = client.keys("*")
+        found = {key.decode(): client.get(key) for key in keys}
     return {key: codec.decode(data).consumed_tokens for key, data in found.items() if isinstance(data, bytes)}
 
 

@@ -233,7 +233,8 @@ def decided(client: redis.Redis, *calls: Call, now: int = NOW) -> list[Any]:
     held = {part.target.stored_key: Held(part.target, NOTHING_SEEN) for call in calls for part in call}
     arguments = request_for(calls, held, now)
     assert arguments is not None
-    reply: list[Any] = client.execute_command("EVAL", SCRIPT.text, len(held), *held, *arguments)
+    reply: Any = client.execute_command("EVAL", SCRIPT.text, len(held), *held, *arguments)
+    assert isinstance(reply, list)
     return reply
 
 

@@ -10,7 +10,8 @@ All that happens in a schedule follows from its seed. The clients run the librar
 - ``bucket``: a token bucket in exact numbers, written from the definition and with nothing of the library's; and
   ``window``, a fixed window, for schedules over a second algorithm;
 - ``ledger``: what was stored, answered and lost, and the rules that all of that keeps;
-- ``schedules``: what a seed stands for, and the run.
+- ``schedules``: what a seed stands for, and the run;
+- ``several``: schedules of decisions about several buckets at once, with a server and a ledger of their own.
 
 One thing that follows from the bytes alone is excused; ``test_excuses`` shows it.
 

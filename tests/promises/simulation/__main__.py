@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
+from tests.promises.simulation import several
 from tests.promises.simulation.schedules import LIMITS, WINDOWS, simulate
-from tests.promises.simulation.world import ViolationError
+from tests.promises.simulation.world import ViolationError, World
 
 _PROGRESS_EVERY = 10_000
 
@@ -21,14 +24,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first of them, or the one to replay")
     parser.add_argument("--replay", action="store_true", help="run one schedule, and print all that happens in it")
     parser.add_argument("--windows", action="store_true", help="limit by the second algorithm, that of the tests")
+    parser.add_argument("--several", action="store_true", help="decide about several buckets at once")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first violation")
     arguments = parser.parse_args()
     return _replay(arguments) if arguments.replay else _run(arguments)
 
 
+def _simulating(arguments: argparse.Namespace) -> Callable[..., World]:
+    """Return what runs the schedule of a seed."""
+    return several.simulate if arguments.several else partial(simulate, limits=WINDOWS if arguments.windows else LIMITS)
+
+
 def _replay(arguments: argparse.Namespace) -> int:
     try:
-        world = simulate(arguments.seed, WINDOWS if arguments.windows else LIMITS, tracing=True)
+        world = _simulating(arguments)(arguments.seed, tracing=True)
     except ViolationError as error:
         print(*error.lines, sep="\n")
         print(f"violation: {error}")
@@ -39,11 +48,12 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     begin, violations = time.monotonic(), 0
-    limits, option = (WINDOWS, " --windows") if arguments.windows else (LIMITS, "")
+    option = " --windows" * arguments.windows + " --several" * arguments.several
+    simulate_one = _simulating(arguments)
     for count in range(1, arguments.schedules + 1):
         seed = arguments.seed + count - 1
         try:
-            simulate(seed, limits)
+            simulate_one(seed)
         except ViolationError as error:
             violations += 1
             print(f"seed {seed}: {error}\n  python -m tests.promises.simulation --seed {seed} --replay{option}")
