@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from ratelimit.core.several import execute_all
 from ratelimit.engine.several import attempt, deciding
 from ratelimit.engine.several.attempt import Attempt, Held
 from ratelimit.errors import StoreError
 from ratelimit.runtime.steps import Steps
 from ratelimit.stores.protocol import Lost, Swap
-from tests.promises.simulation import several
 from tests.promises.simulation.network import FAULTS
 from tests.promises.simulation.several import Decision, Server, simulate
 from tests.promises.simulation.world import ViolationError
@@ -109,8 +109,7 @@ def a_script_that_is_never_asked(patch: pytest.MonkeyPatch) -> None:
 def a_pure_part_that_charges_those_that_have_tokens(patch: pytest.MonkeyPatch) -> None:
     def each_by_itself(call: Any, states: Any, now: int) -> Any:
         outcomes = [
-            several.execute_all([part.command], [part.terms], [state], now)
-            for part, state in zip(call, states, strict=True)
+            execute_all([part.command], [part.terms], [state], now) for part, state in zip(call, states, strict=True)
         ]
         return [afters[0] for afters, _ in outcomes], [answers[0] for _, answers in outcomes]
 
