@@ -366,6 +366,23 @@ async def test_each_bucket_reports_to_its_own_listener(face: Face, scripted: Scr
     assert [(one.verb, one.consumed) for one in tenants.taken()] == [("estimate_ability_to_consume", 0)]
 
 
+async def test_a_wait_is_reported_once_when_it_is_over(face: Face, scripted: ScriptedStore) -> None:
+    notes = Notes()
+    joint = Joint(face, scripted)
+    joint.tenants = joint.manager("1/minute", "tenant:", listener=notes)
+    limit = joint.both()
+    assert [await limit.consume() for _ in range(2)] == [True, True]
+    assert not await limit.consume(max_wait=59)
+    with pytest.raises(ReservationOverflowError):
+        await joint.both(tokens=2).consume()
+    assert [(one.verb, one.consumed, one.wait_nanos) for one in notes.taken()] == [
+        ("consume", 1, 0),
+        ("consume", 1, 60 * SECOND),
+        ("consume", 0, 60 * SECOND),
+        ("consume", 0, NEVER),
+    ]
+
+
 async def test_failures_are_reported(face: Face, unreliable: Unreliable) -> None:
     counts = CountingListener()
     joint = Joint(face, unreliable, listener=counts)

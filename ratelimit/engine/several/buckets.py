@@ -66,6 +66,13 @@ class SeveralBuckets:
         """Consume the tokens of all buckets if all of them are there."""
         return self._probed(verb, TryConsumeAndReturnRemaining, timeout)
 
+    def try_for(self, wait: Any, timeout: Duration | None) -> Steps[CombinedProbe]:
+        """Try to consume for a caller that waits, and report to listeners only how that ends.
+
+        :param wait: says whether an answer ``is_over``, the last one, and for how long the caller has ``waited``.
+        """
+        return self._probed("consume", TryConsumeAndReturnRemaining, timeout, wait)
+
     def estimate(self, timeout: Duration | None) -> Steps[CombinedProbe]:
         """Return whether all tokens could be consumed now, and consume none."""
         return self._probed("estimate_ability_to_consume", ProbeConsumption, timeout)
@@ -103,7 +110,7 @@ class SeveralBuckets:
         return self.home.deadline(seconds)  # type: ignore[no-any-return]
 
     def _probed(
-        self, verb: str, command: Callable[[int], Command[Any]], timeout: Duration | None
+        self, verb: str, command: Callable[[int], Command[Any]], timeout: Duration | None, wait: Any = None
     ) -> Steps[CombinedProbe]:
         deadline, course, begun = self._deadline(timeout), Course(), self.home.monotonic()
         commands = [command(tokens) for _, tokens in self.shares]
@@ -116,7 +123,8 @@ class SeveralBuckets:
                 self._report(verb, None, course, failure, begun)
             raise
         probe = CombinedProbe.of([proxy.target.key for proxy, _ in self.shares], answers)
-        self._report(verb, probe, course, course.failure, begun)
+        if wait is None or wait.is_over(probe):
+            self._report(verb, probe, course, course.failure, begun, waited=0 if wait is None else wait.waited)
         return probe
 
     def _answers(self, commands: Sequence[Command[Any]], deadline: float, course: Course) -> Steps[list[Any]]:
@@ -155,7 +163,14 @@ class SeveralBuckets:
         return found
 
     def _report(
-        self, verb: str, probe: CombinedProbe | None, course: Course, error: Exception | None, begun: float
+        self,
+        verb: str,
+        probe: CombinedProbe | None,
+        course: Course,
+        error: Exception | None,
+        begun: float,
+        *,
+        waited: int = 0,
     ) -> None:
         """Report the decision to the listener of each bucket, as one about that bucket."""
         if self.spread:
@@ -174,7 +189,7 @@ class SeveralBuckets:
                 tokens=tokens,
                 consumed=tokens if charged else 0,
                 remaining=None if part is None or part.remaining_tokens == MAX else part.remaining_tokens,
-                wait_nanos=0 if probe is None else probe.nanos_to_wait_for_refill,
+                wait_nanos=0 if probe is None else waited if charged else probe.nanos_to_wait_for_refill,
                 duration_nanos=duration,
                 round_trips=course.round_trips,
                 degraded=course.degraded,

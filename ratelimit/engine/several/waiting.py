@@ -33,9 +33,9 @@ def waited_for(buckets: Any, max_wait: Duration | None, timeout: Duration | None
     wait = _Wait(buckets, max_wait)
     try:
         while (yield from wait.is_its_turn()):
-            probe = yield from _try_or_undo(buckets, timeout)
-            if probe.consumed or wait.is_hopeless(probe):
-                return probe
+            probe = yield from _try_or_undo(buckets, wait, timeout)
+            if wait.is_over(probe):
+                return wait.outcome(probe)
             if wait.queues(probe):
                 yield from wait.sleep(probe.nanos_to_wait_for_refill)
         return None
@@ -68,12 +68,20 @@ class _Wait:
         self.waited += round((monotonic() - begun) * NANOS_PER_SECOND)
         return is_first
 
-    def is_hopeless(self, probe: CombinedProbe) -> bool:
-        """Return whether there is nothing to wait for, or not for so long."""
+    def is_over(self, probe: CombinedProbe) -> bool:
+        """Return whether the caller has its tokens, or there is nothing to wait for, or not for so long."""
         wait = probe.nanos_to_wait_for_refill
-        if wait == NEVER and self._longest == NEVER and not probe.degraded:
+        return probe.consumed or probe.degraded or wait == NEVER or self.waited + wait > self._longest
+
+    def outcome(self, probe: CombinedProbe) -> CombinedProbe:
+        """Return the last answer.
+
+        :raises ReservationOverflowError: where the caller would wait for as long as it takes, and that is forever.
+        """
+        is_endless = probe.nanos_to_wait_for_refill == self._longest == NEVER
+        if is_endless and not probe.consumed and not probe.degraded:
             raise ReservationOverflowError("so many tokens will never be there at the same time")
-        return probe.degraded or wait == NEVER or self.waited + wait > self._longest
+        return probe
 
     def queues(self, probe: CombinedProbe) -> bool:
         """Queue at the bucket with the longest wait; return whether no other caller was there before."""
@@ -103,11 +111,11 @@ class _Wait:
             self._turn = None
 
 
-def _try_or_undo(buckets: Any, timeout: Duration | None) -> Steps[CombinedProbe]:
+def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[CombinedProbe]:
     """Try to consume; where the task is cancelled meanwhile, give back what it has taken."""
     course = Course()
     try:
-        probe: CombinedProbe = yield from uninterrupted(buckets.try_consume("consume", timeout), course)
+        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, timeout), course)
     except RateLimitError as error:
         if course.interruption is not None:
             raise course.interruption from error
