@@ -70,7 +70,8 @@ class AllOf(_AllOf):
         """Wait until the tokens of every bucket are there at once, and consume them.
 
         Nothing is taken while this waits: it tries, sleeps for the longest wait, and tries again. Of the callers of a
-        manager that wait for the same bucket, those that came first are served first.
+        manager that wait for the same bucket, those that came first are served first. A call that is interrupted while
+        a request is in flight gives back what it has taken, as far as it knows.
 
         :param max_wait: the longest wait that is accepted, a ``timedelta`` or seconds, 0 or more; None: as long as it
             takes. Where the tokens would take longer the answer is False, and nothing is taken.

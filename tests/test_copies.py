@@ -45,12 +45,14 @@ from ratelimit import (
     SystemClock,
     TokensInheritance,
     UnsupportedStateError,
+    all_of,
 )
 from ratelimit.runtime.steps import run
 from ratelimit.testing import ManualClock, ScriptedStore
 
 MANAGER = ProxyManager.from_url("memory://", "5/minute")
 BUCKET = MANAGER.bucket("user:42")
+ALL_OF = all_of(BUCKET, MANAGER.bucket("tenant"))
 ABUCKET = AsyncProxyManager.from_url("memory://", "5/minute").bucket("user:42")
 
 VALUES: list[Any] = [
@@ -70,6 +72,7 @@ VALUES: list[Any] = [
     BUCKET.estimate_ability_to_consume(1),
     BUCKET.verbose.try_consume(),
     BUCKET.snapshot(),
+    ALL_OF.try_consume_and_return_remaining(),
 ]
 ERRORS: list[RateLimitError] = [
     RateLimitError("message"),
@@ -95,6 +98,8 @@ SHARED: list[Any] = [
     ABUCKET.verbose,
     BUCKET.reserve(1),
     ABUCKET.reserve(1),
+    ALL_OF,
+    all_of(ABUCKET),
     MemoryStore(),
     AsyncMemoryStore(),
     ScriptedStore(),

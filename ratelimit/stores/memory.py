@@ -66,7 +66,8 @@ def _deadline(now: int, ttl_millis: int) -> int | None:
 class SwappingMemoryStore(OfThisProcess):
     """Buckets in the memory of this process that are swapped as bytes, as those on a server are; for tests.
 
-    It is what doubles of stores are made from: every decision goes through ``get`` and ``swap``. Safe for threads.
+    It is what doubles of stores are made from: every decision goes through ``get`` and ``swap``, and one about several
+    buckets through ``swap_all``. Safe for threads.
 
     States that have expired are dropped, a few with every write, so that memory follows the keys that are in use.
 

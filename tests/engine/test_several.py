@@ -642,6 +642,33 @@ async def test_a_wait_that_is_cancelled_while_it_is_charged_gives_back() -> None
     assert [one.consumed_tokens for one in await limit.snapshot()] == [1, 1]
 
 
+class Interrupting(SwappingMemoryStore):
+    """Carries a swap out, and is then interrupted, as by the handler of a signal."""
+
+    interrupts = False
+
+    def swap_all(self, swaps: Sequence[Swap]) -> list[Lost | None] | None:
+        done = super().swap_all(swaps)
+        if self.interrupts:
+            self.interrupts = False
+            raise KeyboardInterrupt
+        return done
+
+
+@pytest.mark.parametrize("merging", [True, False])
+def test_a_wait_that_is_interrupted_while_it_is_charged_gives_back(merging: bool) -> None:
+    store = Interrupting()
+    tenants = ProxyManager(store, "9/hour", prefix="tenant:", merging=merging)
+    users = ProxyManager(store, "20/hour", prefix="user:", merging=merging)
+    limit = all_of(users.bucket("{acme}:1"), tenants.bucket("{acme}"))
+    assert limit.consume()
+    store.interrupts = True
+    with pytest.raises(KeyboardInterrupt):
+        limit.consume()
+    assert [one.consumed_tokens for one in limit.snapshot()] == [1, 1]
+    assert limit.consume()
+
+
 # Calls that go together
 
 

@@ -37,7 +37,8 @@ class Several:
         self.coalescing: ThreadsTogether | TasksTogether | None = None
         self.decide: Callable[[bytes, Question], Steps[list[Any]]] | None = None
         if isinstance(pipeline.store, AtomicUpdatingStore):
-            self.decide = InProcessTogether(pipeline.store, pipeline.clock and now_of(pipeline.clock)).decide
+            now = None if pipeline.clock is None else now_of(pipeline.clock)
+            self.decide = InProcessTogether(pipeline.store, now).decide
         elif pipeline.requests.swap_all is not None:
             deciding = Deciding(pipeline.requests)
             if not pipeline.coalesces:

@@ -226,6 +226,8 @@ class Attempt:
             trust = held.trust
             if trust <= 0 and not held.surprises:
                 trust = 0 if held.seen.stored is None else self.requests.habit.proved(held.seen)
+            elif trust == UNKNOWN:
+                trust = 0
             if held.after is None:
                 self._remember(held, held.before, held.state, trust)
             else:

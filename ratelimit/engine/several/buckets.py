@@ -66,12 +66,13 @@ class SeveralBuckets:
         """Consume the tokens of all buckets if all of them are there."""
         return self._probed(verb, TryConsumeAndReturnRemaining, timeout)
 
-    def try_for(self, wait: Any, timeout: Duration | None) -> Steps[CombinedProbe]:
+    def try_for(self, wait: Any, course: Course, timeout: Duration | None) -> Steps[CombinedProbe]:
         """Try to consume for a caller that waits, and report to listeners only how that ends.
 
         :param wait: says whether an answer ``is_over``, the last one, and for how long the caller has ``waited``.
+        :param course: where an interruption is found that comes while a request is in flight.
         """
-        return self._probed("consume", TryConsumeAndReturnRemaining, timeout, wait)
+        return self._probed("consume", TryConsumeAndReturnRemaining, timeout, wait, course)
 
     def estimate(self, timeout: Duration | None) -> Steps[CombinedProbe]:
         """Return whether all tokens could be consumed now, and consume none."""
@@ -110,12 +111,17 @@ class SeveralBuckets:
         return self.home.deadline(seconds)  # type: ignore[no-any-return]
 
     def _probed(
-        self, verb: str, command: Callable[[int], Command[Any]], timeout: Duration | None, wait: Any = None
+        self,
+        verb: str,
+        command: Callable[[int], Command[Any]],
+        timeout: Duration | None,
+        wait: Any = None,
+        course: Course | None = None,
     ) -> Steps[CombinedProbe]:
-        deadline, course, begun = self._deadline(timeout), Course(), self.home.monotonic()
+        deadline, course, begun = self._deadline(timeout), course or Course(), self.home.monotonic()
         commands = [command(tokens) for _, tokens in self.shares]
         try:
-            answers = yield from self._answers(commands, deadline, course)
+            answers = yield from self._answers(commands, deadline, course, holds=wait is not None)
         except RateLimitError as error:
             failure = course.failure or error
             # Only failures of the store are reported. A wrong argument or a closed manager concerns the caller alone.
@@ -127,7 +133,9 @@ class SeveralBuckets:
             self._report(verb, probe, course, course.failure, begun, waited=0 if wait is None else wait.waited)
         return probe
 
-    def _answers(self, commands: Sequence[Command[Any]], deadline: float, course: Course) -> Steps[list[Any]]:
+    def _answers(
+        self, commands: Sequence[Command[Any]], deadline: float, course: Course, *, holds: bool = False
+    ) -> Steps[list[Any]]:
         """Return an answer for each bucket, from the store or without it."""
         if self.spread:
             return (yield from OneByOne(self.shares).answers(commands, deadline, course))
@@ -141,14 +149,14 @@ class SeveralBuckets:
                 deadline += self.home.monotonic() - begun
             parts.append(None if terms is None else Part(proxy.target, terms, command))
         limited = tuple([part for part in parts if part is not None])
-        found = iter((yield from self._answers_of_limited(limited, deadline, course)) if limited else ())
+        found = iter((yield from self._answers_of_limited(limited, deadline, course, holds=holds)) if limited else ())
         return [
             command.answer_without_limit() if part is None else next(found)
             for part, command in zip(parts, commands, strict=True)
         ]
 
-    def _answers_of_limited(self, parts: Call, deadline: float, course: Course) -> Steps[list[Any]]:
-        question = Question(parts, deadline, False, course)
+    def _answers_of_limited(self, parts: Call, deadline: float, course: Course, *, holds: bool) -> Steps[list[Any]]:
+        question = Question(parts, deadline, holds, course)
         asked = [proxy for proxy, _ in self.shares if any(part.target is proxy.target for part in parts)]
         try:
             found: list[Any] = yield from self.home.several.decide(self._place, question)

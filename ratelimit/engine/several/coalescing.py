@@ -140,7 +140,13 @@ class TasksTogether:
             return
         loop, _ = where
         try:
-            # No loop runs here if the question in flight has been collected.
+            if asyncio.get_running_loop() is loop:
+                self._start_carrier(where)
+                return
+        except RuntimeError:
+            # No loop runs here: the question in flight has been collected.
+            pass
+        try:
             loop.call_soon_threadsafe(self._start_carrier, where)
         except RuntimeError:
             # The loop is closed, and nobody waits any more.

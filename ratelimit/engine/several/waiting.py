@@ -112,10 +112,10 @@ class _Wait:
 
 
 def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[CombinedProbe]:
-    """Try to consume; where the task is cancelled meanwhile, give back what it has taken."""
+    """Try to consume; where the caller is interrupted while a request is in flight, give back what it has taken."""
     course = Course()
     try:
-        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, timeout), course)
+        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, course, timeout), course)
     except RateLimitError as error:
         if course.interruption is not None:
             raise course.interruption from error
@@ -126,5 +126,5 @@ def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[C
         try:
             yield from uninterrupted(buckets.give_back(None), course)
         except RateLimitError as error:  # the interruption is what the caller must hear of
-            _logger.warning("the tokens of a wait that was cancelled could not be given back: %s", error)
+            _logger.warning("the tokens of a wait that was interrupted could not be given back: %s", error)
     raise course.interruption
