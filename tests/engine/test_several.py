@@ -366,6 +366,15 @@ async def test_each_bucket_reports_to_its_own_listener(face: Face, scripted: Scr
     assert [(one.verb, one.consumed) for one in tenants.taken()] == [("estimate_ability_to_consume", 0)]
 
 
+async def test_a_key_without_limits_is_not_reported(face: Face, scripted: ScriptedStore) -> None:
+    notes = Notes()
+    joint = Joint(face, scripted)
+    joint.tenants = joint.manager(lambda _: None, "tenant:", listener=notes)
+    joint.users = joint.manager("2/hour", "user:", listener=notes)
+    assert await joint.both().try_consume()
+    assert [one.key for one in notes.taken()] == ["{acme}:1"]
+
+
 async def test_a_wait_is_reported_once_when_it_is_over(face: Face, scripted: ScriptedStore) -> None:
     notes = Notes()
     joint = Joint(face, scripted)
@@ -642,6 +651,23 @@ async def test_a_wait_that_is_cancelled_while_it_is_charged_gives_back() -> None
     assert [one.consumed_tokens for one in await limit.snapshot()] == [1, 1]
 
 
+async def test_so_does_one_that_takes_from_one_bucket_after_the_other() -> None:
+    store = AsyncGated()
+    tenants = AsyncProxyManager(store, "9/hour", prefix="tenant:", merging=False)
+    users = AsyncProxyManager(store, "20/hour", prefix="user:", merging=False)
+    limit = all_of(users.bucket("{acme}:1"), tenants.bucket("{acme}"), spread=True)
+    assert await limit.consume()
+    for turns in range(12):
+        waiting = asyncio.create_task(limit.consume())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            if await waiting:
+                await limit.give_back()
+        assert [one.consumed_tokens for one in await limit.snapshot()] == [1, 1]
+
+
 class Interrupting(SwappingMemoryStore):
     """Carries a swap out, and is then interrupted, as by the handler of a signal."""
 
@@ -701,6 +727,10 @@ class AsyncGated(AsyncSwappingMemoryStore):
         await asyncio.sleep(0)
         await self.gate.wait()
         return await super().swap_all(swaps)
+
+    async def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        await asyncio.sleep(0)
+        return await super().swap(key, before, after, ttl_millis)
 
 
 def queues_of(manager: Any) -> Any:

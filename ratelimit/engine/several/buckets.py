@@ -20,7 +20,7 @@ from ratelimit.engine.observing import Decision, report_decision
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Part, Question
 from ratelimit.engine.several.one_by_one import OneByOne
-from ratelimit.engine.several.parts import Call, place_of
+from ratelimit.engine.several.parts import place_of
 from ratelimit.engine.several.waiting import waited_for
 from ratelimit.engine.several.without_store import answers_without_store
 from ratelimit.errors import (
@@ -81,7 +81,7 @@ class SeveralBuckets:
     def snapshot(self, timeout: Duration | None) -> Steps[tuple[Snapshot, ...]]:
         """Return the states of all buckets; at one time, unless they are spread."""
         commands = [TakeSnapshot() for _ in self.shares]
-        answers = yield from self._answers(commands, self._deadline(timeout), Course())
+        answers = yield from self._answers(commands, self._deadline(timeout), Course(), [])
         for (proxy, _), answer in zip(self.shares, answers, strict=True):
             if answer is None:
                 raise BucketNotFoundError(proxy.target.key)
@@ -119,26 +119,37 @@ class SeveralBuckets:
         course: Course | None = None,
     ) -> Steps[CombinedProbe]:
         deadline, course, begun = self._deadline(timeout), course or Course(), self.home.monotonic()
-        commands = [command(tokens) for _, tokens in self.shares]
+        commands, limited = [command(tokens) for _, tokens in self.shares], list[BucketProxy]()
         try:
-            answers = yield from self._answers(commands, deadline, course, holds=wait is not None)
+            answers = yield from self._answers(commands, deadline, course, limited, holds=wait is not None)
         except RateLimitError as error:
             failure = course.failure or error
             # Only failures of the store are reported. A wrong argument or a closed manager concerns the caller alone.
             if isinstance(failure, FAILURES):
-                self._report(verb, None, course, failure, begun)
+                self._report(verb, None, course, limited=limited, error=failure, begun=begun)
             raise
         probe = CombinedProbe.of([proxy.target.key for proxy, _ in self.shares], answers)
         if wait is None or wait.is_over(probe):
-            self._report(verb, probe, course, course.failure, begun, waited=0 if wait is None else wait.waited)
+            waited = 0 if wait is None else wait.waited
+            self._report(verb, probe, course, limited=limited, error=course.failure, begun=begun, waited=waited)
         return probe
 
     def _answers(
-        self, commands: Sequence[Command[Any]], deadline: float, course: Course, *, holds: bool = False
+        self,
+        commands: Sequence[Command[Any]],
+        deadline: float,
+        course: Course,
+        limited: list[BucketProxy],
+        *,
+        holds: bool = False,
     ) -> Steps[list[Any]]:
-        """Return an answer for each bucket, from the store or without it."""
+        """Return an answer for each bucket, from the store or without it.
+
+        :param limited: gets the buckets that are decided about together here.
+        """
         if self.spread:
-            return (yield from OneByOne(self.shares).answers(commands, deadline, course))
+            # An interruption that is held back for this course is none for the buckets that are asked one by one.
+            return (yield from OneByOne(self.shares).answers(commands, deadline, Course()))
         parts: list[Part | None] = []
         for (proxy, _), command in zip(self.shares, commands, strict=True):
             terms = proxy.terms
@@ -147,26 +158,27 @@ class SeveralBuckets:
                 terms = yield from proxy.manner.find_terms(proxy.target.key)
                 # The lookup is the caller's own code, so that its time does not count.
                 deadline += self.home.monotonic() - begun
+            if terms is not None:
+                limited.append(proxy)
             parts.append(None if terms is None else Part(proxy.target, terms, command))
-        limited = tuple([part for part in parts if part is not None])
-        found = iter((yield from self._answers_of_limited(limited, deadline, course, holds=holds)) if limited else ())
+        call = tuple([part for part in parts if part is not None])
+        found = iter((yield from self._decided(Question(call, deadline, holds, course), limited)) if call else ())
         return [
             command.answer_without_limit() if part is None else next(found)
             for part, command in zip(parts, commands, strict=True)
         ]
 
-    def _answers_of_limited(self, parts: Call, deadline: float, course: Course, *, holds: bool) -> Steps[list[Any]]:
-        question = Question(parts, deadline, holds, course)
-        asked = [proxy for proxy, _ in self.shares if any(part.target is proxy.target for part in parts)]
+    def _decided(self, question: Question, proxies: Sequence[BucketProxy]) -> Steps[list[Any]]:
+        course = question.course
         try:
             found: list[Any] = yield from self.home.several.decide(self._place, question)
         except FAILURES as error:
             course.failure = error
-            found = answers_without_store(asked, question, error)
+            found = answers_without_store(proxies, question, error)
             course.degraded = True
         else:
             if course.round_trips:
-                for proxy in asked:
+                for proxy in proxies:
                     proxy.pipeline.fallback.store_answers()
         return found
 
@@ -175,19 +187,20 @@ class SeveralBuckets:
         verb: str,
         probe: CombinedProbe | None,
         course: Course,
+        *,
+        limited: Sequence[BucketProxy],
         error: Exception | None,
         begun: float,
-        *,
         waited: int = 0,
     ) -> None:
-        """Report the decision to the listener of each bucket, as one about that bucket."""
-        if self.spread:
-            # Each bucket has reported its own.
-            return
+        """Report the decision to the listener of each bucket, as one about that bucket.
+
+        :param limited: the buckets that were decided about; those that are asked one by one report their own decisions.
+        """
         duration = round((self.home.monotonic() - begun) * NANOS_PER_SECOND)
         for number, (proxy, tokens) in enumerate(self.shares):
             pipeline = proxy.pipeline
-            if pipeline.listener is None:
+            if pipeline.listener is None or not any(one is proxy for one in limited):
                 continue
             part: ConsumptionProbe | None = None if probe is None else probe.parts[number]
             charged = part is not None and part.consumed and verb != "estimate_ability_to_consume"
