@@ -148,7 +148,7 @@ class SeveralBuckets:
         :param limited: gets the buckets that are decided about together here.
         """
         if self.spread:
-            # An interruption that is held back for this course is none for the buckets that are asked one by one.
+            # The buckets that are asked one by one do not see an interruption that is held back for this course.
             return (yield from OneByOne(self.shares).answers(commands, deadline, Course()))
         parts: list[Part | None] = []
         for (proxy, _), command in zip(self.shares, commands, strict=True):
