@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias, overload
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.checks import boolean, refusal, token_count
-from ratelimit.core.numbers import Duration
-from ratelimit.core.results import CombinedProbe, Snapshot
+from ratelimit.core.numbers import NEVER, Duration
+from ratelimit.core.results import CombinedProbe, ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.several.buckets import SeveralBuckets
 from ratelimit.engine.several.parts import hash_tag
@@ -16,7 +16,7 @@ from ratelimit.errors import InvalidArgumentError
 from ratelimit.keys import Key, brief, shown
 from ratelimit.runtime.clock import SystemClock
 from ratelimit.runtime.copies import OfThisProcess
-from ratelimit.runtime.steps import arun, run
+from ratelimit.runtime.steps import Steps, arun, run
 
 _ADVICE: Final = "pickle its keys, and ask managers for the buckets again"
 
@@ -157,8 +157,8 @@ def all_of(*parts: Any, spread: bool = False) -> AllOf | AsyncAllOf:
         raise InvalidArgumentError(
             f"parts must be buckets of sync code, or of asyncio, and not of both; got {brief(parts)}"
         )
-    if not spread:
-        _check_that_they_go_together(proxies)
+    if not spread and (obstacle := _obstacle(proxies)) is not None:
+        raise InvalidArgumentError(obstacle)
     several = SeveralBuckets(shares, spread)
     return AsyncAllOf(several) if first.face.asynchronous else AllOf(several)
 
@@ -182,47 +182,63 @@ def _check_that_they_differ(proxies: Sequence[BucketProxy]) -> None:
         found.add(key)
 
 
-def _check_that_they_go_together(proxies: Sequence[BucketProxy]) -> None:
-    """Check what one decision needs of buckets.
+def charging(
+    shares: Sequence[tuple[Bucket | AsyncBucket, int]], max_waits: Sequence[int | None]
+) -> Steps[Sequence[VerboseResult[ConsumptionProbe]]]:
+    """Charge several buckets of one manager with different keys, or none of them, and return what each of them shows.
 
-    :raises InvalidArgumentError: with what to do.
+    They are asked one after the other where they cannot go together.
+
+    :param max_waits: for each bucket, the longest wait because of it that is accepted, in nanoseconds; None: as long as
+        it takes, 0: none.
     """
+    proxies = [bucket._proxy for bucket, _ in shares]  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # as above
+    pairs = tuple([(proxy, tokens) for proxy, (_, tokens) in zip(proxies, shares, strict=True)])
+    several = SeveralBuckets(pairs, spread=_obstacle(proxies) is not None, shows=True)
+    if any(longest != 0 for longest in max_waits):
+        probe = yield from several.consume_in_turn([NEVER if longest is None else longest for longest in max_waits])
+    else:
+        probe = yield from several.try_consume("try_consume_and_return_remaining", None)
+    return probe.results  # type: ignore[attr-defined, no-any-return]  # it shows them
+
+
+def _obstacle(proxies: Sequence[BucketProxy]) -> str | None:
+    """Return what keeps buckets from being decided about at once, and what to do; None where nothing does."""
     first = proxies[0].pipeline
     for proxy in proxies:
         pipeline = proxy.pipeline
         if pipeline.store is not first.store:
-            raise InvalidArgumentError(
+            return (
                 f"parts must be buckets of managers over one store; got {brief(first.store)} and "
                 f"{brief(pipeline.store)}; make the second manager over manager.store of the first, or pass spread=True"
             )
         if not _is_one_clock(pipeline.clock, first.clock):
-            raise InvalidArgumentError(
+            return (
                 f"parts must be buckets that go by one clock; got {brief(first.clock)} and {brief(pipeline.clock)}"
             )
         if proxy.manner.optimization is not None:
-            raise InvalidArgumentError(
+            return (
                 f"parts must be buckets without an optimization; got one for the key {shown(proxy.target.key)}; ask a "
                 "manager without one for the bucket, or pass spread=True"
             )
     if len(proxies) > MOST_PARTS:
-        raise InvalidArgumentError(f"parts must be {MOST_PARTS} buckets at most; got {len(proxies)}")
+        return f"parts must be {MOST_PARTS} buckets at most; got {len(proxies)}"
     if proxies[-1].pipeline.several.decide is None:
-        raise InvalidArgumentError(
-            f"parts must be buckets over a store with a method swap_all(); got {brief(first.store)}; pass spread=True"
-        )
-    _check_slots([proxy.target.stored_key for proxy in proxies], getattr(first.store, "slot_of", None))
+        return f"parts must be buckets over a store with a method swap_all(); got {brief(first.store)}; pass spread=True"
+    slot_of = getattr(first.store, "slot_of", None)
+    return None if slot_of is None else _obstacle_of_slots([proxy.target.stored_key for proxy in proxies], slot_of)
 
 
 def _is_one_clock(one: Any, other: Any) -> bool:
     return one is other or (type(one) is SystemClock and type(other) is SystemClock)
 
 
-def _check_slots(keys: Sequence[bytes], slot_of: Any) -> None:
-    if slot_of is None or len({slot_of(key) for key in keys}) == 1:
-        return
+def _obstacle_of_slots(keys: Sequence[bytes], slot_of: Callable[[bytes], int]) -> str | None:
+    if len({slot_of(key) for key in keys}) == 1:
+        return None
     tag = next((tag for key in keys if (tag := hash_tag(key)) is not None), None)
     example = "{acme}" if tag is None else "{" + tag.decode(errors="replace") + "}"
-    raise InvalidArgumentError(
+    return (
         f"parts must have keys that share a slot of the cluster; got {', '.join([shown(key) for key in keys])}; put "
         f"the same text in braces into each of them, such as {example}, or pass spread=True"
     )

@@ -136,7 +136,7 @@ class Fallback:
                 if not in_doubt:
                     self.local.give_back(target, rest)
         self.note_failure(target.key, chosen, error)
-        return _degraded(answer)
+        return degraded(answer)
 
     @staticmethod
     def chosen(policy: ErrorPolicy, key: Key, error: RateLimitError) -> OnError:
@@ -226,7 +226,7 @@ def _is_in_doubt(error: BaseException) -> bool:
     return bool(getattr(error, "in_doubt", not isinstance(error, RateLimitError)))
 
 
-def _degraded(answer: Any) -> Any:
+def degraded(answer: Any) -> Any:
     """Return the answer, marked as not being the store's if its type has such a mark."""
     if isinstance(answer, ConsumptionProbe | EstimationProbe | VerboseResult):
         if isinstance(answer, VerboseResult) and isinstance(answer.value, ConsumptionProbe | EstimationProbe):

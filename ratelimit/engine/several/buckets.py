@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ratelimit.checks import timeout_seconds
+from ratelimit.checks import max_wait_nanos, timeout_seconds
 from ratelimit.core.commands import (
     Command,
     GiveBack,
     ProbeConsumption,
     TakeSnapshot,
     TryConsumeAndReturnRemaining,
+    Verbose,
 )
-from ratelimit.core.numbers import MAX, NANOS_PER_SECOND, Duration
-from ratelimit.core.results import CombinedProbe, ConsumptionProbe, Snapshot
+from ratelimit.core.numbers import MAX, NANOS_PER_SECOND, NEVER, Duration
+from ratelimit.core.results import CombinedProbe, ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.engine.observing import Decision, report_decision
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Part, Question
@@ -30,6 +31,7 @@ from ratelimit.errors import (
     RateLimitError,
     StoreError,
 )
+from ratelimit.keys import Key
 from ratelimit.runtime.steps import Steps
 
 Shares = tuple[tuple[BucketProxy, int], ...]
@@ -39,17 +41,37 @@ FAILURES: Final = (StoreError, ContentionError, CorruptStateError)
 """What ``on_error`` is asked about."""
 
 
+@dataclass(frozen=True, slots=True)
+class VerboseCombinedProbe(CombinedProbe):
+    """An answer about several buckets that shows each of them as well.
+
+    :param results: each part of the answer, with its bucket right after the decision.
+    """
+
+    results: tuple[VerboseResult[ConsumptionProbe], ...] = ()
+
+    @classmethod
+    def showing(cls, keys: Sequence[Key], results: Sequence[VerboseResult[ConsumptionProbe]]) -> VerboseCombinedProbe:
+        """Return the answer for buckets that each would give one of these."""
+        probe = cls.of(keys, [result.value for result in results])
+        pairs = zip(results, probe.parts, strict=True)
+        shown = [result if result.value is part else replace(result, value=part) for result, part in pairs]
+        return replace(probe, results=tuple(shown))
+
+
 @dataclass(slots=True)
 class SeveralBuckets:
     """Buckets that are charged together, or not at all.
 
     :param spread: whether the tokens are taken from one bucket after the other, and given back where one refuses.
+    :param shows: whether answers about tokens show each bucket as well.
     :ivar keys: the keys of the buckets in the store.
     :ivar home: the pipeline of the last bucket, where questions meet others.
     """
 
     shares: Shares
     spread: bool
+    shows: bool = False
     home: Any = field(init=False)
     keys: list[bytes] = field(init=False)
     _place: bytes = field(init=False)
@@ -100,8 +122,18 @@ class SeveralBuckets:
 
     def consume(self, max_wait: Duration | None, timeout: Duration | None) -> Steps[bool]:
         """Wait for the tokens, and consume them; return False where that would take longer than ``max_wait``."""
-        probe = yield from waited_for(self, max_wait, timeout)
+        longest = NEVER if max_wait is None else max_wait_nanos(max_wait)
+        probe = yield from waited_for(self, [longest] * len(self.shares), timeout)
         return probe is not None and probe.consumed
+
+    def consume_in_turn(self, max_waits: Sequence[int]) -> Steps[CombinedProbe]:
+        """Wait for the tokens no longer than each bucket that refuses allows, and consume them.
+
+        :param max_waits: for each bucket, the longest wait because of it that is accepted, in nanoseconds.
+        """
+        probe = yield from waited_for(self, max_waits, None)
+        # Its turn has not come in time: the last try shows what there is.
+        return (yield from self.try_consume("consume", None)) if probe is None else probe
 
     def _deadline(self, timeout: Duration | None) -> float:
         seconds = self._timeout if timeout is None else timeout_seconds(timeout)
@@ -120,6 +152,8 @@ class SeveralBuckets:
     ) -> Steps[CombinedProbe]:
         deadline, course, begun = self._deadline(timeout), course or Course(), self.home.monotonic()
         commands, limited = [command(tokens) for _, tokens in self.shares], list[BucketProxy]()
+        if self.shows:
+            commands = [Verbose(command) for command in commands]
         try:
             answers = yield from self._answers(commands, deadline, course, limited, holds=wait is not None)
         except RateLimitError as error:
@@ -128,7 +162,8 @@ class SeveralBuckets:
             if isinstance(failure, FAILURES):
                 self._report(verb, None, course, limited=limited, error=failure, begun=begun)
             raise
-        probe = CombinedProbe.of([proxy.target.key for proxy, _ in self.shares], answers)
+        keys = [proxy.target.key for proxy, _ in self.shares]
+        probe = VerboseCombinedProbe.showing(keys, answers) if self.shows else CombinedProbe.of(keys, answers)
         if wait is None or wait.is_over(probe):
             waited = 0 if wait is None else wait.waited
             self._report(verb, probe, course, limited=limited, error=course.failure, begun=begun, waited=waited)

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ratelimit.core.commands import Command, GiveBack, ProbeConsumption, TryConsumeAndReturnRemaining
+from ratelimit.core.commands import Command, GiveBack, Verbose
+from ratelimit.core.results import VerboseResult
+from ratelimit.core.several import consumption_of, looking, probe_in
 from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Question
+from ratelimit.engine.reserving import probe_of
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime.steps import Steps
 
@@ -38,22 +41,23 @@ class OneByOne:
         refused = False
         try:
             for number, wanted in enumerate(commands):
-                own, command = Course(), _only_looking(wanted) if refused else wanted
+                own, command = Course(), looking(wanted) if refused else wanted
                 try:
                     answer = yield from self._asked(number, command, deadline, own)
                 finally:
                     course.round_trips += own.round_trips
                 answers.append(answer)
-                if type(command) is not TryConsumeAndReturnRemaining:
+                if consumption_of(command) is None:
                     continue
-                if answer.consumed:
+                if probe_in(answer).consumed:
                     taken.append((number, own))
                     continue
                 refused = True
                 while taken:
                     back, its_course = taken.pop()
-                    yield from uninterrupted(self._undone(back, its_course), course)
-                    answers[back] = _with_its_tokens(answers[back], commands[back])
+                    after = yield from uninterrupted(self._undone(back, its_course), course)
+                    if after is not None:
+                        answers[back] = _with_its_tokens(answers[back], after)
         except BaseException as error:
             # A generator that is being closed must not yield.
             if not isinstance(error, GeneratorExit):
@@ -69,26 +73,27 @@ class OneByOne:
         question = Question.of(proxy.target, proxy.terms, command, deadline, course=course)  # type: ignore[arg-type]  # a layer looks the terms up
         return proxy.layer(question)
 
-    def _undone(self, number: int, course: Course) -> Steps[None]:
-        """Give back what a bucket was charged, within a time of its own: the deadline may have passed."""
+    def _undone(self, number: int, course: Course) -> Steps[VerboseResult[None] | None]:
+        """Give back what a bucket was charged, within a time of its own: the deadline may have passed.
+
+        Return the bucket after that; None where the store has given back nothing.
+        """
         proxy, tokens = self._shares[number]
         if not course.charged:
-            return
+            return None
         if course.degraded:
             proxy.pipeline.local_buckets.give_back(proxy.target, tokens)
-            return
+            return None
         try:
             deadline = proxy.pipeline.own_deadline(proxy.timeout)
-            yield from self._asked(number, GiveBack(tokens), deadline, Course())
+            after: VerboseResult[None] = yield from self._asked(number, Verbose(GiveBack(tokens)), deadline, Course())
         except RateLimitError as error:
             _logger.warning("%d tokens of a call that was refused could not be given back: %s", tokens, error)
+            return None
+        return None if after.degraded else after
 
 
-def _only_looking(command: Command[Any]) -> Command[Any]:
-    """Return a command that consumes nothing, since the whole is refused already."""
-    return ProbeConsumption(command.tokens) if type(command) is TryConsumeAndReturnRemaining else command
-
-
-def _with_its_tokens(answer: Any, command: Any) -> Any:
-    """Return the answer of a bucket that has been given back what it was charged."""
-    return replace(answer, remaining_tokens=answer.remaining_tokens + command.tokens)
+def _with_its_tokens(answer: Any, after: VerboseResult[None]) -> Any:
+    """Return the answer of a bucket that has been given back what it was charged, and has its tokens."""
+    probe = probe_of(after, 0, consumed=True)
+    return replace(after, value=probe) if isinstance(answer, VerboseResult) else probe  # type: ignore[arg-type]  # its value is the probe now

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from ratelimit.core.commands import TryConsumeAndReturnRemaining
+from ratelimit.core.several import consumption_of
 from ratelimit.engine.script_arguments import MUST_EXIST, form_of
 from ratelimit.engine.several.attempt import Held
 from ratelimit.engine.several.parts import Call
@@ -36,13 +36,14 @@ def request_for(calls: Sequence[Call], held: Mapping[bytes, Held], now: int) -> 
         consumptions.append(_COUNT.pack(len(call)))
         for target, terms, command in call:
             key = target.stored_key
-            if type(command) is not TryConsumeAndReturnRemaining:
+            consumption = consumption_of(command)
+            if consumption is None:
                 return None
-            consumptions.append(_CONSUMPTION.pack(places[key], command.tokens))
+            consumptions.append(_CONSUMPTION.pack(places[key], consumption.tokens))
             if key not in rules:
                 form = form_of(terms, target.expiration)
                 flags = MUST_EXIST if held[key].must_exist else 0
-                request = None if form is None else form.request_to_consume(command.tokens, 1, terms, now, flags)
+                request = None if form is None else form.request_to_consume(consumption.tokens, 1, terms, now, flags)
                 if request is None:
                     return None
                 (rules[key],) = request

@@ -8,9 +8,9 @@ tries again.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
-from ratelimit.checks import max_wait_nanos
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration
 from ratelimit.core.results import CombinedProbe
 from ratelimit.engine.cancellation import uninterrupted
@@ -23,14 +23,16 @@ from ratelimit.runtime.steps import Steps
 _logger = logging.getLogger("ratelimit")
 
 
-def waited_for(buckets: Any, max_wait: Duration | None, timeout: Duration | None) -> Steps[CombinedProbe | None]:
+def waited_for(buckets: Any, max_waits: Sequence[int], timeout: Duration | None) -> Steps[CombinedProbe | None]:
     """Consume the tokens of several buckets once they are there.
 
     :param buckets: a ``SeveralBuckets``.
-    :returns: the last answer; None where ``max_wait`` was over before it was this caller's turn.
+    :param max_waits: for each bucket, the longest wait because of it that is accepted, in nanoseconds; ``NEVER``: as
+        long as it takes.
+    :returns: the last answer; None where the longest wait was over before it was this caller's turn.
     :raises ReservationOverflowError: without a longest wait, where the tokens will never be there.
     """
-    wait = _Wait(buckets, max_wait)
+    wait = _Wait(buckets, max_waits)
     try:
         while (yield from wait.is_its_turn()):
             probe = yield from _try_or_undo(buckets, wait, timeout)
@@ -49,12 +51,13 @@ class _Wait:
     :ivar waited: for how long it has waited, in nanoseconds.
     """
 
-    def __init__(self, buckets: Any, max_wait: Duration | None) -> None:
+    def __init__(self, buckets: Any, max_waits: Sequence[int]) -> None:
         self._buckets = buckets
-        self._longest = NEVER if max_wait is None else max_wait_nanos(max_wait)
+        self._max_waits = max_waits
         self._turns: Turns = buckets.home.several.turns
-        # A caller that does not wait at all does not queue either.
-        self._turn: Turn | None = self._turns.first_queue_of(buckets.keys) if self._longest else None
+        # A caller that does not wait for a bucket at all does not queue there either.
+        waits_for = [key for key, longest in zip(buckets.keys, max_waits, strict=True) if longest]
+        self._turn: Turn | None = self._turns.first_queue_of(waits_for)
         self.waited = 0
 
     def is_its_turn(self) -> Steps[bool]:
@@ -63,22 +66,26 @@ class _Wait:
             return True
         monotonic = self._buckets.home.monotonic
         begun = monotonic()
-        left = None if self._longest == NEVER else (self._longest - self.waited) / NANOS_PER_SECOND
+        longest = self._max_waits[self._buckets.keys.index(self._turn.key)]
+        left = None if longest == NEVER else (longest - self.waited) / NANOS_PER_SECOND
         is_first = yield from self._turns.wait(self._turn, left)
         self.waited += round((monotonic() - begun) * NANOS_PER_SECOND)
         return is_first
 
     def is_over(self, probe: CombinedProbe) -> bool:
         """Return whether the caller has its tokens, or there is nothing to wait for, or not for so long."""
-        wait = probe.nanos_to_wait_for_refill
-        return probe.consumed or probe.degraded or wait == NEVER or self.waited + wait > self._longest
+        if probe.consumed or probe.degraded or probe.nanos_to_wait_for_refill == NEVER:
+            return True
+        waits = [part.nanos_to_wait_for_refill for part in probe.parts]
+        return any(wait and self.waited + wait > most for wait, most in zip(waits, self._max_waits, strict=True))
 
     def outcome(self, probe: CombinedProbe) -> CombinedProbe:
         """Return the last answer.
 
         :raises ReservationOverflowError: where the caller would wait for as long as it takes, and that is forever.
         """
-        is_endless = probe.nanos_to_wait_for_refill == self._longest == NEVER
+        waits = zip(probe.parts, self._max_waits, strict=True)
+        is_endless = any(part.nanos_to_wait_for_refill == longest == NEVER for part, longest in waits)
         if is_endless and not probe.consumed and not probe.degraded:
             raise ReservationOverflowError("so many tokens will never be there at the same time")
         return probe

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from ratelimit.core.commands import ProbeConsumption
-from ratelimit.core.results import ConsumptionProbe
+from ratelimit.core.several import consumption_of, looking, probe_in
+from ratelimit.engine.fallback import degraded
 from ratelimit.engine.on_error import RETRY_NANOS, OnError
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Question
@@ -26,7 +25,7 @@ def answers_without_store(proxies: Sequence[BucketProxy], question: Question, er
     chosen = [proxy.pipeline.fallback.chosen(proxy.manner.on_error, proxy.target.key, error) for proxy in proxies]
     if OnError.DENY in chosen:
         answers = [
-            part.command.answer_refused(RETRY_NANOS) if one == OnError.DENY else _unlimited(part.command)
+            part.command.answer_refused(RETRY_NANOS) if one == OnError.DENY else part.command.answer_without_limit()
             for part, one in zip(parts, chosen, strict=True)
         ]
     elif OnError.RAISE in chosen:
@@ -35,12 +34,7 @@ def answers_without_store(proxies: Sequence[BucketProxy], question: Question, er
         answers = _decided_locally(proxies, question, chosen, in_doubt=bool(getattr(error, "in_doubt", False)))
     for proxy, one in zip(proxies, chosen, strict=True):
         proxy.pipeline.fallback.note_failure(proxy.target.key, one, error)
-    return [replace(answer, degraded=True) for answer in answers]
-
-
-def _unlimited(command: Any) -> ConsumptionProbe:
-    answer: ConsumptionProbe = command.answer_without_limit()
-    return answer
+    return [degraded(answer) for answer in answers]
 
 
 def _decided_locally(
@@ -55,20 +49,20 @@ def _decided_locally(
                 asked = question._replace(parts=(part._replace(command=command),))
                 answers.append(proxy.pipeline.local_buckets.decide(asked, one.share, in_doubt=in_doubt))
             else:
-                answers.append(_unlimited(command))
+                answers.append(command.answer_without_limit())
         # Nobody waits for these answers under a shield.
         question.course.local_answer = None
         return answers
 
     commands: list[Any] = [part.command for part in question.parts]
-    looks = [ProbeConsumption(command.tokens) for command in commands]
-    looked = answers_to(looks)
-    if commands == looks or not all(answer.consumed for answer in looked):
+    looked = answers_to([looking(command) for command in commands])
+    consumptions = [consumption_of(command) for command in commands]
+    if None in consumptions or not all(probe_in(answer).consumed for answer in looked):
         return looked
     answers = answers_to(commands)
-    if not all(answer.consumed for answer in answers):
+    if not all(probe_in(answer).consumed for answer in answers):
         # Another thread has taken the tokens in between.
-        for proxy, command, one, answer in zip(proxies, commands, chosen, answers, strict=True):
-            if one.kind == "local" and answer.consumed:
-                proxy.pipeline.local_buckets.give_back(proxy.target, command.tokens)
+        for proxy, consumption, one, answer in zip(proxies, consumptions, chosen, answers, strict=True):
+            if one.kind == "local" and probe_in(answer).consumed:
+                proxy.pipeline.local_buckets.give_back(proxy.target, consumption.tokens)  # type: ignore[union-attr]  # it is there
     return answers
