@@ -297,8 +297,7 @@ class RateLimitInterceptor(_Interceptor[ProxyManager], grpc.ServerInterceptor):
     """Limits the calls that a ``grpc.server`` takes. Decisions are made in its threads, after the first message.
 
     :param limits: limits, as :class:`RpcRule` takes them; or such a rule, with settings of its own.
-    :param more: further limits or rules. They are asked in their order, and where one refuses a call, the tokens that
-        the call has paid before are given back.
+    :param more: further limits or rules. All of them are one decision: a call pays for each, or for none.
     :param settings: the settings of a rule, for limits that are not a rule: ``key=``, which must be given, ``cost=``,
         ``methods=``, ``when=``, ``exempt=``, ``missing=``, ``name=`` and ``version=``.
     :param manager: has the buckets; or the URL of a store, whose manager the process shares. By default that in the
@@ -472,22 +471,26 @@ def _refusal_of(decision: Decision[Rpc]) -> _Refusal | None:
     if decision:
         return None
     if decision.refused is not None:
-        return _refused_by(decision.refused)
+        return _refused_by(decision.refused, decision)
     key: Any = None if decision.missing is None else decision.missing.key
     wanted = f"the metadata {key.name!r}" if isinstance(key, _MetadataValue) else "a key"
     text = decision.fault or f"calls are limited by {wanted}, which this one does not have"
     return _Refusal(grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
-def _refused_by(outcome: Outcome) -> _Refusal:
-    probe, limits, name = outcome.probe, outcome.configuration, outcome.rule.name
-    if limits is None:  # the store has failed, and the policy for that is to deny
-        return _unavailable(probe.nanos_to_wait_for_refill)
-    failure = QuotaFailure(violations=[QuotaFailure.Violation(subject=name, description=str(limits))])
-    wait = probe.retry_after
+def _refused_by(first: Outcome, decision: Decision[Rpc]) -> _Refusal:
+    if first.configuration is None:  # the store has failed, and the policy for that is to deny
+        return _unavailable(decision.nanos_to_wait)
+    failure = QuotaFailure(
+        violations=[
+            QuotaFailure.Violation(subject=outcome.rule.name, description=str(outcome.configuration))
+            for outcome in decision.refusals
+        ]
+    )
+    wait = decision.retry_after
     when = "it can never allow so much" if wait is None else f"retry in {wait:g} s"
-    text = f"the limit {name!r} is exceeded; {when}"
-    return _refusal_to_wait(grpc.StatusCode.RESOURCE_EXHAUSTED, text, probe.nanos_to_wait_for_refill, failure)
+    text = f"the limit {first.rule.name!r} is exceeded; {when}"
+    return _refusal_to_wait(grpc.StatusCode.RESOURCE_EXHAUSTED, text, decision.nanos_to_wait, failure)
 
 
 def _unavailable(wait: int) -> _Refusal:

@@ -11,7 +11,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from ratelimit.bucket import AsyncBucket, Bucket, settled
 from ratelimit.checks import whole_number
 from ratelimit.core.algorithm import Configuration, Level, levels
-from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER
+from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.engine.reserving import probe_of
 from ratelimit.errors import InvalidArgumentError, RateLimitError
@@ -97,8 +97,14 @@ class Outcome:
 
     @property
     def consumed(self) -> bool:
-        """Whether the tokens were there."""
+        """Whether the bucket was charged. Rules that decide together charge all of their buckets, or none."""
         return self.result.value.consumed
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the bucket did not have the tokens; one that had them may be charged nothing because of another."""
+        probe = self.result.value
+        return not probe.consumed and probe.nanos_to_wait_for_refill > 0
 
     @property
     def settled(self) -> int | None:
@@ -130,14 +136,14 @@ class Outcome:
     def violated_policies(self) -> list[str]:
         """The names of the policies by which the request was refused."""
         violated = [limit.policy.name for limit in self.limits if limit.violated]
-        return violated or ([] if self.consumed else [self.rule.name])
+        return violated or ([self.rule.name] if self.refuses else [])
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[R]):
     """What was decided about a request, by all rules that have looked at it so far; true where it may go on.
 
-    :param outcomes: one for each bucket, in the order of the rules; after a refusal there are no more.
+    :param outcomes: one for each bucket, in the order of the rules. Those of a refusal show what is left.
     :param missing: the rule whose key the request does not have, where that is an error.
     :param request: the request; None where no rule has looked at it.
     :param fault: says what is wrong with the key, where it is not missing but ambiguous.
@@ -194,10 +200,21 @@ class Decision(Generic[R]):
                 yield outcome
 
     @property
+    def refusals(self) -> tuple[Outcome, ...]:
+        """The outcomes of all buckets that did not have the tokens."""
+        return tuple([outcome for outcome in self.outcomes if outcome.refuses])
+
+    @property
     def refused(self) -> Outcome | None:
-        """The outcome that the request was refused by."""
-        last = self.outcomes[-1] if self.outcomes else None
-        return None if last is None or last.consumed else last
+        """The outcome of the first rule that has refused the request."""
+        if self or self.missing is not None:
+            return None
+        return next((outcome for outcome in self.outcomes if outcome.refuses), self.outcomes[-1])
+
+    @property
+    def violated_policies(self) -> list[str]:
+        """The names of the policies by which the request was refused."""
+        return [name for outcome in self.refusals for name in outcome.violated_policies]
 
     @property
     def degraded(self) -> bool:
@@ -206,8 +223,16 @@ class Decision(Generic[R]):
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds until a refused request may be sent again; None for never, and for one that was not refused."""
-        return None if self.refused is None else self.refused.probe.retry_after
+        """Seconds until a refused request may be sent again; None for never, and for one that was not refused.
+
+        It is the longest of the waits of all rules that have refused it.
+        """
+        return None if self.refused is None else to_seconds(self.nanos_to_wait)
+
+    @property
+    def nanos_to_wait(self) -> int:
+        """The nanoseconds until a refused request may be sent again; ``NEVER`` for never, 0 where nothing refuses."""
+        return max([outcome.probe.nanos_to_wait_for_refill for outcome in self.refusals], default=0)
 
 
 def settling(outcome: Outcome, cost: int, bucket: Bucket | AsyncBucket) -> Steps[None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Final, Generic, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack
 
+from ratelimit.all_of import charging
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.checks import function
+from ratelimit.checks import function, stored_key
 from ratelimit.core.algorithm import Configuration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
@@ -54,6 +55,20 @@ _LONGEST_KEPT_KEY: Final = 1_024
 _NOTHING_DECIDED: Final[Decision[Any]] = Decision()
 
 _logger = logging.getLogger("ratelimit")
+
+
+class _Charge(NamedTuple):
+    """What a rule charges a request.
+
+    :param key: the key of the request, as the rule's key has found it; None where the rule has no key.
+    :param configuration: the limits of the rule for this request.
+    """
+
+    rule: Rule[Any]
+    key: Key | None
+    bucket: Bucket | AsyncBucket
+    tokens: int
+    configuration: Configuration
 
 
 class BaseLimiter(OfThisProcess, Generic[R]):
@@ -106,82 +121,94 @@ class BaseLimiter(OfThisProcess, Generic[R]):
         """Keep a decision for whoever asks what has been decided about the request."""
 
     def _decide(self, request: R, place: str) -> Steps[Decision[R]]:
-        """Ask one rule after another, until one refuses: then what the request has paid so far is given back."""
+        """Decide by all rules at once: the request pays for each bucket, or for none.
+
+        If it is refused, what it has paid to other limiters before is given back.
+        """
         decision = self._decided_before(request)
         if not self._enabled or not is_enabled():
             return decision
         if decision:
-            for rule in self.rules:
-                if not rule.is_about(request):
-                    continue
-                decision = yield from self._asked(rule, place, request, decision)
-                if not decision:
-                    yield from self._refused(request, decision)
-                    break
+            decision = yield from self._decided(place, request, decision)
+            if not decision:
+                yield from self._refused(request, decision)
         self._keep(request, decision)
         return decision
 
-    def _asked(self, rule: Rule[R], place: str, request: R, decision: Decision[R]) -> Steps[Decision[R]]:
-        """Ask one rule, and return the decision after that."""
-        if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
+    def _decided(self, place: str, request: R, decision: Decision[R]) -> Steps[Decision[R]]:
+        """Find what each rule charges the request, charge all of it, and return the decision after that."""
+        charges: list[_Charge] = []
+        for rule in self.rules:
+            if not rule.is_about(request):
+                continue
+            if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
+                continue
+            key: Any = rule.key
+            if callable(key):
+                try:
+                    key = yield from answer_of(key(request))
+                except AmbiguousKeyError as error:
+                    return type(decision)(decision.outcomes, rule, request, str(error))
+                if key is None:
+                    if rule.missing is Missing.UNLIMITED:
+                        continue
+                    return type(decision)(decision.outcomes, rule, request)
+                if type(key) is not str:
+                    answered_key(key)
+            charge = yield from self._charge(rule, place, key, request, (decision, charges))
+            if charge is not None:
+                charges.append(charge)
+        if not charges:
             return decision
-        key: Any = rule.key
-        if callable(key):
-            try:
-                key = yield from answer_of(key(request))
-            except AmbiguousKeyError as error:
-                return type(decision)(decision.outcomes, rule, request, str(error))
-            if key is None:
-                is_free = rule.missing is Missing.UNLIMITED
-                return decision if is_free else type(decision)(decision.outcomes, rule, request)
-            if type(key) is not str:
-                answered_key(key)
-        return (yield from self._charged(rule, place, key, request, decision))
+        results = yield from _charged(charges)
+        outcomes = [
+            Outcome(charge.rule, charge.key, charge.bucket, charge.tokens, result)
+            for charge, result in zip(charges, results, strict=True)
+        ]
+        self._note(charges, outcomes)
+        return type(decision)((*decision.outcomes, *outcomes), None, request)
 
-    def _charged(
-        self, rule: Rule[R], place: str, key: Key | None, request: R, decision: Decision[R]
-    ) -> Steps[Decision[R]]:
-        """Take the tokens of a request to which a rule gives this key, unless it has already paid for the bucket."""
+    def _charge(
+        self, rule: Rule[R], place: str, key: Key | None, request: R, so_far: tuple[Decision[R], Sequence[_Charge]]
+    ) -> Steps[_Charge | None]:
+        """Return what a rule charges a request to which it gives this key.
+
+        :param so_far: what the request has paid for already, and what it is going to be charged.
+        :returns: None for what is free, not limited, or paid for by another rule.
+        """
         counted_by = None if key is None else rule.counted_by(request, key)
-        stored_key = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
+        bucket_name = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
+        decision, charges = so_far
         for paid in decision.outcomes:
-            if paid.bucket.key == stored_key:
+            if _is_one(paid.bucket.key, bucket_name):
                 if rule.named and not rule.is_looked_up:
                     self._compare(rule, rule.limits, paid.result)
-                return decision
+                return None
+        if any(_is_one(charge.bucket.key, bucket_name) for charge in charges):
+            return None
         tokens: Any = rule.cost
         if callable(tokens):
             tokens = answered_cost((yield from answer_of(tokens(request))))
             if tokens == 0:
-                return decision
+                return None
         configuration, version = rule.limits, rule.version
         if rule.is_looked_up:
             configuration, version = yield from rule.limits_of(request, rule.name if key is None else key)
             if configuration is None:
-                return decision
-        is_kept = configuration is rule.limits and len(stored_key) <= _LONGEST_KEPT_KEY
+                return None
+        is_kept = configuration is rule.limits and len(bucket_name) <= _LONGEST_KEPT_KEY
         bucket_of = self._kept_bucket if is_kept else self._bucket_of
-        bucket = bucket_of(self._buckets, stored_key, configuration, version, rule.inheritance)
-        if rule.max_wait_nanos == 0:
-            result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
-        else:
-            result = yield from consumed(bucket, tokens, rule.max_wait_nanos)
-        self._note(rule, key, configuration, result)
-        outcome = Outcome(rule, key, bucket, tokens, result)
-        return type(decision)((*decision.outcomes, outcome), None, request)
+        bucket = bucket_of(self._buckets, bucket_name, configuration, version, rule.inheritance)
+        return _Charge(rule, key, bucket, tokens, configuration)
 
-    def _note(
-        self,
-        rule: Rule[R],
-        key: Key | None,
-        configuration: Configuration,
-        result: VerboseResult[ConsumptionProbe],
-    ) -> None:
+    def _note(self, charges: Sequence[_Charge], outcomes: Sequence[Outcome]) -> None:
         """Log where a bucket has other limits than its rule, and report the decision to recorders."""
-        if rule.named:
-            self._compare(rule, configuration, result)
-        if recorders:
-            record(rule.name, key, admitted=result.value.consumed)
+        for charge, outcome in zip(charges, outcomes, strict=True):
+            rule = charge.rule
+            if rule.named:
+                self._compare(rule, charge.configuration, outcome.result)
+            if recorders:
+                record(rule.name, charge.key, admitted=not outcome.refuses)
 
     def _compare(self, rule: Rule[R], wanted: Configuration, result: VerboseResult[ConsumptionProbe]) -> None:
         """Log where a bucket has other limits than its rule; a local bucket that stands in for it may have others."""
@@ -232,11 +259,27 @@ class BaseLimiter(OfThisProcess, Generic[R]):
         return bucket if isinstance(bucket, self._face) else self._buckets.bucket(bucket.key, outcome.configuration)
 
 
+def _charged(charges: Sequence[_Charge]) -> Steps[Sequence[VerboseResult[ConsumptionProbe]]]:
+    """Charge the buckets, all or none, and return what each of them shows."""
+    if len(charges) > 1:
+        shares = [(charge.bucket, charge.tokens) for charge in charges]
+        return (yield from charging(shares, [charge.rule.max_wait_nanos for charge in charges]))
+    ((rule, _, bucket, tokens, _),) = charges
+    if rule.max_wait_nanos == 0:
+        return ((yield bucket.verbose.try_consume_and_return_remaining(tokens)),)
+    return ((yield from consumed(bucket, tokens, rule.max_wait_nanos)),)
+
+
+def _is_one(key: Key, other: Key) -> bool:
+    """Return whether two keys are one in the store, where text is stored as bytes."""
+    return key == other or (type(key) is not type(other) and stored_key(b"", key) == stored_key(b"", other))
+
+
 class Limiter(BaseLimiter[R]):
     """Decides about requests, one after another, by rules whose buckets a manager has.
 
-    :param rules: are asked in this order; limits alone stand for a rule for all requests. After a refusal no further
-        rule is asked, and what the request has paid for the rules before is given back.
+    :param rules: limits alone stand for a rule for all requests. All rules that are about a request are one decision: it
+        pays for each of their buckets, or for none.
     :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: those of every limiter, see :class:`LimiterSettings`.
     """

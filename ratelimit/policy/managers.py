@@ -27,6 +27,8 @@ _made: Final[WeakSet[ProxyManager]] = WeakSet()
 _async_made: Final[WeakSet[AsyncProxyManager]] = WeakSet()
 _replacements: Final[list[tuple[ProxyManager, AsyncProxyManager]]] = []
 _ESCAPED: Final = str.maketrans({"\\": r"\\", ":": r"\:", "|": r"\|", "{": r"\(", "}": r"\)"})
+# What requests bring along is escaped only where there are braces in it, so that all other keys are stored as they are.
+_ESCAPED_IN_KEYS: Final = str.maketrans({"\\": r"\\", "{": r"\(", "}": r"\)"})
 _NAMESPACE: Final = re.compile(r"[\x21-\x7e]{1,100}")
 
 
@@ -114,6 +116,10 @@ def bucket_key(names: tuple[str, ...], key: Key | None, namespace: str = "") -> 
     namespace. Braces become ``\(`` and ``\)``: a Redis cluster would put all keys with ``{id}`` in their name on one
     node.
 
+    Clients supply keys, and must not choose a slot of the cluster, nor which calls go together. So the braces of a key
+    are escaped as well, and its backslashes with them: ``login|:\(a\)`` for ``{a}``. The empty name before the key, which
+    no limit has, says so. A key without braces stays as it is.
+
     :param names: one that was given to a limit, or several that distinguish a limit without a name; only the first of
         them may be empty.
     :param key: whose bucket it is; None where a limit has one bucket for all.
@@ -121,7 +127,14 @@ def bucket_key(names: tuple[str, ...], key: Key | None, namespace: str = "") -> 
     beginning = _beginning(names, namespace)
     if key is None:
         return beginning
-    return f"{beginning}:{key}" if isinstance(key, str) else beginning.encode() + b":" + key
+    if isinstance(key, str):
+        if "{" in key or "}" in key:
+            return f"{beginning}|:{key.translate(_ESCAPED_IN_KEYS)}"
+        return f"{beginning}:{key}"
+    if b"{" in key or b"}" in key:
+        escaped = key.replace(b"\\", rb"\\").replace(b"{", rb"\(").replace(b"}", rb"\)")
+        return b"%b|:%b" % (beginning.encode(), escaped)
+    return b"%b:%b" % (beginning.encode(), key)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from ratelimit import BucketConfiguration, InvalidConfigurationError, OnError
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.integrations.http import Answers, HttpDecision, Rule
-from ratelimit.policy.decision import service_limits
+from ratelimit.policy import Outcome
 from tests.integrations.requests_of import NOW, Limits
 
 SECOND = 10**9
@@ -83,9 +83,9 @@ async def test_of_several_limits_a_refusal_tells_of_those_that_are_exceeded() ->
     """A client waits until the end of the last window that it is told of, which must not be later than Retry-After."""
     limited = Limits(Rule("2/second intervally; 100/day intervally", name="api"), Rule("50/hour", name="other"))
     *admitted, refused = await decisions(limited, 3)
-    policies = '"api: 2/second intervally";q=2;w=1, "api: 100/day intervally";q=100;w=86400'
+    policies = '"api: 2/second intervally";q=2;w=1, "api: 100/day intervally";q=100;w=86400, "other";q=50;w=3600'
     assert limited.answers.headers(admitted[1]) == [
-        ("RateLimit-Policy", f'{policies}, "other";q=50;w=3600'),
+        ("RateLimit-Policy", policies),
         ("RateLimit", '"api: 2/second intervally";r=0;t=1, "api: 100/day intervally";r=98;t=86400, "other";r=48;t=72'),
     ]
     assert limited.answers.headers(refused) == [
@@ -94,6 +94,18 @@ async def test_of_several_limits_a_refusal_tells_of_those_that_are_exceeded() ->
         ("RateLimit", '"api: 2/second intervally";r=0;t=1'),
     ]
     assert limited.answers.problem(refused)["violated-policies"] == ["api: 2/second intervally"]
+
+
+async def test_a_refusal_names_all_policies_that_are_exceeded_and_the_longest_wait() -> None:
+    rules = [Rule("2/hour", name="hourly"), Rule("9/hour", name="other"), Rule("2/day", name="daily")]
+    limited = Limits(*rules)
+    refused = (await decisions(limited, 3))[-1]
+    assert limited.answers.headers(refused) == [
+        ("Retry-After", "43200"),
+        ("RateLimit-Policy", '"hourly";q=2;w=3600, "other";q=9;w=3600, "daily";q=2;w=86400'),
+        ("RateLimit", '"hourly";r=0;t=1800, "daily";r=0;t=43200'),
+    ]
+    assert limited.answers.problem(refused)["violated-policies"] == ["hourly", "daily"]
 
 
 @pytest.mark.parametrize(
@@ -194,11 +206,11 @@ async def test_answers_may_be_replaced() -> None:
 def test_any_bucket_gives_fields_that_can_be_parsed(name: str, limits: str, sizes: list[int], consumed: bool) -> None:
     configuration = BucketConfiguration.parse(limits)
     states = tuple(BandwidthState(NOW, size, 0) for size, _ in zip(sizes, configuration, strict=False))
-    probe = ConsumptionProbe(consumed, 0, 0, 0)
+    probe = ConsumptionProbe(consumed, 0, int(not consumed), 0)
     result = VerboseResult(probe, NOW, 0, (), 0, configuration, states)
     rule: Any = Rule(configuration, name=name)
-    told = service_limits(rule, 1, result)
-    outcome: Any = type("Outcome", (), {"limits": told, "consumed": consumed, "probe": probe})()
+    bucket: Any = None
+    outcome = Outcome(rule, "key", bucket, 1, result)
     fields = dict(Answers(x_ratelimit="delta").headers(HttpDecision((outcome,))))
     policies: Any = http_sf.parse(fields["RateLimit-Policy"].encode(), tltype="list")
     left: Any = http_sf.parse(fields["RateLimit"].encode(), tltype="list")

@@ -231,14 +231,14 @@ class TestLimiter:
         assert await statuses(lenient, request_of(), request_of(), request_of(user="a")) == [True, True, True]
 
     async def test_a_refusal_says_by_which_rule_and_costs_nothing(self, asynchronous: bool) -> None:
-        rules = [Rule("100/minute", name="all"), Rule("1/minute", name="few"), Rule("9/minute", name="never asked")]
+        rules = [Rule("100/minute", name="all"), Rule("1/minute", name="few"), Rule("9/minute", name="last")]
         limited = Limits(*rules, asynchronous=asynchronous)
         assert await limited.decide()
         decision = await limited.decide()
         assert decision.refused is not None
         assert decision.refused.rule is rules[1]
         assert decision.refused.violated_policies == ["few"]
-        assert [outcome.rule.name for outcome in decision.outcomes] == ["all", "few"]
+        assert [outcome.limits[0].remaining for outcome in decision.outcomes] == [99, 0, 8]
         assert [limited.consumed(f"{rule.name}:192.0.2.1") for rule in rules] == [1, 1, 1]
 
     async def test_a_request_pays_for_a_bucket_once(self, asynchronous: bool) -> None:
@@ -266,6 +266,15 @@ class TestLimiter:
         assert limited.consumed("|5/minute|ip:192.0.2.1") == 0
         assert not await limited.decide(request), "what was refused stays refused"
         assert limited.consumed("|5/minute|ip:192.0.2.1") == 0
+
+    def test_tokens_that_cannot_be_given_back_are_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        store = ScriptedStore()
+        manager, request = ProxyManager(store), request_of()
+        assert Limiter("5/minute", manager=manager, on_error=OnError.RAISE).decide(request)
+        store.fail(times=2)
+        policies = iter([OnError.DENY, OnError.RAISE])
+        assert not Limiter("3/minute", manager=manager, on_error=lambda *_: next(policies)).decide(request)
+        assert "1 tokens of a refused request could not be given back: the store failed" in caplog.text
 
 
 def test_a_request_has_the_attributes_of_the_one_of_the_framework() -> None:

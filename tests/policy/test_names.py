@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ratelimit import InvalidConfigurationError
+from ratelimit.engine.several.parts import place_of
 from ratelimit.policy import Limiter
 from ratelimit.policy.managers import NAMESPACE_VARIABLE, bucket_key, namespace_of
 
@@ -25,6 +26,8 @@ keys = st.one_of(st.none(), tricky)
 @example((("tenant",), "login:1", ""), (("tenant:login",), "1", ""))
 @example((("a",), "b", "shop"), (("", "a", "x"), "b", ""))
 @example((("{",), "x", ""), (("(",), "x", ""))
+@example((("a",), "{", ""), (("a",), r"\(", ""))
+@example((("a",), "{", ""), (("a|",), r"\(", ""))
 @example((("a",), None, ""), (("a",), "", ""))
 def test_different_limits_and_keys_have_different_buckets(one: Any, two: Any) -> None:
     assert (bucket_key(*one) == bucket_key(*two)) is (one == two)
@@ -37,9 +40,23 @@ def test_a_key_of_bytes_is_stored_as_the_text_that_it_is_of(name: str, key: str)
     assert bucket_key((name,), key.encode()) == text.encode()
 
 
-@given(names)
-def test_a_name_does_not_choose_the_slot_of_its_keys(name: str) -> None:
-    assert not set("{}") & set(str(bucket_key((name,), "key", name)))
+@given(names, tricky | st.text() | tricky.map(str.encode) | st.binary())
+def test_neither_names_nor_keys_choose_a_slot_or_a_place(name: str, key: str | bytes) -> None:
+    stored = bucket_key((name,), key, name)
+    raw = stored if isinstance(stored, bytes) else stored.encode("utf-8", "surrogatepass")
+    assert not set(b"{}") & set(raw)
+    assert place_of([b"other{a}", raw]) == place_of([raw]) == raw
+
+
+@given(names, st.text(alphabet=r":|\()ab /", max_size=6))
+def test_a_key_without_braces_is_stored_as_it_is(name: str, key: str) -> None:
+    assert str(bucket_key((name,), key)).endswith(f":{key}")
+    assert bucket_key(("login",), key) == f"login:{key}"
+
+
+def test_braces_in_a_key_are_escaped_and_its_backslashes_with_them() -> None:
+    assert bucket_key(("login",), r"{a}\b") == r"login|:\(a\)\\b"
+    assert bucket_key(("login",), rb"{a}\b") == rb"login|:\(a\)\\b"
 
 
 @pytest.mark.parametrize("namespace", ["a b", "ü", "a" * 101, "\n", 1])

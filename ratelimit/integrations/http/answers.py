@@ -116,13 +116,13 @@ class Answers:
                 "type": TEMPORARY_REDUCED_CAPACITY,
                 "title": "Request cannot be satisfied due to temporary server capacity constraints",
                 "status": HTTPStatus.SERVICE_UNAVAILABLE.value,
-                "violated-policies": refused.violated_policies,
+                "violated-policies": decision.violated_policies,
             }
         return {
             "type": QUOTA_EXCEEDED,
             "title": "Request cannot be satisfied as assigned quota has been exceeded",
             "status": HTTPStatus.TOO_MANY_REQUESTS.value,
-            "violated-policies": refused.violated_policies,
+            "violated-policies": decision.violated_policies,
         }
 
 

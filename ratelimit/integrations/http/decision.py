@@ -21,7 +21,7 @@ It is given the request. Only adapters that set the fields before the answer is 
 class HttpDecision(Decision[HttpRequest]):
     """What was decided about a request, by all rules that have looked at it so far; true where it may go on.
 
-    :param outcomes: one for each bucket, in the order of the rules; after a refusal there are no more.
+    :param outcomes: one for each bucket, in the order of the rules. Those of a refusal show what is left.
     :param missing: the rule whose key the request does not have, where that is an error.
     :param request: the request, so that an answer can be in its language; None where no rule has looked at it.
     :param fault: says what is wrong with the key, where it is not missing but ambiguous.
@@ -36,8 +36,7 @@ class HttpDecision(Decision[HttpRequest]):
     @property
     def retry_after(self) -> int | None:
         """Whole seconds, rounded up, 1 at least, until a refused request may be sent again; None for never."""
-        refused = self.refused
-        return None if refused is None else whole_seconds(max(1, refused.probe.nanos_to_wait_for_refill))
+        return None if self.refused is None else whole_seconds(max(1, self.nanos_to_wait))
 
     def _settle(self, cost: int, names: tuple[str, ...], *, asynchronous: bool) -> Steps[None]:
         yield from super(HttpDecision, self)._settle(cost, names, asynchronous=asynchronous)

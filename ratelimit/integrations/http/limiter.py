@@ -93,8 +93,8 @@ class _HttpLimiter(BaseLimiter[HttpRequest]):
 class Limiter(_HttpLimiter, policy.Limiter[HttpRequest]):
     """Decides about requests, one after another, by rules whose buckets a manager has.
 
-    :param rules: are asked in this order; limits alone stand for a rule for all requests, by the peer's address. After
-        a refusal no further rule is asked, and what the request has paid for the rules before is given back.
+    :param rules: limits alone stand for a rule for all requests, by the peer's address. All rules that are about a
+        request are one decision: it pays for each of their buckets, or for none.
     :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: those of every limiter, see :class:`LimiterSettings`.
     """
