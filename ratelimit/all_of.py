@@ -213,9 +213,7 @@ def _obstacle(proxies: Sequence[BucketProxy]) -> str | None:
                 f"{brief(pipeline.store)}; make the second manager over manager.store of the first, or pass spread=True"
             )
         if not _is_one_clock(pipeline.clock, first.clock):
-            return (
-                f"parts must be buckets that go by one clock; got {brief(first.clock)} and {brief(pipeline.clock)}"
-            )
+            return f"parts must be buckets that go by one clock; got {brief(first.clock)} and {brief(pipeline.clock)}"
         if proxy.manner.optimization is not None:
             return (
                 f"parts must be buckets without an optimization; got one for the key {shown(proxy.target.key)}; ask a "
@@ -224,7 +222,9 @@ def _obstacle(proxies: Sequence[BucketProxy]) -> str | None:
     if len(proxies) > MOST_PARTS:
         return f"parts must be {MOST_PARTS} buckets at most; got {len(proxies)}"
     if proxies[-1].pipeline.several.decide is None:
-        return f"parts must be buckets over a store with a method swap_all(); got {brief(first.store)}; pass spread=True"
+        return (
+            f"parts must be buckets over a store with a method swap_all(); got {brief(first.store)}; pass spread=True"
+        )
     slot_of = getattr(first.store, "slot_of", None)
     return None if slot_of is None else _obstacle_of_slots([proxy.target.stored_key for proxy in proxies], slot_of)
 

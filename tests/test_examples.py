@@ -286,7 +286,7 @@ def parsed(answer: Answer, name: str, kind: str = "list") -> Any:
 
 def test_keys_of_customers_are_not_stored(surroundings: Surroundings) -> None:
     hashed = api_key(secret="a secret for examples only").hashed("key-of-globex")
-    key = f"plans-example:{hashed}|/reports/{{year}}"
+    key = rf"plans-example|:{hashed}|/reports/\(year\)"
     with served("plans") as instances:
         (answer,) = instances.answers(key, lambda: [instances.ask(0, "/reports/1999", X_API_Key="key-of-globex")])
         assert answer.status == 200

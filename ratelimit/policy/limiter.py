@@ -71,6 +71,18 @@ class _Charge(NamedTuple):
     configuration: Configuration
 
 
+class _WithoutKeyError(Exception):
+    """Raised where a request has no key by which a rule could limit it.
+
+    :ivar fault: says what is wrong with the key, where it is not missing but ambiguous.
+    """
+
+    def __init__(self, rule: Rule[Any], fault: str | None = None) -> None:
+        super().__init__(fault)
+        self.rule = rule
+        self.fault = fault
+
+
 class BaseLimiter(OfThisProcess, Generic[R]):
     """Decides about requests by rules; :class:`Limiter` and :class:`AsyncLimiter` are its two faces."""
 
@@ -138,26 +150,15 @@ class BaseLimiter(OfThisProcess, Generic[R]):
     def _decided(self, place: str, request: R, decision: Decision[R]) -> Steps[Decision[R]]:
         """Find what each rule charges the request, charge all of it, and return the decision after that."""
         charges: list[_Charge] = []
-        for rule in self.rules:
-            if not rule.is_about(request):
-                continue
-            if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
-                continue
-            key: Any = rule.key
-            if callable(key):
-                try:
-                    key = yield from answer_of(key(request))
-                except AmbiguousKeyError as error:
-                    return type(decision)(decision.outcomes, rule, request, str(error))
-                if key is None:
-                    if rule.missing is Missing.UNLIMITED:
-                        continue
-                    return type(decision)(decision.outcomes, rule, request)
-                if type(key) is not str:
-                    answered_key(key)
-            charge = yield from self._charge(rule, place, key, request, (decision, charges))
-            if charge is not None:
-                charges.append(charge)
+        so_far = decision, charges
+        try:
+            for rule in self.rules:
+                if rule.is_about(request):
+                    charge = yield from self._found(rule, place, request, so_far)
+                    if charge is not None:
+                        charges.append(charge)
+        except _WithoutKeyError as error:
+            return type(decision)(decision.outcomes, error.rule, request, error.fault)
         if not charges:
             return decision
         results = yield from _charged(charges)
@@ -168,14 +169,34 @@ class BaseLimiter(OfThisProcess, Generic[R]):
         self._note(charges, outcomes)
         return type(decision)((*decision.outcomes, *outcomes), None, request)
 
+    def _found(
+        self, rule: Rule[R], place: str, request: R, so_far: tuple[Decision[R], Sequence[_Charge]]
+    ) -> Steps[_Charge | None]:
+        """Return what a rule charges a request; None for what is free, not limited, or paid for by another rule.
+
+        :param so_far: what the request has paid for already, and what it is going to be charged.
+        :raises _WithoutKeyError: where the request must have a key, and has none or several.
+        """
+        if (rule.when is not None or rule.exempt is not None) and not (yield from rule.applies(request)):
+            return None
+        key: Any = rule.key
+        if callable(key):
+            try:
+                key = yield from answer_of(key(request))
+            except AmbiguousKeyError as error:
+                raise _WithoutKeyError(rule, str(error)) from error
+            if key is None:
+                if rule.missing is Missing.UNLIMITED:
+                    return None
+                raise _WithoutKeyError(rule)
+            if type(key) is not str:
+                answered_key(key)
+        return (yield from self._charge(rule, place, key, request, so_far))
+
     def _charge(
         self, rule: Rule[R], place: str, key: Key | None, request: R, so_far: tuple[Decision[R], Sequence[_Charge]]
     ) -> Steps[_Charge | None]:
-        """Return what a rule charges a request to which it gives this key.
-
-        :param so_far: what the request has paid for already, and what it is going to be charged.
-        :returns: None for what is free, not limited, or paid for by another rule.
-        """
+        """Return what a rule charges a request to which it gives this key; see :meth:`_found`."""
         counted_by = None if key is None else rule.counted_by(request, key)
         bucket_name = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
         decision, charges = so_far
@@ -278,8 +299,8 @@ def _is_one(key: Key, other: Key) -> bool:
 class Limiter(BaseLimiter[R]):
     """Decides about requests, one after another, by rules whose buckets a manager has.
 
-    :param rules: limits alone stand for a rule for all requests. All rules that are about a request are one decision: it
-        pays for each of their buckets, or for none.
+    :param rules: limits alone stand for a rule for all requests. All rules that are about a request are one decision:
+        it pays for each of their buckets, or for none.
     :param manager: the manager of the buckets, or its URL; None: that of the variable ``RATELIMIT_URL``, or localhost.
     :param settings: those of every limiter, see :class:`LimiterSettings`.
     """

@@ -117,8 +117,8 @@ def bucket_key(names: tuple[str, ...], key: Key | None, namespace: str = "") -> 
     node.
 
     Clients supply keys, and must not choose a slot of the cluster, nor which calls go together. So the braces of a key
-    are escaped as well, and its backslashes with them: ``login|:\(a\)`` for ``{a}``. The empty name before the key, which
-    no limit has, says so. A key without braces stays as it is.
+    are escaped as well, and its backslashes with them: ``login|:\(a\)`` for ``{a}``. The empty name before the key,
+    which no limit has, says so. A key without braces stays as it is.
 
     :param names: one that was given to a limit, or several that distinguish a limit without a name; only the first of
         them may be empty.
