@@ -14,6 +14,7 @@ from ratelimit.core.algorithm import Configuration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.results import ConsumptionProbe, VerboseResult
 from ratelimit.engine.on_error import ErrorPolicy
+from ratelimit.engine.question import new_tuple
 from ratelimit.errors import InvalidConfigurationError, RateLimitError
 from ratelimit.keys import Key
 from ratelimit.manager import AsyncProxyManager, ProxyManager
@@ -161,13 +162,19 @@ class BaseLimiter(OfThisProcess, Generic[R]):
             return type(decision)(decision.outcomes, error.rule, request, error.fault)
         if not charges:
             return decision
-        results = yield from _charged(charges)
-        outcomes = [
-            Outcome(charge.rule, charge.key, charge.bucket, charge.tokens, result)
-            for charge, result in zip(charges, results, strict=True)
-        ]
-        self._note(charges, outcomes)
-        return type(decision)((*decision.outcomes, *outcomes), None, request)
+        if len(charges) > 1:
+            shares = [(charge.bucket, charge.tokens) for charge in charges]
+            results = yield from charging(shares, [charge.rule.max_wait_nanos for charge in charges])
+            outcomes = tuple([self._outcome(*each) for each in zip(charges, results, strict=True)])
+        else:
+            # One bucket is the common case, and is asked as it is by itself.
+            ((rule, _, bucket, tokens, _),) = charges
+            if rule.max_wait_nanos == 0:
+                result = yield bucket.verbose.try_consume_and_return_remaining(tokens)
+            else:
+                result = yield from consumed(bucket, tokens, rule.max_wait_nanos)
+            outcomes = (self._outcome(charges[0], result),)
+        return type(decision)(decision.outcomes + outcomes, None, request)
 
     def _found(
         self, rule: Rule[R], place: str, request: R, so_far: tuple[Decision[R], Sequence[_Charge]]
@@ -191,45 +198,63 @@ class BaseLimiter(OfThisProcess, Generic[R]):
                 raise _WithoutKeyError(rule)
             if type(key) is not str:
                 answered_key(key)
-        return (yield from self._charge(rule, place, key, request, so_far))
+        name = self._unpaid(rule, place, key, request, so_far)
+        if name is None:
+            return None
+        if rule.is_looked_up or callable(rule.cost):
+            return (yield from self._charge_of_request(rule, key, name, request))
+        return self._charge(rule, key, name, rule.cost, (rule.limits, rule.version))
 
-    def _charge(
+    def _unpaid(
         self, rule: Rule[R], place: str, key: Key | None, request: R, so_far: tuple[Decision[R], Sequence[_Charge]]
-    ) -> Steps[_Charge | None]:
-        """Return what a rule charges a request to which it gives this key; see :meth:`_found`."""
+    ) -> Key | None:
+        """Return the name of the bucket of a request to which a rule gives this key; None where it is paid for."""
         counted_by = None if key is None else rule.counted_by(request, key)
-        bucket_name = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
+        name = bucket_key(rule.bucket_name(place), counted_by, self._namespace)
         decision, charges = so_far
         for paid in decision.outcomes:
-            if _is_one(paid.bucket.key, bucket_name):
+            if _is_one(paid.bucket.key, name):
                 if rule.named and not rule.is_looked_up:
                     self._compare(rule, rule.limits, paid.result)
                 return None
-        if any(_is_one(charge.bucket.key, bucket_name) for charge in charges):
-            return None
+        for charge in charges:
+            if _is_one(charge.bucket.key, name):
+                return None
+        return name
+
+    def _charge_of_request(self, rule: Rule[R], key: Key | None, name: Key, request: R) -> Steps[_Charge | None]:
+        """Return what a rule charges whose cost or limits have to be found; None for what is free or not limited."""
         tokens: Any = rule.cost
         if callable(tokens):
             tokens = answered_cost((yield from answer_of(tokens(request))))
             if tokens == 0:
                 return None
-        configuration, version = rule.limits, rule.version
+        limits = rule.limits, rule.version
         if rule.is_looked_up:
-            configuration, version = yield from rule.limits_of(request, rule.name if key is None else key)
-            if configuration is None:
+            limits = yield from rule.limits_of(request, rule.name if key is None else key)
+            if limits[0] is None:
                 return None
-        is_kept = configuration is rule.limits and len(bucket_name) <= _LONGEST_KEPT_KEY
-        bucket_of = self._kept_bucket if is_kept else self._bucket_of
-        bucket = bucket_of(self._buckets, bucket_name, configuration, version, rule.inheritance)
-        return _Charge(rule, key, bucket, tokens, configuration)
+        return self._charge(rule, key, name, tokens, limits)
 
-    def _note(self, charges: Sequence[_Charge], outcomes: Sequence[Outcome]) -> None:
-        """Log where a bucket has other limits than its rule, and report the decision to recorders."""
-        for charge, outcome in zip(charges, outcomes, strict=True):
-            rule = charge.rule
-            if rule.named:
-                self._compare(rule, charge.configuration, outcome.result)
-            if recorders:
-                record(rule.name, charge.key, admitted=not outcome.refuses)
+    def _charge(
+        self, rule: Rule[R], key: Key | None, name: Key, tokens: Any, limits: tuple[Any, int | None]
+    ) -> _Charge:
+        """Return what a rule charges the bucket of this name."""
+        configuration, version = limits
+        is_kept = configuration is rule.limits and len(name) <= _LONGEST_KEPT_KEY
+        bucket_of = self._kept_bucket if is_kept else self._bucket_of
+        bucket = bucket_of(self._buckets, name, configuration, version, rule.inheritance)
+        return new_tuple(_Charge, (rule, key, bucket, tokens, configuration))
+
+    def _outcome(self, charge: _Charge, result: VerboseResult[ConsumptionProbe]) -> Outcome:
+        """Return what a rule has decided; log where the bucket has other limits, and report it to recorders."""
+        rule, key, bucket, tokens, configuration = charge
+        if rule.named:
+            self._compare(rule, configuration, result)
+        outcome = Outcome(rule, key, bucket, tokens, result)
+        if recorders:
+            record(rule.name, key, admitted=not outcome.refuses)
+        return outcome
 
     def _compare(self, rule: Rule[R], wanted: Configuration, result: VerboseResult[ConsumptionProbe]) -> None:
         """Log where a bucket has other limits than its rule; a local bucket that stands in for it may have others."""
@@ -278,17 +303,6 @@ class BaseLimiter(OfThisProcess, Generic[R]):
         """
         bucket = outcome.bucket
         return bucket if isinstance(bucket, self._face) else self._buckets.bucket(bucket.key, outcome.configuration)
-
-
-def _charged(charges: Sequence[_Charge]) -> Steps[Sequence[VerboseResult[ConsumptionProbe]]]:
-    """Charge the buckets, all or none, and return what each of them shows."""
-    if len(charges) > 1:
-        shares = [(charge.bucket, charge.tokens) for charge in charges]
-        return (yield from charging(shares, [charge.rule.max_wait_nanos for charge in charges]))
-    ((rule, _, bucket, tokens, _),) = charges
-    if rule.max_wait_nanos == 0:
-        return ((yield bucket.verbose.try_consume_and_return_remaining(tokens)),)
-    return ((yield from consumed(bucket, tokens, rule.max_wait_nanos)),)
 
 
 def _is_one(key: Key, other: Key) -> bool:
