@@ -81,7 +81,8 @@ class RateLimiter:
     """Limits the requests to Flask applications: all of them by the rules given here, others by :meth:`limit`.
 
     A request has to satisfy all rules that are about it, those of the application first, then those of its blueprints,
-    then those of its view. If a later rule refuses, what the request has paid is given back.
+    then those of its view. The rules given here are one decision, and each :meth:`limit` is another; if a later one
+    refuses, what the request has paid is given back.
 
     The rules of the application count for all requests, including those that end with 404, except for views that are
     :meth:`exempt` and for the static files that Flask serves.

@@ -85,7 +85,10 @@ class Rule(Generic[R]):
     )
 
     max_wait_nanos: int | None = 0
-    """The longest wait for the tokens of a request, in nanoseconds; None: as long as it takes."""
+    """The longest wait for the tokens of a request, in nanoseconds; None: as long as it takes.
+
+    Of several rules that decide together, each says how long a request may wait because of it: one that accepts no wait
+    refuses at once, also where others would let the request wait."""
 
     _shown_settings: ClassVar[dict[str, object]] = {
         "when": None,

@@ -53,10 +53,17 @@ class VerboseCombinedProbe(CombinedProbe):
     @classmethod
     def showing(cls, keys: Sequence[Key], results: Sequence[VerboseResult[ConsumptionProbe]]) -> VerboseCombinedProbe:
         """Return the answer for buckets that each would give one of these."""
-        probe = cls.of(keys, [result.value for result in results])
+        probe = CombinedProbe.of(keys, [result.value for result in results])
         pairs = zip(results, probe.parts, strict=True)
         shown = [result if result.value is part else replace(result, value=part) for result, part in pairs]
-        return replace(probe, results=tuple(shown))
+        return cls(
+            probe.consumed,
+            probe.refused_by,
+            probe.nanos_to_wait_for_refill,
+            probe.parts,
+            probe.degraded,
+            tuple(shown),
+        )
 
 
 @dataclass(slots=True)
