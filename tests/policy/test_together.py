@@ -124,7 +124,7 @@ async def test_what_is_free_not_limited_or_without_a_key_falls_out(asynchronous:
         Rule(lambda _: None, name="unlimited"),
         Rule("5/minute", name="free", cost=lambda _: 0),
         Rule("5/minute", name="one"),
-        Rule("5/minute", name="other", when=lambda order: order.urgent),
+        Rule[Order]("5/minute", name="other", when=lambda order: order.urgent),
     ]
     limited = Limits(*rules, asynchronous=asynchronous)
     assert names((await limited.decide(Order(None))).outcomes) == ["one"]
