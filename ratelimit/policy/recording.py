@@ -14,7 +14,7 @@ class RecordedDecision(NamedTuple):
 
     :param name: of the limit; the text of the limits where it has no name.
     :param key: whose tokens were asked for; None where a limit has one bucket for all.
-    :param admitted: whether there were enough of them.
+    :param admitted: whether there were enough of them, also where another limit has refused the same request.
     """
 
     name: str

@@ -7,11 +7,14 @@ import logging
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ratelimit import (
     AsyncMemoryStore,
     AsyncProxyManager,
     CountingListener,
+    Expiration,
     MemoryStore,
     OnError,
     Optimization,
@@ -24,6 +27,7 @@ from ratelimit.bucket import AsyncBucket
 from ratelimit.policy import AsyncLimiter, Decision, Limiter, Missing, Rule
 from ratelimit.policy.recording import RecordedDecision, recording
 from ratelimit.stores.memory import SwappingMemoryStore
+from ratelimit.stores.protocol import Lost
 from tests.engine.unreliable import DOWN, Unreliable
 from tests.policy.orders import Limits, Order, customer
 from tests.support.both_faces import for_asyncio, settled
@@ -232,6 +236,74 @@ async def test_a_manager_with_an_optimization_decides_about_each_bucket_as_it_do
         manager={"clock": limited.clock, "optimization": Optimization.skip_sync_on_zero()},
     )
     await spread_out(limited)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 3), st.booleans()), min_size=1, max_size=4),
+    st.lists(st.tuples(st.sampled_from(["acme", "beta"]), st.integers(0, 20)), min_size=1, max_size=12),
+)
+def test_both_ways_decide_alike_and_charge_what_they_admit(
+    limits: list[tuple[int, int, bool]], requests: list[tuple[str, int]]
+) -> None:
+    rules = [
+        Rule[Order](f"{capacity}/minute", name=str(number), cost=cost, key=customer if is_keyed else "all")
+        for number, (capacity, cost, is_keyed) in enumerate(limits)
+    ]
+    together, spread = Limits(), Limits()
+    for limited, optimization in ((together, None), (spread, Optimization.skip_sync_on_zero())):
+        # Buckets that are full again must not be forgotten: what they have counted is compared.
+        kept: Any = {"clock": limited.clock, "expiration": Expiration.none(), "optimization": optimization}
+        limited.limiter = limiter_over(limited.memory, *rules, asynchronous=False, manager=kept)
+    paid: dict[str, int] = {}
+    for who, seconds in requests:
+        one, other = (run_sync(limited, Order(who), seconds) for limited in (together, spread))
+        assert (bool(one), left(one), names(one.refusals)) == (bool(other), left(other), names(other.refusals))
+        assert one.retry_after == other.retry_after
+        assert bool(one) is not bool(one.refusals)
+        for outcome in one.outcomes if one else ():
+            key = f"{outcome.rule.name}:{outcome.key!s}"
+            paid[key] = paid.get(key, 0) + outcome.tokens
+    for number, (_, _, is_keyed) in enumerate(limits):
+        for key in [f"{number}:{who}" for who in ("acme", "beta")] if is_keyed else [f"{number}:all"]:
+            assert together.consumed(key) == spread.consumed(key) == paid.get(key, 0)
+
+
+def run_sync(limited: Limits, order: Order, seconds: int) -> Decision[Order]:
+    limited.clock.advance(seconds=seconds)
+    decided: Any = limited.limiter.decide(order)
+    return decided  # type: ignore[no-any-return]  # the limiter is that of sync code
+
+
+class FailsOnce(Unreliable):
+    """Fails at the swap of this number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def swap(self, key: bytes, before: bytes | None, after: bytes, ttl_millis: int) -> Lost | None:
+        self.left -= 1
+        self.down = None if self.left else DOWN
+        try:
+            return super().swap(key, before, after, ttl_millis)
+        finally:
+            self.down = None
+
+
+@pytest.mark.parametrize("on_error", [OnError.RAISE, OnError.DENY], ids=lambda policy: policy.kind)
+async def test_tokens_that_cannot_be_given_back_are_shown_as_taken(
+    asynchronous: bool, on_error: OnError, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = [Rule[Order]("3/day", name="many"), Rule[Order]("1/day", name="few")]
+    manager = {"optimization": Optimization.skip_sync_on_zero(), "on_error": on_error}
+    # The third request to the store that changes something charges a refused request, and the fourth undoes that.
+    limiter = limiter_over(FailsOnce(4), *rules, asynchronous=asynchronous, manager=manager)
+    assert await settled(limiter.decide(ACME))
+    decision = await settled(limiter.decide(ACME))
+    assert (bool(decision), names(decision.refusals), left(decision)) == (False, ["few"], [1, 0])
+    assert not any(outcome.consumed for outcome in decision.outcomes)
+    assert ("could not be given back" in caplog.text) is (on_error == OnError.RAISE)
 
 
 # Waiting
