@@ -504,7 +504,7 @@ async def test_several_interceptors_each_take_their_tokens(face: Face) -> None:
         assert "'all'" in (await client.refused("unary_stream")).details()
 
 
-async def test_a_refusal_gives_back_what_the_call_has_paid_by_rules_before(face: Face) -> None:
+async def test_a_refusal_by_one_rule_takes_nothing_by_any(face: Face) -> None:
     rules = [
         RpcRule("9/hour", key=lambda _: "all", cost=3, name="all"),
         RpcRule("1/hour", key=method_name, methods=["/test.Service/unary_unary"], name="method"),
@@ -518,6 +518,16 @@ async def test_a_refusal_gives_back_what_the_call_has_paid_by_rules_before(face:
         assert (face.consumed("all:all"), face.consumed("last:all")) == (3, 1)
         await client.call("unary_stream")
         assert (face.consumed("all:all"), face.consumed("last:all")) == (6, 2)
+
+
+async def test_a_refusal_names_all_limits_that_refuse_and_says_the_longest_wait(face: Face) -> None:
+    rules = [RpcRule(limits, key=method_name, name=limits) for limits in ("1/hour", "9/hour", "1/2 hours")]
+    async with face.serving(face.interceptor_of(*rules)) as client:
+        await client.call()
+        refusal = await client.refused()
+    assert refusal.details() == "the limit '1/hour' is exceeded; retry in 7200 s"
+    assert details(refusal)["RetryInfo"].retry_delay.seconds == 7200
+    assert [violation.subject for violation in details(refusal)["QuotaFailure"].violations] == ["1/hour", "1/2 hours"]
 
 
 async def test_several_limits_with_the_same_settings_are_a_rule_each(face: Face) -> None:
