@@ -256,8 +256,8 @@ def test_both_ways_decide_alike_and_charge_what_they_admit(
         kept: Any = {"clock": limited.clock, "expiration": Expiration.none(), "optimization": optimization}
         limited.limiter = limiter_over(limited.memory, *rules, asynchronous=False, manager=kept)
     paid: dict[str, int] = {}
-    for who, seconds in requests:
-        one, other = (run_sync(limited, Order(who), seconds) for limited in (together, spread))
+    for customer_name, seconds in requests:
+        one, other = (run_sync(limited, Order(customer_name), seconds) for limited in (together, spread))
         assert (bool(one), left(one), names(one.refusals)) == (bool(other), left(other), names(other.refusals))
         assert one.retry_after == other.retry_after
         assert bool(one) is not bool(one.refusals)
@@ -265,7 +265,7 @@ def test_both_ways_decide_alike_and_charge_what_they_admit(
             key = f"{outcome.rule.name}:{outcome.key!s}"
             paid[key] = paid.get(key, 0) + outcome.tokens
     for number, (_, _, is_keyed) in enumerate(limits):
-        for key in [f"{number}:{who}" for who in ("acme", "beta")] if is_keyed else [f"{number}:all"]:
+        for key in [f"{number}:{name}" for name in ("acme", "beta")] if is_keyed else [f"{number}:all"]:
             assert together.consumed(key) == spread.consumed(key) == paid.get(key, 0)
 
 
