@@ -1,11 +1,12 @@
--- Consumes tokens of several buckets where they are stored, for one caller after the other: of all buckets that a caller
--- asks for, or of none.
+-- Changes several buckets where they are stored, for one caller after the other: all buckets that a caller asks for, or
+-- none. A caller consumes tokens, or settles what it has consumed before.
 --
 -- KEYS[1]  key of a bucket, and further ones; all in one slot, each once
 -- ARGV[1]  for each key a request as that of decide, with one operation, whose tokens do not matter; of the flags only 4
 --          counts; all have the same time
--- ARGV[n]  the last one: for each caller how many buckets it asks for (u8), and for each of these the place of its key,
---          1 for the first (u8), and the tokens, 1 or more (i64)
+-- ARGV[n]  the last one: for each caller how many buckets it asks for (u8), and for each of these the number of an
+--          operation (u8: that of decide for try_consume, give_back or consume_ignoring_rate_limits), the place of its
+--          key, 1 for the first (u8), and the tokens, 1 or more (i64)
 --
 -- Reply: a number, and then for each key the state that was there before, nil for a new bucket. The number is 1 when the
 --        callers were decided. A bucket that was missing is stored then, whether it was charged or not.
@@ -15,6 +16,7 @@
 --
 -- What is stored at the end is, to the byte, what decide would store for each of the buckets.
 
+-- include: operation_numbers
 local unpack, pack, format = struct.unpack, struct.pack, string.format
 local LONGEST_STATE = '16384'
 local MUST_EXIST = 4
@@ -84,16 +86,46 @@ end
 local calls, position = ARGV[#KEYS + 1], 1
 while decidable and position <= #calls do
   local asked, admitted = calls:byte(position), true
-  local last = position + 9 * asked
-  for at = position + 1, last, 9 do
-    local place, tokens = unpack('>Bi8', calls, at)
-    decidable = decidable and tokens >= 1 and tokens < 2^53
-    admitted = admitted and buckets[place].available >= tokens
-  end
-  for at = position + 1, admitted and last or 0, 9 do
-    local place, tokens = unpack('>Bi8', calls, at)
+  local last = position + 10 * asked
+  for at = position + 1, last, 10 do
+    local operation, place, tokens = unpack('>BBi8', calls, at)
     local bucket = buckets[place]
-    bucket.available, bucket.taken = bucket.available - tokens, bucket.taken + tokens
+    decidable = decidable and tokens >= 1 and tokens < 2^53
+    if operation == TRY_CONSUME then
+      admitted = admitted and bucket.available >= tokens
+    elseif operation == CONSUME_IGNORING_RATE_LIMITS then
+      for _, limit in ipairs(bucket) do
+        -- A debt that might never be paid, or that a double might not hold, is not for this script.
+        local missing = tokens - (limit[4] - bucket.taken)
+        decidable = decidable and missing < 2^53 and missing * limit[2] < 2^63 - 2^12
+      end
+    end
+  end
+  for at = position + 1, admitted and last or 0, 10 do
+    local operation, place, tokens = unpack('>BBi8', calls, at)
+    local bucket = buckets[place]
+    if operation == GIVE_BACK then
+      -- What was taken is subtracted here, since some of the bandwidths may be full and others not.
+      local consumed = bucket.consumed + bucket.taken
+      decidable = decidable and consumed < 2^53 and consumed - tokens > -2^53
+      bucket.consumed, bucket.changed = consumed - tokens, true
+      for j, limit in ipairs(bucket) do
+        local capacity, size = limit[1], limit[4] - bucket.taken
+        if size < capacity then
+          size = size + tokens
+          if size >= capacity then
+            size, limit[5] = capacity, 0
+          end
+        end
+        limit[4] = size
+        if j == 1 or size < bucket.available then
+          bucket.available = size
+        end
+      end
+      bucket.taken = 0
+    else
+      bucket.available, bucket.taken = bucket.available - tokens, bucket.taken + tokens
+    end
   end
   position = last + 1
 end
@@ -101,7 +133,7 @@ end
 -- Computes what is to be stored, before anything is.
 for _, bucket in ipairs(decidable and buckets or {}) do
   local taken, expiration, request = bucket.taken, bucket.expiration, bucket.request
-  if bucket.missing or taken > 0 then
+  if bucket.missing or bucket.changed or taken > 0 then
     local after, exact, full = {bucket.stored:sub(1, bucket.numbers + 11)}, bucket.consumed + taken < 2^53, 0
     for j, limit in ipairs(bucket) do
       local capacity, period, rate, size, part, last = limit[1], limit[2], limit[3], limit[4] - taken, limit[5], limit[6]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from ratelimit import NEVER, BucketConfiguration, CombinedProbe
 from ratelimit.core.algorithm import State
-from ratelimit.core.commands import ProbeConsumption, Terms, TryConsumeAndReturnRemaining, execute
+from ratelimit.core.commands import ProbeConsumption, Settle, Terms, TryConsumeAndReturnRemaining, Verbose, execute
+from ratelimit.core.numbers import MAX
 from ratelimit.core.results import ConsumptionProbe
 from ratelimit.core.several import execute_all
 from tests.support.fixed_window import FixedWindow
@@ -85,3 +86,23 @@ def test_what_a_bucket_can_never_hold_is_waited_for_forever() -> None:
     probe = CombinedProbe.of(["a"], [ConsumptionProbe(False, 0, NEVER, 7)])
     assert probe.nanos_to_wait_for_refill == NEVER
     assert probe.retry_after is None
+
+
+@given(buckets(), st.lists(st.integers(0, 9), min_size=4, max_size=4))
+def test_settlements_are_those_of_each_bucket(
+    made: tuple[list[Terms], list[State | None], list[int]], used: list[int]
+) -> None:
+    terms, states, tokens = made
+    commands = [Settle(count, one) for count, one in zip(tokens, used, strict=False)]
+    alone = [execute(*each, NOW) for each in zip(commands, terms, states, strict=True)]
+    assert execute_all(commands, terms, states, NOW) == ([after for after, _ in alone], [wait for _, wait in alone])
+
+
+def test_where_one_debt_could_never_be_paid_none_is_settled() -> None:
+    terms = [Terms(LIMITS[0]), Terms(LIMITS[0])]
+    states = [terms[0].initial(NOW).consumed(5), None]
+    for commands in ([Settle(5, 1), Settle(1, MAX)], [Verbose(Settle(5, 1)), Verbose(Settle(1, MAX))]):
+        afters, answers = execute_all(commands, terms, states, NOW)
+        assert afters == [None, terms[1].initial(NOW)]
+        waits = [getattr(answer, "value", answer) for answer in answers]
+        assert waits == [0, NEVER]

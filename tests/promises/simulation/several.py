@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ratelimit.core.algorithm import State, decode, encode
-from ratelimit.core.commands import Terms, TryConsumeAndReturnRemaining
+from ratelimit.core.commands import Command, ConsumeIgnoringRateLimits, GiveBack, Terms, TryConsumeAndReturnRemaining
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.several import execute_all
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
@@ -33,6 +33,7 @@ from ratelimit.engine.several.parts import Call
 from ratelimit.engine.store_requests import Requests, requests_to
 from ratelimit.errors import RateLimitError, StoreError
 from ratelimit.runtime.steps import Steps, run
+from ratelimit.stores.operations import Operation
 from ratelimit.stores.protocol import DecidedAll, Lost, Swap
 from tests.promises.simulation import script
 from tests.promises.simulation.clients import Wait
@@ -45,6 +46,11 @@ LIMITS: Final = {
     b"user 1": BucketConfiguration(Bandwidth.greedy(4, 0.03)),
     b"user 2": BucketConfiguration(Bandwidth.greedy(5, 2), Bandwidth.greedy(9, 7)),
     b"quota": BucketConfiguration(Bandwidth.intervally(6, 0.02)),
+}
+_COMMANDS: Final[dict[int, Callable[[int], Command[Any]]]] = {
+    Operation.TRY_CONSUME: TryConsumeAndReturnRemaining,
+    Operation.GIVE_BACK: GiveBack,
+    Operation.CONSUME_IGNORING_RATE_LIMITS: ConsumeIgnoringRateLimits,
 }
 _GAPS: Final = (0, 100_000, MILLISECOND, 5 * MILLISECOND)
 
@@ -128,11 +134,11 @@ class Server:
         changed: dict[int, State] = {}
         position = 0
         while position < len(packed):
-            asked = list(struct.iter_unpack(">Bq", packed[position + 1 : position + 1 + 9 * packed[position]]))
-            position += 1 + 9 * packed[position]
-            places = [place - 1 for place, _ in asked]
+            asked = list(struct.iter_unpack(">BBq", packed[position + 1 : position + 1 + 10 * packed[position]]))
+            position += 1 + 10 * packed[position]
+            places = [place - 1 for _, place, _ in asked]
             afters, _ = execute_all(
-                [TryConsumeAndReturnRemaining(tokens) for _, tokens in asked],
+                [_COMMANDS[operation](tokens) for operation, _, tokens in asked],
                 [terms[place] for place in places],
                 [states[place] for place in places],
                 now,
