@@ -37,7 +37,7 @@ from ratelimit.errors import (
     UnsupportedStateError,
 )
 from ratelimit.manager import AsyncProxyManager, ProxyManager
-from ratelimit.reservation import AsyncReservation, Reservation
+from ratelimit.reservation import AsyncCombinedReservation, AsyncReservation, CombinedReservation, Reservation
 from ratelimit.runtime.clock import Clock, SystemClock
 from ratelimit.settings import Recovery
 from ratelimit.stores.memory import AsyncMemoryStore, MemoryStore
@@ -51,6 +51,7 @@ __all__ = [
     "AllOf",
     "AsyncAllOf",
     "AsyncBucket",
+    "AsyncCombinedReservation",
     "AsyncMemoryStore",
     "AsyncProxyManager",
     "AsyncRedisStore",
@@ -67,6 +68,7 @@ __all__ = [
     "CircuitStatus",
     "Clock",
     "CombinedProbe",
+    "CombinedReservation",
     "ConsumptionProbe",
     "ContentionError",
     "CorruptStateError",

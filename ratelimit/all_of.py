@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeAlias, overload
 
 from ratelimit.bucket import AsyncBucket, Bucket
-from ratelimit.checks import boolean, refusal, token_count
+from ratelimit.checks import boolean, max_wait_nanos, refusal, timeout_seconds, token_count, whole_number
 from ratelimit.core.numbers import NEVER, Duration
 from ratelimit.core.results import CombinedProbe, ConsumptionProbe, Snapshot, VerboseResult
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.several.buckets import SeveralBuckets
 from ratelimit.engine.several.parts import hash_tag
+from ratelimit.engine.several.reserving import TakenTogether, settling_together, taking_together
 from ratelimit.errors import InvalidArgumentError
 from ratelimit.keys import Key, brief, shown
+from ratelimit.reservation import AsyncCombinedReservation, Charge, CombinedReservation, RefundOn
 from ratelimit.runtime.clock import SystemClock
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps, arun, run
@@ -33,12 +35,13 @@ AsyncPart: TypeAlias = AsyncBucket | tuple[AsyncBucket, int]
 class _AllOf(OfThisProcess):
     """What both faces share."""
 
-    __slots__ = ("_several",)
+    __slots__ = ("_estimates", "_several")
 
     _advice = _ADVICE
 
-    def __init__(self, several: SeveralBuckets) -> None:
+    def __init__(self, several: SeveralBuckets, estimates: Sequence[int | None]) -> None:
         self._several = several
+        self._estimates = estimates
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -83,6 +86,33 @@ class AllOf(_AllOf):
         """Return whether all tokens could be consumed now, which buckets refuse, and how long to wait; consume none."""
         return run(self._several.estimate(timeout))
 
+    def reserve(
+        self, *, max_wait: Duration | None = 0, refund_on: RefundOn = (), timeout: Duration | None = None
+    ) -> CombinedReservation:
+        """Charge an estimate to every bucket before some work, or to none, and settle what was used after it.
+
+        ::
+
+            limit = all_of(requests.bucket(user), (tokens.bucket(user), 1_500))
+            with limit.reserve() as reservation:
+                answer = call_the_model(question)
+                reservation.settle(answer.usage.total_tokens)
+
+        A bucket that was given with a number of tokens has these as its estimate, and ``settle`` takes what was used of
+        it. A bucket that was given without a number, such as that of the requests, stays charged. ``settle`` also takes
+        one number for each bucket, as in ``settle((1, 700))``; it has to where the estimates differ. ``cancel`` gives
+        everything back.
+
+        Nothing is sent before the block is entered: that raises :class:`RateLimitExceeded` where a bucket refuses, with
+        a :class:`CombinedProbe`.
+
+        :param max_wait: the longest wait for the tokens that is accepted, as for :meth:`consume`; 0: no wait.
+        :param refund_on: exceptions that give all tokens back when they leave the block, because no work was done: a
+            class or a tuple of them.
+        :param timeout: of the request that takes the tokens, and of the one that settles them.
+        """
+        return CombinedReservation(_taking(self._several, self._estimates, max_wait, timeout), refund_on)
+
     def give_back(self, *, timeout: Duration | None = None) -> None:
         """Undo a consumption that was of no use: every bucket has its tokens again; see :meth:`Bucket.give_back`."""
         run(self._several.give_back(timeout))
@@ -115,6 +145,12 @@ class AsyncAllOf(_AllOf):
     async def estimate_ability_to_consume(self, *, timeout: Duration | None = None) -> CombinedProbe:
         """See :meth:`AllOf.estimate_ability_to_consume`."""
         return await arun(self._several.estimate(timeout))
+
+    def reserve(
+        self, *, max_wait: Duration | None = 0, refund_on: RefundOn = (), timeout: Duration | None = None
+    ) -> AsyncCombinedReservation:
+        """See :meth:`AllOf.reserve`; the answer is entered by ``async with``, and is itself not awaited."""
+        return AsyncCombinedReservation(_ataking(self._several, self._estimates, max_wait, timeout), refund_on)
 
     async def give_back(self, *, timeout: Duration | None = None) -> None:
         """See :meth:`AllOf.give_back`."""
@@ -160,7 +196,8 @@ def all_of(*parts: Any, spread: bool = False) -> AllOf | AsyncAllOf:
     if not spread and (obstacle := _obstacle(proxies)) is not None:
         raise InvalidArgumentError(obstacle)
     several = SeveralBuckets(shares, spread)
-    return AsyncAllOf(several) if first.face.asynchronous else AllOf(several)
+    estimates = [part[1] if isinstance(part, tuple) else None for part in parts]
+    return AsyncAllOf(several, estimates) if first.face.asynchronous else AllOf(several, estimates)
 
 
 def _share(part: Any) -> tuple[BucketProxy, int]:
@@ -168,6 +205,79 @@ def _share(part: Any) -> tuple[BucketProxy, int]:
     if not isinstance(bucket, Bucket | AsyncBucket):
         raise refusal("part", "a bucket, or a bucket and a number of tokens", part)
     return bucket._proxy, token_count(tokens)  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  # this is a bucket's own
+
+
+def _taking(
+    several: SeveralBuckets, estimates: Sequence[int | None], max_wait: Duration | None, timeout: Duration | None
+) -> Callable[[], Charge]:
+    """Return what takes the tokens of a reservation in sync code."""
+    arguments = _checked_wait(max_wait), _checked_timeout(timeout)
+
+    def charge() -> Charge:
+        (longest_wait, seconds) = arguments
+        taken = run(taking_together(several, max_wait, longest_wait, seconds))
+
+        def settle(used: int | Sequence[int]) -> None:
+            run(settling_together(taken, _used(used, estimates), seconds))
+
+        def cancel() -> None:
+            run(settling_together(taken, [0] * len(estimates), seconds))
+
+        return _charge(taken, settle, cancel)
+
+    return charge
+
+
+def _ataking(
+    several: SeveralBuckets, estimates: Sequence[int | None], max_wait: Duration | None, timeout: Duration | None
+) -> Callable[[], Awaitable[Charge]]:
+    """Return what takes the tokens of a reservation in asyncio."""
+    arguments = _checked_wait(max_wait), _checked_timeout(timeout)
+
+    async def charge() -> Charge:
+        (longest_wait, seconds) = arguments
+        taken = await arun(taking_together(several, max_wait, longest_wait, seconds))
+
+        async def settle(used: int | Sequence[int]) -> None:
+            await arun(settling_together(taken, _used(used, estimates), seconds))
+
+        async def cancel() -> None:
+            await arun(settling_together(taken, [0] * len(estimates), seconds))
+
+        return _charge(taken, settle, cancel)
+
+    return charge
+
+
+def _charge(taken: TakenTogether, settle: Callable[[Any], Any], cancel: Callable[[], Any]) -> Charge:
+    keys = [proxy.target.key for proxy, _ in taken.buckets.shares]
+    return Charge(keys, taken.refused, taken.tokens, taken.probe, settle, cancel)
+
+
+def _checked_wait(max_wait: Duration | None) -> int:
+    return NEVER if max_wait is None else max_wait_nanos(max_wait)
+
+
+def _checked_timeout(timeout: Duration | None) -> float | None:
+    return None if timeout is None else timeout_seconds(timeout)
+
+
+def _used(used: Any, estimates: Sequence[int | None]) -> list[int]:
+    """Return what was used of each bucket.
+
+    :param used: one number for each bucket; or one for all that have an estimate, while the others keep their token.
+    :param estimates: the tokens that each bucket was given with; None: none.
+    """
+    if isinstance(used, Sequence) and not isinstance(used, str | bytes):
+        if len(used) != len(estimates):
+            raise refusal("tokens", f"one number, or one for each of the {len(estimates)} buckets", used)
+        return [whole_number(each, "tokens", least=0) for each in used]
+    tokens = whole_number(used, "tokens", least=0)
+    different = {estimate for estimate in estimates if estimate is not None}
+    if len(different) > 1:
+        raise refusal("tokens", "one number for each bucket, because their estimates differ", used)
+    # Where no bucket has an estimate, each of them is worth one token of the whole.
+    return [tokens if estimate is not None or not different else 1 for estimate in estimates]
 
 
 def _check_that_they_differ(proxies: Sequence[BucketProxy]) -> None:

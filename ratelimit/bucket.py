@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from ratelimit.checks import duration_nanos, max_wait_nanos, timeout_seconds, token_count, whole_number
@@ -465,7 +465,8 @@ def _taking(
         def settle(used: int) -> None:
             run(_settling(proxy, taken, used, timeout))
 
-        return Charge(proxy.target.key, taken.tokens, taken.result.value, settle)
+        key = proxy.target.key
+        return Charge((key,), key, taken.tokens, taken.result.value, settle, partial(settle, 0))
 
     return charge
 
@@ -482,7 +483,8 @@ def _ataking(
         async def settle(used: int) -> None:
             await arun(_settling(proxy, taken, used, timeout))
 
-        return Charge(proxy.target.key, taken.tokens, taken.result.value, settle)
+        key = proxy.target.key
+        return Charge((key,), key, taken.tokens, taken.result.value, settle, partial(settle, 0))
 
     return charge
 

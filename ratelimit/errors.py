@@ -121,11 +121,11 @@ class ReservationOverflowError(RateLimitError):
 class RateLimitExceeded(RateLimitError):  # noqa: N818  # the name that this has in every such library
     """A call was refused by a limit: of a function that is ``limited``, or of an API that is called through a limit.
 
-    :ivar key: the key of that limit.
+    :ivar key: the key of that limit; of several buckets, that of the one with the longest wait.
     :ivar retry_after: in seconds, rounded up; None where waiting does not help, because more is wanted than the bucket
         can hold.
-    :ivar probe: the ``ConsumptionProbe`` of the refusal; None where no bucket was asked, as during a hold that this
-        process knows of.
+    :ivar probe: the ``ConsumptionProbe`` of the refusal, or the ``CombinedProbe`` of several buckets; None where no
+        bucket was asked, as during a hold that this process knows of.
     """
 
     def __init__(self, key: Key, retry_after: float | None, probe: Any = None) -> None:

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self, TypeAlias
+from typing import Any, Final, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from ratelimit.checks import refusal
-from ratelimit.core.results import ConsumptionProbe
+from ratelimit.core.results import CombinedProbe, ConsumptionProbe
 from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
 from ratelimit.keys import Key, shown
 from ratelimit.runtime.copies import OfThisProcess
+
+Used = TypeVar("Used")
+Tokens = TypeVar("Tokens")
+Probe = TypeVar("Probe")
 
 RefundOn: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 """A class of exceptions, or a tuple of them."""
@@ -29,19 +33,23 @@ _logger = logging.getLogger("ratelimit")
 class Charge(NamedTuple):
     """What was charged for a reservation, or refused.
 
-    :param key: the key that an error names.
-    :param tokens: those that were reserved.
+    :param keys: those of the buckets.
+    :param refused: the key that the error of a refusal names.
+    :param tokens: those that were reserved; of several buckets, a tuple with those of each.
     :param probe: the answer; false where the tokens were refused, and nothing was charged.
     :param settle: is called with what was used, once; of a reservation for asyncio it returns an awaitable.
+    :param cancel: is called in place of ``settle`` where nothing was used.
     """
 
-    key: Key
-    tokens: int
-    probe: ConsumptionProbe
+    keys: Sequence[Key]
+    refused: Key
+    tokens: Any
+    probe: Any
     settle: Callable[[Any], Any]
+    cancel: Callable[[], Any]
 
 
-class _Reservation(OfThisProcess):
+class _Reservation(OfThisProcess, Generic[Tokens, Probe]):
     """What the reservations of both faces share.
 
     :param take: takes the tokens, and returns a :class:`Charge`; for asyncio, an awaitable of one.
@@ -65,17 +73,18 @@ class _Reservation(OfThisProcess):
         charge = self._charge
         if charge is None:
             return f"{type(self).__name__}({'refused' if self._entered else 'not entered'})"
-        return f"{type(self).__name__}({charge.tokens} tokens of {shown(charge.key)}, {self._how})"
+        of = ", ".join([shown(key) for key in charge.keys])
+        return f"{type(self).__name__}({charge.tokens} tokens of {of}, {self._how})"
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> Tokens:
         """The tokens that are reserved: the estimate, or as many as the bucket can hold if that is less."""
-        return self._charged().tokens
+        return self._charged().tokens  # type: ignore[no-any-return]  # a charge is of either kind
 
     @property
-    def probe(self) -> ConsumptionProbe:
+    def probe(self) -> Probe:
         """The answer of the bucket when the tokens were taken."""
-        return self._charged().probe
+        return self._charged().probe  # type: ignore[no-any-return]  # as above
 
     def _charged(self) -> Charge:
         if self._charge is None:
@@ -90,7 +99,7 @@ class _Reservation(OfThisProcess):
 
     def _admit(self, charge: Charge) -> None:
         if not charge.probe:
-            raise RateLimitExceeded(charge.key, charge.probe.retry_after, charge.probe)
+            raise RateLimitExceeded(charge.refused, charge.probe.retry_after, charge.probe)
         self._charge = charge
         self._open.append(None)
 
@@ -123,7 +132,7 @@ class _Reservation(OfThisProcess):
             if under_way is None:
                 raise
             # The caller must hear of that exception, and not of this error.
-            _logger.warning("a reservation of %d tokens could not be %s: %s", charge.tokens, how, error)
+            _logger.warning("a reservation of %s tokens could not be %s: %s", charge.tokens, how, error)
         else:
             self._how = how
 
@@ -137,22 +146,14 @@ class _Reservation(OfThisProcess):
         return None if handled is self._handled_before else handled
 
 
-class Reservation(_Reservation):
-    """Tokens that are charged when its block begins, and settled once it is known how many were used.
+class _OfSyncCode(_Reservation[Tokens, Probe], Generic[Used, Tokens, Probe]):
+    """Reservations for sync code."""
 
-    :meth:`Bucket.reserve` makes it. The block begins where the tokens were taken, and raises ``RateLimitExceeded``
-    where they are refused. Left without :meth:`settle` or :meth:`cancel`, normally or by an exception, the tokens stay
-    charged, because the work may have been done; they may be settled after the block as well.
-
-    Both methods raise what any verb raises. But while an exception of the block is handled, or leaves it, their failure
-    is logged, so that it never hides that exception. If an error is certain to have changed nothing, they may be called
-    again.
-    """
-
-    def settle(self, tokens: int) -> None:
+    def settle(self, tokens: Used) -> None:
         """Charge what was used in place of the reserved tokens: the rest is given back, an excess is debt.
 
-        :param tokens: those that were used, 0 or more.
+        :param tokens: those that were used, 0 or more. Where several buckets are reserved together: one number for
+            each, or one for all that were given with the same number of tokens; see :meth:`AllOf.reserve`.
         :raises InvalidArgumentError: for another number, and for a reservation that is settled or cancelled already.
         :raises ReservationOverflowError: where the debt does not fit into 64 bits.
         """
@@ -166,7 +167,7 @@ class Reservation(_Reservation):
         :raises InvalidArgumentError: for a reservation that is settled or cancelled already.
         """
         with self._ending("cancelled") as charge:
-            charge.settle(0)
+            charge.cancel()
 
     def __enter__(self) -> Self:
         self._begin()
@@ -178,13 +179,13 @@ class Reservation(_Reservation):
     ) -> None:
         if self._is_refunded(error):
             with self._ending("cancelled", error) as charge:
-                charge.settle(0)
+                charge.cancel()
 
 
-class AsyncReservation(_Reservation):
-    """A :class:`Reservation` for asyncio: enter it by ``async with``, and await its methods."""
+class _OfAsyncio(_Reservation[Tokens, Probe], Generic[Used, Tokens, Probe]):
+    """Reservations for asyncio."""
 
-    async def settle(self, tokens: int) -> None:
+    async def settle(self, tokens: Used) -> None:
         """See :meth:`Reservation.settle`."""
         self._is_used = True
         with self._ending("settled") as charge:
@@ -193,7 +194,7 @@ class AsyncReservation(_Reservation):
     async def cancel(self) -> None:
         """See :meth:`Reservation.cancel`."""
         with self._ending("cancelled") as charge:
-            await charge.settle(0)
+            await charge.cancel()
 
     async def __aenter__(self) -> Self:
         self._begin()
@@ -205,7 +206,36 @@ class AsyncReservation(_Reservation):
     ) -> None:
         if self._is_refunded(error):
             with self._ending("cancelled", error) as charge:
-                await charge.settle(0)
+                await charge.cancel()
+
+
+class Reservation(_OfSyncCode[int, int, ConsumptionProbe]):
+    """Tokens that are charged when its block begins, and settled once it is known how many were used.
+
+    :meth:`Bucket.reserve` makes it. The block begins where the tokens were taken, and raises ``RateLimitExceeded``
+    where they are refused. Left without :meth:`settle` or :meth:`cancel`, normally or by an exception, the tokens stay
+    charged, because the work may have been done; they may be settled after the block as well.
+
+    Both methods raise what any verb raises. But while an exception of the block is handled, or leaves it, their failure
+    is logged, so that it never hides that exception. If an error is certain to have changed nothing, they may be called
+    again.
+    """
+
+
+class AsyncReservation(_OfAsyncio[int, int, ConsumptionProbe]):
+    """A :class:`Reservation` for asyncio: enter it by ``async with``, and await its methods."""
+
+
+class CombinedReservation(_OfSyncCode[int | Sequence[int], tuple[int, ...], CombinedProbe]):
+    """Tokens of several buckets that are charged, and settled, in one decision each; :meth:`AllOf.reserve` makes it.
+
+    It is a :class:`Reservation` whose ``tokens`` has those of each bucket, and whose ``probe`` is a
+    :class:`CombinedProbe`.
+    """
+
+
+class AsyncCombinedReservation(_OfAsyncio[int | Sequence[int], tuple[int, ...], CombinedProbe]):
+    """A :class:`CombinedReservation` for asyncio: enter it by ``async with``, and await its methods."""
 
 
 def _checked_exceptions(exceptions: RefundOn) -> tuple[type[BaseException], ...]:

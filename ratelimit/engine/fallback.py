@@ -83,7 +83,7 @@ class Fallback:
                     answer = yield from self._charging(inner, debt, question)
             except (StoreError, ContentionError, CorruptStateError) as error:
                 course.failure = error
-                answer = self._answer(policy, question, error)
+                answer = self.answer(policy, question, error)
                 course.degraded = True
             else:
                 # An answer without a round trip, such as a local decision, does not show that the store is back.
@@ -107,7 +107,7 @@ class Fallback:
         self.local.settle(debt, charged=True)
         return outcome.answer
 
-    def _answer(self, policy: ErrorPolicy, question: Question, error: RateLimitError) -> Any:
+    def answer(self, policy: ErrorPolicy, question: Question, error: RateLimitError) -> Any:
         """Return the answer that the policy gives, or raise the error."""
         ((target, _, command),) = question.parts
         if not command.is_decision:

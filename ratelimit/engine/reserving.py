@@ -25,8 +25,8 @@ from ratelimit.runtime.steps import Steps, run
 
 _logger = logging.getLogger("ratelimit")
 
-# Seconds that a wait is asked for at least, where the first question has taken all of its time.
-_LEAST_TIMEOUT: Final = 0.001
+LEAST_TIMEOUT: Final = 0.001
+"""Seconds that a wait is asked for at least, where the first question has taken all of its time."""
 
 
 class Taken(NamedTuple):
@@ -138,7 +138,7 @@ def _is_worth_waiting(taken: Taken, longest_wait: int) -> bool:
 def _time_left(proxy: BucketProxy, question: Question) -> float:
     # A question of a proxy has a deadline.
     left: float = question.deadline - proxy.pipeline.monotonic()
-    return max(_LEAST_TIMEOUT, left)
+    return max(LEAST_TIMEOUT, left)
 
 
 def _waited(taken: Taken, result: VerboseResult[Any], course: Course) -> Taken:
@@ -170,16 +170,20 @@ def settling(
     if not (command.rest or command.excess):
         return None
     if is_local:
-        _check_is_payable(proxy.pipeline.local_buckets.settle_reservation(proxy.target, command))
+        check_is_payable(proxy.pipeline.local_buckets.settle_reservation(proxy.target, command))
         return None
     question = proxy.question(Verbose(command), timeout, holds=True)
     result: VerboseResult[int] = yield from _asked(proxy, question)
     if question.course.interruption is not None:
         raise question.course.interruption
-    _check_is_payable(result.value)
+    check_is_payable(result.value)
     return result
 
 
-def _check_is_payable(wait: int) -> None:
+def check_is_payable(wait: int) -> None:
+    """Check what the settlement of an excess has answered.
+
+    :raises ReservationOverflowError: where the debt does not fit into 64 bits.
+    """
     if wait == NEVER:
         raise ReservationOverflowError("so many tokens could never be paid back")

@@ -6,14 +6,16 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from ratelimit import AsyncReservation, Reservation
+from ratelimit import AsyncCombinedReservation, AsyncReservation, CombinedReservation, Reservation
 from tests.support.both_faces import Settled, settled
+
+AnyReservation = Reservation | AsyncReservation | CombinedReservation | AsyncCombinedReservation
 
 
 @asynccontextmanager
-async def entered(reservation: Reservation | AsyncReservation) -> AsyncGenerator[Settled]:
+async def entered(reservation: AnyReservation) -> AsyncGenerator[Settled]:
     """Run the block of a reservation; its methods are all awaited."""
-    if isinstance(reservation, AsyncReservation):
+    if isinstance(reservation, AsyncReservation | AsyncCombinedReservation):
         async with reservation:
             yield Settled(reservation)
     else:

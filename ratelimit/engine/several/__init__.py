@@ -5,6 +5,7 @@
 - ``deciding`` asks the store: the loop that swaps under several keys, with the rules of ``engine.swapping``;
 - ``in_process`` takes the place of these two over a store in this process;
 - ``one_by_one`` takes the tokens of one bucket after the other, where the store cannot change them together;
+- ``reserving`` takes the tokens of reservations, and settles them;
 - ``turns`` is the queue of those that wait for tokens.
 """
 

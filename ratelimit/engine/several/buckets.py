@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from ratelimit.core.commands import (
     Command,
     GiveBack,
     ProbeConsumption,
+    Settle,
     TakeSnapshot,
     TryConsumeAndReturnRemaining,
     Verbose,
@@ -21,9 +22,9 @@ from ratelimit.engine.observing import Decision, report_decision
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Part, Question
 from ratelimit.engine.several.one_by_one import OneByOne
-from ratelimit.engine.several.parts import place_of
+from ratelimit.engine.several.parts import Call, Courses, place_of
 from ratelimit.engine.several.waiting import waited_for
-from ratelimit.engine.several.without_store import answers_without_store
+from ratelimit.engine.several.without_store import answers_without_store, settled_without_store
 from ratelimit.errors import (
     BucketNotFoundError,
     ContentionError,
@@ -91,17 +92,16 @@ class SeveralBuckets:
         self._place = place_of(self.keys)
         self._timeout = min([proxy.timeout for proxy in proxies])
 
-    def try_consume(self, verb: str, timeout: Duration | None) -> Steps[CombinedProbe]:
+    def try_consume(self, verb: str, timeout: Duration | None, courses: Courses | None = None) -> Steps[CombinedProbe]:
         """Consume the tokens of all buckets if all of them are there."""
-        return self._probed(verb, TryConsumeAndReturnRemaining, timeout)
+        return self._probed(verb, TryConsumeAndReturnRemaining, timeout, courses)
 
-    def try_for(self, wait: Any, course: Course, timeout: Duration | None) -> Steps[CombinedProbe]:
+    def try_for(self, wait: Any, timeout: Duration | None, courses: Courses) -> Steps[CombinedProbe]:
         """Try to consume for a caller that waits, and report to listeners only how that ends.
 
         :param wait: says whether an answer ``is_over``, the last one, and for how long the caller has ``waited``.
-        :param course: where an interruption is found that comes while a request is in flight.
         """
-        return self._probed("consume", TryConsumeAndReturnRemaining, timeout, wait, course)
+        return self._probed("consume", TryConsumeAndReturnRemaining, timeout, courses, wait)
 
     def estimate(self, timeout: Duration | None) -> Steps[CombinedProbe]:
         """Return whether all tokens could be consumed now, and consume none."""
@@ -109,12 +109,30 @@ class SeveralBuckets:
 
     def snapshot(self, timeout: Duration | None) -> Steps[tuple[Snapshot, ...]]:
         """Return the states of all buckets; at one time, unless they are spread."""
-        commands = [TakeSnapshot() for _ in self.shares]
-        answers = yield from self._answers(commands, self._deadline(timeout), Course(), [])
+        answers = yield from self.states(timeout)
         for (proxy, _), answer in zip(self.shares, answers, strict=True):
             if answer is None:
                 raise BucketNotFoundError(proxy.target.key)
-        return tuple(answers)
+        return tuple(answers)  # type: ignore[arg-type]  # none of them is None
+
+    def states(self, timeout: Duration | None) -> Steps[list[Snapshot | None]]:
+        """Return the states of all buckets; None for a key that is not limited."""
+        commands = [TakeSnapshot() for _ in self.shares]
+        return self._answers(commands, self._deadline(timeout), Courses.of(len(commands)), [])
+
+    def settle(self, settlements: Sequence[Settle], timeout: Duration | None, courses: Courses) -> Steps[bool]:
+        """Settle what each bucket was charged; return False, and change nothing, where a debt could never be paid."""
+        deadline, begun = self._deadline(timeout), self.home.monotonic()
+        commands = [Verbose(settlement) for settlement in settlements]
+        try:
+            answers: list[VerboseResult[int]] = yield from self._answers(commands, deadline, courses, [])
+        except RateLimitError as error:
+            failure = courses.whole.failure or error
+            if isinstance(failure, FAILURES):
+                self._report_settlements(settlements, None, courses, failure, begun)
+            raise
+        self._report_settlements(settlements, answers, courses, courses.whole.failure, begun)
+        return not any(answer.value == NEVER for answer in answers)
 
     def give_back(self, timeout: Duration | None) -> Steps[None]:
         """Undo a consumption, of the last bucket first; where one fails, the others get theirs back all the same."""
@@ -130,20 +148,24 @@ class SeveralBuckets:
     def consume(self, max_wait: Duration | None, timeout: Duration | None) -> Steps[bool]:
         """Wait for the tokens, and consume them; return False where that would take longer than ``max_wait``."""
         longest = NEVER if max_wait is None else max_wait_nanos(max_wait)
-        probe = yield from waited_for(self, [longest] * len(self.shares), timeout)
-        return probe is not None and probe.consumed
+        waited = yield from waited_for(self, [longest] * len(self.shares), timeout)
+        return waited is not None and waited.probe.consumed
+
+    def seconds(self, timeout: Duration | None) -> float:
+        """Return how long a question may take, in seconds: its own timeout, or the shortest of the buckets'."""
+        return self._timeout if timeout is None else timeout_seconds(timeout)
 
     def consume_in_turn(self, max_waits: Sequence[int]) -> Steps[CombinedProbe]:
         """Wait for the tokens no longer than each bucket that refuses allows, and consume them.
 
         :param max_waits: for each bucket, the longest wait because of it that is accepted, in nanoseconds.
         """
-        probe = yield from waited_for(self, max_waits, None)
+        waited = yield from waited_for(self, max_waits, None)
         # Its turn has not come in time: the last try shows what there is.
-        return (yield from self.try_consume("consume", None)) if probe is None else probe
+        return (yield from self.try_consume("consume", None)) if waited is None else waited.probe
 
     def _deadline(self, timeout: Duration | None) -> float:
-        seconds = self._timeout if timeout is None else timeout_seconds(timeout)
+        seconds = self.seconds(timeout)
         for proxy, _ in self.shares:
             # Each of them raises an error if its manager is closed.
             proxy.pipeline.begin()
@@ -154,15 +176,17 @@ class SeveralBuckets:
         verb: str,
         command: Callable[[int], Command[Any]],
         timeout: Duration | None,
+        courses: Courses | None = None,
         wait: Any = None,
-        course: Course | None = None,
     ) -> Steps[CombinedProbe]:
-        deadline, course, begun = self._deadline(timeout), course or Course(), self.home.monotonic()
+        deadline, begun = self._deadline(timeout), self.home.monotonic()
         commands, limited = [command(tokens) for _, tokens in self.shares], list[BucketProxy]()
         if self.shows:
             commands = [Verbose(command) for command in commands]
+        courses = courses or Courses.of(len(commands))
+        course = courses.whole
         try:
-            answers = yield from self._answers(commands, deadline, course, limited, holds=wait is not None)
+            answers = yield from self._answers(commands, deadline, courses, limited)
         except RateLimitError as error:
             failure = course.failure or error
             # Only failures of the store are reported. A wrong argument or a closed manager concerns the caller alone.
@@ -177,23 +201,16 @@ class SeveralBuckets:
         return probe
 
     def _answers(
-        self,
-        commands: Sequence[Command[Any]],
-        deadline: float,
-        course: Course,
-        limited: list[BucketProxy],
-        *,
-        holds: bool = False,
+        self, commands: Sequence[Command[Any]], deadline: float, courses: Courses, limited: list[BucketProxy]
     ) -> Steps[list[Any]]:
         """Return an answer for each bucket, from the store or without it.
 
         :param limited: gets the buckets that are decided about together here.
         """
         if self.spread:
-            # The buckets that are asked one by one do not see an interruption that is held back for this course.
-            return (yield from OneByOne(self.shares).answers(commands, deadline, Course()))
+            return (yield from OneByOne(self.shares).answers(commands, deadline, courses))
         parts: list[Part | None] = []
-        for (proxy, _), command in zip(self.shares, commands, strict=True):
+        for (proxy, _), command, course in zip(self.shares, commands, courses.parts, strict=True):
             terms = proxy.terms
             if terms is None:
                 begun = self.home.monotonic()
@@ -202,21 +219,29 @@ class SeveralBuckets:
                 deadline += self.home.monotonic() - begun
             if terms is not None:
                 limited.append(proxy)
+            course.charged = terms is not None
             parts.append(None if terms is None else Part(proxy.target, terms, command))
         call = tuple([part for part in parts if part is not None])
-        found = iter((yield from self._decided(Question(call, deadline, holds, course), limited)) if call else ())
+        found = iter((yield from self._decided(call, deadline, courses, limited)) if call else ())
         return [
             command.answer_without_limit() if part is None else next(found)
             for part, command in zip(parts, commands, strict=True)
         ]
 
-    def _decided(self, question: Question, proxies: Sequence[BucketProxy]) -> Steps[list[Any]]:
-        course = question.course
+    def _decided(
+        self, call: Call, deadline: float, courses: Courses, proxies: Sequence[BucketProxy]
+    ) -> Steps[list[Any]]:
+        course = courses.whole
+        question = Question(call, deadline, courses.holds, course)
+        own = [each for each in courses.parts if each.charged]
         try:
             found: list[Any] = yield from self.home.several.decide(self._place, question)
         except FAILURES as error:
             course.failure = error
-            found = answers_without_store(proxies, question, error)
+            if course.interruption is not None:
+                raise
+            instead = settled_without_store if _settles(call) else answers_without_store
+            found = instead(proxies, question, error, own)
             course.degraded = True
         else:
             if course.round_trips:
@@ -261,3 +286,43 @@ class SeveralBuckets:
                 refused_by=() if probe is None else probe.refused_by,
             )
             report_decision(pipeline.listener, decision)
+
+    def _report_settlements(
+        self,
+        settlements: Sequence[Settle],
+        answers: Sequence[VerboseResult[int]] | None,
+        courses: Courses,
+        error: Exception | None,
+        begun: float,
+    ) -> None:
+        """Report to the listener of each bucket what was settled there."""
+        duration = round((self.home.monotonic() - begun) * NANOS_PER_SECOND)
+        is_done = answers is not None and not any(answer.value == NEVER for answer in answers)
+        for number, ((proxy, _), settlement, own) in enumerate(
+            zip(self.shares, settlements, courses.parts, strict=True)
+        ):
+            pipeline = proxy.pipeline
+            if pipeline.listener is None:
+                continue
+            answer = None if answers is None else answers[number]
+            decision = Decision(
+                key=proxy.target.key,
+                verb="settle",
+                tokens=settlement.used,
+                consumed=settlement.excess if is_done else 0,
+                remaining=None if answer is None or answer.available_tokens == MAX else answer.available_tokens,
+                wait_nanos=0 if answer is None else answer.value,
+                duration_nanos=duration,
+                round_trips=courses.whole.round_trips,
+                degraded=courses.whole.degraded,
+                error=error,
+                asynchronous=pipeline.face.asynchronous,
+                given_back=settlement.rest if is_done and own.charged else 0,
+            )
+            report_decision(pipeline.listener, decision)
+
+
+def _settles(parts: Call) -> bool:
+    """Return whether a question settles what was charged before."""
+    command = parts[0].command
+    return type(command) is Verbose and type(command.command) is Settle

@@ -22,6 +22,7 @@ from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Course, Question
 from ratelimit.engine.reserving import probe_of
+from ratelimit.engine.several.parts import Courses
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime.steps import Steps
 
@@ -34,14 +35,15 @@ class OneByOne:
     def __init__(self, shares: Sequence[tuple[BucketProxy, int]]) -> None:
         self._shares = shares
 
-    def answers(self, commands: Sequence[Command[Any]], deadline: float, course: Course) -> Steps[list[Any]]:
+    def answers(self, commands: Sequence[Command[Any]], deadline: float, courses: Courses) -> Steps[list[Any]]:
         """Return an answer for each bucket; where one of them has refused, all that were charged have been undone."""
+        course = courses.whole
         answers: list[Any] = []
         taken: list[tuple[int, Course]] = []
         refused = False
         try:
             for number, wanted in enumerate(commands):
-                own, command = Course(), looking(wanted) if refused else wanted
+                own, command = courses.parts[number], looking(wanted) if refused else wanted
                 try:
                     answer = yield from self._asked(number, command, deadline, own)
                 finally:

@@ -10,7 +10,7 @@ from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.limits import configuration_of
 from ratelimit.engine.on_error import ErrorPolicy
 from ratelimit.engine.optimization import Optimization
-from ratelimit.engine.question import Part
+from ratelimit.engine.question import Course, Part
 from ratelimit.keys import Key
 from ratelimit.runtime.steps import Steps
 
@@ -26,6 +26,24 @@ class Manner(NamedTuple):
     on_error: ErrorPolicy
     optimization: Optimization | None
     find_terms: Callable[[Key], Steps[Terms | None]] | None
+
+
+class Courses(NamedTuple):
+    """What happens to a question about several buckets on the way to its answer.
+
+    :param whole: what has happened to the question.
+    :param parts: for each bucket, whether it was charged, and whether ``on_error`` has answered for it.
+    :param holds: whether an interruption of sync code has to wait until a request that is in flight has ended.
+    """
+
+    whole: Course
+    parts: Sequence[Course]
+    holds: bool
+
+    @classmethod
+    def of(cls, buckets: int, *, holds: bool = False) -> Courses:
+        """Return the courses of a question about so many buckets."""
+        return cls(Course(), [Course() for _ in range(buckets)], holds)
 
 
 def terms_of_key(

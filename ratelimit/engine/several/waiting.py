@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration
 from ratelimit.core.results import CombinedProbe
 from ratelimit.engine.cancellation import uninterrupted
 from ratelimit.engine.observing import report_interruption
 from ratelimit.engine.question import Course
+from ratelimit.engine.several.parts import Courses
 from ratelimit.engine.several.turns import Turn, Turns
 from ratelimit.errors import RateLimitError, ReservationOverflowError
 from ratelimit.runtime.steps import Steps
@@ -23,21 +24,32 @@ from ratelimit.runtime.steps import Steps
 _logger = logging.getLogger("ratelimit")
 
 
-def waited_for(buckets: Any, max_waits: Sequence[int], timeout: Duration | None) -> Steps[CombinedProbe | None]:
+class Waited(NamedTuple):
+    """How a wait has ended.
+
+    :param probe: the last answer.
+    :param courses: what has happened on the way to it.
+    """
+
+    probe: CombinedProbe
+    courses: Courses
+
+
+def waited_for(buckets: Any, max_waits: Sequence[int], timeout: Duration | None) -> Steps[Waited | None]:
     """Consume the tokens of several buckets once they are there.
 
     :param buckets: a ``SeveralBuckets``.
     :param max_waits: for each bucket, the longest wait because of it that is accepted, in nanoseconds; ``NEVER``: as
         long as it takes.
-    :returns: the last answer; None where the longest wait was over before it was this caller's turn.
+    :returns: how that has ended; None where the longest wait was over before it was this caller's turn.
     :raises ReservationOverflowError: without a longest wait, where the tokens will never be there.
     """
     wait = _Wait(buckets, max_waits)
     try:
         while (yield from wait.is_its_turn()):
-            probe = yield from _try_or_undo(buckets, wait, timeout)
+            probe, courses = yield from _try_or_undo(buckets, wait, timeout)
             if wait.is_over(probe):
-                return wait.outcome(probe)
+                return Waited(wait.outcome(probe), courses)
             if wait.queues(probe):
                 yield from wait.sleep(probe.nanos_to_wait_for_refill)
         return None
@@ -118,17 +130,19 @@ class _Wait:
             self._turn = None
 
 
-def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[CombinedProbe]:
-    """Try to consume; where the caller is interrupted while a request is in flight, give back what it has taken."""
-    course = Course()
+def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[Waited]:
+    """Try to consume; where the caller is interrupted meanwhile, give back what it has taken."""
+    course, courses = Course(), Courses.of(len(buckets.shares), holds=True)
     try:
-        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, course, timeout), course)
+        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, timeout, courses), course)
     except RateLimitError as error:
-        if course.interruption is not None:
-            raise course.interruption from error
+        interruption = course.interruption or courses.whole.interruption
+        if interruption is not None:
+            raise interruption from error
         raise
+    course.interruption = course.interruption or courses.whole.interruption
     if course.interruption is None:
-        return probe
+        return Waited(probe, courses)
     if probe.consumed and not probe.degraded:
         try:
             yield from uninterrupted(buckets.give_back(None), course)

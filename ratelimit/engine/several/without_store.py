@@ -5,24 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ratelimit.core.commands import Settle
 from ratelimit.core.several import consumption_of, looking, probe_in
 from ratelimit.engine.fallback import degraded
 from ratelimit.engine.on_error import RETRY_NANOS, OnError
 from ratelimit.engine.proxy import BucketProxy
-from ratelimit.engine.question import Question
+from ratelimit.engine.question import Course, Question
 from ratelimit.errors import RateLimitError
 
 
-def answers_without_store(proxies: Sequence[BucketProxy], question: Question, error: RateLimitError) -> list[Any]:
+def answers_without_store(
+    proxies: Sequence[BucketProxy], question: Question, error: RateLimitError, courses: Sequence[Course]
+) -> list[Any]:
     """Return an answer for each part of a question, or raise the error.
 
     A part that says DENY refuses for all. Otherwise a part that says RAISE raises the error; and else each part answers
     by itself: those that say ALLOW have their tokens, and local buckets are all charged, or none.
+
+    :param courses: those of the parts, where it is noted whether each of them was charged.
     """
     parts = question.parts
     if not all(part.command.is_decision for part in parts):
         raise error
     chosen = [proxy.pipeline.fallback.chosen(proxy.manner.on_error, proxy.target.key, error) for proxy in proxies]
+    in_doubt = bool(getattr(error, "in_doubt", False))
+    for course, one in zip(courses, chosen, strict=True):
+        course.degraded = True
+        course.charged = one.kind == "local" and not in_doubt
     if OnError.DENY in chosen:
         answers = [
             part.command.answer_refused(RETRY_NANOS) if one == OnError.DENY else part.command.answer_without_limit()
@@ -31,10 +40,30 @@ def answers_without_store(proxies: Sequence[BucketProxy], question: Question, er
     elif OnError.RAISE in chosen:
         raise error
     else:
-        answers = _decided_locally(proxies, question, chosen, in_doubt=bool(getattr(error, "in_doubt", False)))
+        answers = _decided_locally(proxies, question, chosen, in_doubt=in_doubt)
     for proxy, one in zip(proxies, chosen, strict=True):
         proxy.pipeline.fallback.note_failure(proxy.target.key, one, error)
     return [degraded(answer) for answer in answers]
+
+
+def settled_without_store(
+    proxies: Sequence[BucketProxy], question: Question, error: RateLimitError, courses: Sequence[Course]
+) -> list[Any]:
+    """Return an answer for each part of a settlement, or raise the error.
+
+    The error is raised where a part says RAISE, or says DENY and has used more than was reserved. Otherwise each part
+    is settled in its local bucket, or stays as it is charged.
+    """
+    settlements: list[Settle] = [part.command.command for part in question.parts]  # type: ignore[attr-defined]  # each of them is verbose
+    chosen = [proxy.pipeline.fallback.chosen(proxy.manner.on_error, proxy.target.key, error) for proxy in proxies]
+    for one, settlement in zip(chosen, settlements, strict=True):
+        if one == OnError.RAISE or (one == OnError.DENY and settlement.excess):
+            raise error
+    return [
+        proxy.pipeline.fallback.answer(one, question._replace(parts=(part,), course=course), error)
+        for proxy, part, one, course in zip(proxies, question.parts, chosen, courses, strict=True)
+    ]
+
 
 
 def _decided_locally(
