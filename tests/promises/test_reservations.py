@@ -23,6 +23,7 @@ from ratelimit import (
     RateLimitExceeded,
     StoreError,
     StoreUnavailableError,
+    all_of,
 )
 from ratelimit.testing import ManualClock, SwappingMemoryStore
 from tests.support.both_faces import closing, settled
@@ -33,6 +34,8 @@ from tests.support.reservations import consumed, entered
 
 LIMITS = "1000000/365d"
 PATIENCE = 60
+DAILY = "1000000/day"
+"""Limits that the server can decide about together with others."""
 
 each_face = pytest.mark.parametrize("face", [ProxyManager, AsyncProxyManager], ids=["sync", "asyncio"])
 
@@ -317,3 +320,111 @@ async def test_what_is_charged_is_what_was_used_but_for_what_is_in_doubt(
         least, most = await lost_now_and_then(face, proxy.port, proxy, random.Random(1))
     assert proxy.lost > 10
     assert least <= await consumed(witness) <= most
+
+
+# Several buckets
+
+
+class Gateway:
+    """Requests and tokens, reserved and settled together."""
+
+    def __init__(self, face: Any, url: str, **given: Any) -> None:
+        self.tokens: Any = face.from_url(url, DAILY, prefix="t:", **given)
+        self.requests: Any = face(self.tokens.store, DAILY, prefix="r:", **given)
+
+    def reserve(self, estimate: int) -> Any:
+        return all_of(self.requests.bucket("{k}"), (self.tokens.bucket("{k}"), estimate)).reserve()
+
+
+async def both_consumed(url: str) -> list[int]:
+    with ProxyManager.from_url(url, DAILY) as witness:
+        return [witness.snapshot(key).consumed_tokens for key in ("r:{k}", "t:{k}")]
+
+
+@pytest.mark.redis
+@each_face
+@pytest.mark.parametrize("way", WAYS, ids=str)
+async def test_several_buckets_take_a_round_trip_and_one_to_settle(face: Any, way: Way, redis_url: str) -> None:
+    kind = "decide" if way.by is By.SCRIPT else "swap"
+    with deciding_by(way.by):
+        gateway = Gateway(face, redis_url, merging=way.merging)
+        async with closing(gateway.tokens):
+            async with entered(gateway.reserve(500)) as reservation:
+                await reservation.settle(1)
+            tap = Tap(gateway.tokens.store)
+            total, calls = 1, 1
+            for used in (0, 3, 500, 501, (0, 2000)):
+                tap.taken()
+                async with entered(gateway.reserve(500)) as reservation:
+                    assert [each for each in tap.taken() if each != "time"] == [kind]
+                    await reservation.settle(used)
+                assert [each for each in tap.taken() if each != "time"] == ([] if used == 500 else [kind])
+                calls += used[0] if isinstance(used, tuple) else 1
+                total += used[1] if isinstance(used, tuple) else used
+    assert await both_consumed(redis_url) == [calls, total]
+
+
+@pytest.mark.redis
+@each_face
+@losses
+@pytest.mark.parametrize("used", [100, 900])
+async def test_a_swap_of_several_that_is_lost_settles_once(
+    face: Any, loss: str, used: int, proxy: Proxy, redis_url: str
+) -> None:
+    gateway = Gateway(face, f"redis://127.0.0.1:{proxy.port}/0")
+    async with closing(gateway.tokens):
+        for number in range(1, 4):
+            async with entered(gateway.reserve(500)) as reservation:
+                setattr(proxy, loss, 1)
+                await reservation.settle(used)
+            assert proxy.lost == number
+            assert await both_consumed(redis_url) == [number, number * used]
+
+
+@pytest.mark.redis
+@each_face
+@losses
+@pytest.mark.parametrize("used", [100, 900])
+async def test_a_decision_about_several_that_is_lost_is_settled_once_or_not_and_in_doubt(
+    face: Any, loss: str, used: int, proxy: Proxy, redis_url: str
+) -> None:
+    with deciding_by(By.SCRIPT):
+        gateway = Gateway(face, f"redis://127.0.0.1:{proxy.port}/0")
+        async with closing(gateway.tokens):
+            async with entered(gateway.reserve(1)):
+                pass
+            async with entered(gateway.reserve(500)) as reservation:
+                setattr(proxy, loss, 1)
+                with pytest.raises(StoreUnavailableError) as caught:
+                    await reservation.settle(used)
+                assert caught.value.in_doubt
+                with pytest.raises(InvalidArgumentError, match="in doubt"):
+                    await reservation.settle(used)
+    assert await both_consumed(redis_url) == [2, 1 + (used if loss == "lose_replies" else 500)]
+
+
+def reserve_and_settle_several(url: str, seed: int, totals: Any) -> None:
+    chance, used, calls = random.Random(seed), 0, 0
+    gateway = Gateway(ProxyManager, url, timeout=PATIENCE)
+    with gateway.tokens:
+        for _ in range(100):
+            tokens, requests = chance.randint(0, 3000), chance.randint(0, 2)
+            with gateway.reserve(chance.randint(1, 2000)) as reservation:
+                reservation.settle((requests, tokens))
+            used, calls = used + tokens, calls + requests
+    totals.put((calls, used))
+
+
+@pytest.mark.redis
+async def test_processes_that_share_several_buckets_settle_to_the_token(redis_url: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    totals: Any = context.Queue()
+    processes = [
+        context.Process(target=reserve_and_settle_several, args=(redis_url, seed, totals)) for seed in range(3)
+    ]
+    for process in processes:
+        process.start()
+    counted = [totals.get(timeout=PATIENCE) for _ in processes]
+    for process in processes:
+        process.join(PATIENCE)
+    assert await both_consumed(redis_url) == [sum(column) for column in zip(*counted, strict=True)]

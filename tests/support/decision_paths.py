@@ -20,7 +20,7 @@ from ratelimit.stores.redis.channel import Replies
 from ratelimit.stores.redis.scripts import load
 from tests.support.inside import pipeline_of
 
-_DECIDE = load("decide")
+_DECIDING = load("decide"), load("decide_all")
 
 
 class By(Enum):
@@ -166,5 +166,6 @@ class _TappedWaiter:
 def _kind(command: RedisCommand) -> str:
     name = command[0].decode()
     if name in ("EVAL", "EVALSHA"):
-        return "decide" if command[1] in (_DECIDE.sha.encode(), _DECIDE.text) else "swap"
+        decides = any(command[1] in (script.sha.encode(), script.text) for script in _DECIDING)
+        return "decide" if decides else "swap"
     return {"SET": "swap", "GETRANGE": "get", "DEL": "delete", "TIME": "time"}[name]

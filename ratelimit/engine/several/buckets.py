@@ -75,6 +75,8 @@ class SeveralBuckets:
     :param shows: whether answers about tokens show each bucket as well.
     :ivar keys: the keys of the buckets in the store.
     :ivar home: the pipeline of the last bucket, where questions meet others.
+    :ivar place: which questions they meet there.
+    :ivar timeout: how long a question may take, in seconds.
     """
 
     shares: Shares
@@ -82,15 +84,21 @@ class SeveralBuckets:
     shows: bool = False
     home: Any = field(init=False)
     keys: list[bytes] = field(init=False)
-    _place: bytes = field(init=False)
-    _timeout: float = field(init=False)
+    place: bytes = field(init=False)
+    timeout: float = field(init=False)
 
     def __post_init__(self) -> None:
         proxies = [proxy for proxy, _ in self.shares]
         self.home = proxies[-1].pipeline
         self.keys = [proxy.target.stored_key for proxy in proxies]
-        self._place = place_of(self.keys)
-        self._timeout = min([proxy.timeout for proxy in proxies])
+        self.place = place_of(self.keys)
+        self.timeout = min([proxy.timeout for proxy in proxies])
+
+    def only(self, places: Iterable[int]) -> SeveralBuckets:
+        """Return some of the buckets, whose questions meet those about all of them, and know what these have seen."""
+        some = replace(self, shares=tuple([self.shares[place] for place in places]))
+        some.home, some.place, some.timeout = self.home, self.place, self.timeout
+        return some
 
     def try_consume(self, verb: str, timeout: Duration | None, courses: Courses | None = None) -> Steps[CombinedProbe]:
         """Consume the tokens of all buckets if all of them are there."""
@@ -153,7 +161,7 @@ class SeveralBuckets:
 
     def seconds(self, timeout: Duration | None) -> float:
         """Return how long a question may take, in seconds: its own timeout, or the shortest of the buckets'."""
-        return self._timeout if timeout is None else timeout_seconds(timeout)
+        return self.timeout if timeout is None else timeout_seconds(timeout)
 
     def consume_in_turn(self, max_waits: Sequence[int]) -> Steps[CombinedProbe]:
         """Wait for the tokens no longer than each bucket that refuses allows, and consume them.
@@ -235,7 +243,7 @@ class SeveralBuckets:
         question = Question(call, deadline, courses.holds, course)
         own = [each for each in courses.parts if each.charged]
         try:
-            found: list[Any] = yield from self.home.several.decide(self._place, question)
+            found: list[Any] = yield from self.home.several.decide(self.place, question)
         except FAILURES as error:
             course.failure = error
             if course.interruption is not None:
