@@ -431,12 +431,16 @@ CLIENTS = 10
 USERS = ("alice", "bob", "carol", "dave", "erin")
 TOKENS_OF_A_USER = Bandwidth.greedy(1_500, 1)
 TOKENS_OF_AN_ORGANISATION = Bandwidth.greedy(3_000, 1)
-ORGANISATION_KEY = "acme"
+ORGANISATION = "acme"
 MOST_TOKENS = 400
 """The most that a client asks for at once; see llm_proxy/client.py."""
 LEAST_USE = 0.95
 """The part of the limit that is used at least, while there is always somebody who wants more."""
-LLM_KEYS = [f"llm-tokens:user:{user}" for user in USERS] + [f"llm-tokens:organisation:{ORGANISATION_KEY}"]
+LLM_KEYS = [
+    f"llm-{what}:{whose}"
+    for what in ("requests", "tokens")
+    for whose in (*[f"user:{{{ORGANISATION}}}:{user}" for user in USERS], f"organisation:{{{ORGANISATION}}}")
+]
 
 
 def tell_of_tokens(stage: Stage, seconds: float, manager: ProxyManager) -> str:
@@ -457,31 +461,43 @@ def tell_of_tokens(stage: Stage, seconds: float, manager: ProxyManager) -> str:
         for _ in range(CLIENTS)
     ]
     # The time of the story begins when the burst is used up, which the bucket has saved for it.
-    while used_by(bill).total() < TOKENS_OF_AN_ORGANISATION.capacity:
+    while Bill.read(bill).tokens.total() < TOKENS_OF_AN_ORGANISATION.capacity:
         for client in clients:
             client.check()
         check(time.monotonic() < begin + PATIENCE, "nobody gets any tokens")
         time.sleep(0.05)
     say(f"\n{CLIENTS} clients ask, for {seconds:g} seconds:")
-    first, before = time.monotonic(), used_by(bill).total()
+    first, before = time.monotonic(), Bill.read(bill).tokens.total()
     time.sleep(seconds / 2)
     os.kill(clients[0].pid, signal.SIGKILL)
     say(f"  a client of {USERS[0]} is killed in mid-stream")
     time.sleep(max(0.0, first + seconds - time.monotonic()))
-    used_meanwhile, last = used_by(bill).total() - before, time.monotonic()
+    used_meanwhile, last = Bill.read(bill).tokens.total() - before, time.monotonic()
     for client in clients[1:]:
         os.kill(client.pid, signal.SIGKILL)
     return account_for_tokens(bill, manager, used_meanwhile, last - first, last - begin)
 
 
-def used_by(bill: Path) -> Counter[str]:
-    """How many tokens each user has used, as the proxies have settled them."""
-    used = Counter[str]()
-    if bill.exists():
-        for line in bill.read_text().split("\n")[:-1]:
-            user, tokens = line.split()
-            used[user] += int(tokens)
-    return used
+class Bill(NamedTuple):
+    """What the proxies have settled, by user."""
+
+    requests: Counter[str]
+    tokens: Counter[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        found = cls(Counter(), Counter())
+        if path.exists():
+            for line in path.read_text().split("\n")[:-1]:
+                user, tokens = line.split()
+                found.requests[user] += 1
+                found.tokens[user] += int(tokens)
+        return found
+
+    def by_key(self) -> dict[str, int]:
+        """What each bucket should have charged."""
+        used = [[*[counted[user] for user in USERS], counted.total()] for counted in (self.requests, self.tokens)]
+        return dict(zip(LLM_KEYS, used[0] + used[1], strict=True))
 
 
 def account_for_tokens(
@@ -493,11 +509,7 @@ def account_for_tokens(
         return {key: manager.snapshot(key).consumed_tokens for key in LLM_KEYS}
 
     deadline = time.monotonic() + PATIENCE
-    while True:
-        used = used_by(bill)
-        billed = {**{f"llm-tokens:user:{user}": used[user] for user in USERS}, LLM_KEYS[-1]: used.total()}
-        if charged() == billed or time.monotonic() > deadline:
-            break
+    while (billed := Bill.read(bill).by_key()) != charged() and time.monotonic() < deadline:
         time.sleep(0.2)
     say("\n        used  charged")
     for key, tokens in billed.items():
@@ -506,10 +518,10 @@ def account_for_tokens(
     share = used_meanwhile / (rate * seconds)
     say(f"\nuse of the limit, once its burst was used up: {share:.0%}")
     # What is given back while others wait may be used by newcomers at once: one estimate for each call under way.
-    bound = capacity + rate * all_seconds + CLIENTS * MOST_TOKENS
-    say(f"used in all: {used.total():,} of at most {bound:,.0f}")
+    bound, used = capacity + rate * all_seconds + CLIENTS * MOST_TOKENS, billed[LLM_KEYS[-1]]
+    say(f"used in all: {used:,} of at most {bound:,.0f}")
     check(charged() == billed, "what was charged is not what was used")
-    check(used.total() <= bound, "more was used than the limit allows")
+    check(used <= bound, "more was used than the limit allows")
     check(share >= LEAST_USE, "the limit was not used")
     return "What was charged is what was used, to the token, and the limit was used."
 

@@ -38,6 +38,7 @@ PATIENCE = 120
 """Seconds, for what takes a few."""
 HOUR = 3600
 EXAMPLES = ["fastapi", "flask", "django"]
+WHOSE = ("user", "organisation")
 
 
 @pytest.fixture
@@ -189,11 +190,13 @@ class TestStories:
 
     def test_tokens_of_a_model_are_settled_to_the_token(self, surroundings: Surroundings) -> None:
         told = told_by("llm-proxy", "--seconds", "5")
-        rows = re.findall(r"^ +([\d,]+) +([\d,]+)  llm-tokens:(\w+):(\w+)$", told, re.MULTILINE)
-        assert len(rows) == 6
+        rows = re.findall(r"^ +([\d,]+) +([\d,]+)  llm-(\w+):(\w+):\{acme\}", told, re.MULTILINE)
+        assert len(rows) == 12
         assert all(used == charged for used, charged, *_ in rows)
-        users = sum(int(used.replace(",", "")) for used, _, kind, _ in rows if kind == "user")
-        assert [int(used.replace(",", "")) for used, _, kind, _ in rows if kind == "organisation"] == [users]
+        for what in ("requests", "tokens"):
+            of = {whose: [int(row[0].replace(",", "")) for row in rows if row[2:] == (what, whose)] for whose in WHOSE}
+            assert of["organisation"] == [sum(of["user"])]
+            assert len(of["user"]) == 5
         check_that_nothing_is_left(surroundings)
 
     def test_a_redis_that_is_given_is_left_as_it_was(
