@@ -14,6 +14,7 @@ CONNECTION: Final = "shared connection alone"
 CORE_OVER_CONNECTION: Final = "core over the shared connection"
 SKIP_SYNC: Final = f"{OURS}, skip-sync-on-zero"
 FORGETFUL: Final = f"{OURS}, nothing remembered"
+ONE_AFTER_THE_OTHER: Final = f"{OURS}, one after the other"
 GCRA: Final = "textbook GCRA"
 
 
@@ -101,5 +102,6 @@ MEMORY: Final = [
 
 ENTRANTS: Final = {
     contender.name: contender.entrant for contender in (*MEMORY, *REDIS, *PARTS, WAITING, NOTHING_REMEMBERED)
-}
+} | {ONE_AFTER_THE_OTHER: Entrant(ONE_AFTER_THE_OTHER, Kind.PART)}
+"""The last one is in the scenario of several buckets only, which makes it for each number of buckets."""
 BY_NAME: Final = {contender.name: contender for contender in (*REDIS, *PARTS, WAITING)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from benchmarks import obstacles
-from benchmarks.contenders import FORGETFUL, GCRA, REDIS_PY, SKIP_SYNC, SOCKET
+from benchmarks.contenders import FORGETFUL, GCRA, ONE_AFTER_THE_OTHER, REDIS_PY, SKIP_SYNC, SOCKET
 from benchmarks.goal import (
     Find,
     Goal,
@@ -22,6 +22,7 @@ from benchmarks.goal import (
 )
 from benchmarks.model import NEVER_REACHED, OURS, PER_DAY, PLANS, Entrant, Plan, Results
 from benchmarks.obstacles import MANY
+from benchmarks.several import BUCKETS, MILLISECONDS, table_id
 
 
 def _uncontended(results: Results) -> Measured | None:
@@ -109,6 +110,30 @@ def _crowds_of_tasks() -> list[Goal]:
         goals += [
             Goal(f"{title}: throughput to that of 100 tasks", ">=", 1, to_hundred, obstacle=obstacle),
             Goal(f"{title}: errors at a timeout of 2 s", "<=", 0, value_of(id, "errors", max), "{:.0f}", obstacle),
+        ]
+    return goals
+
+
+def _several_buckets() -> list[Goal]:
+    goals: list[Goal] = []
+    for buckets, bound in zip(BUCKETS, (0.7, 0.5, 0.35), strict=True):
+        ids = {f"{milliseconds:g} ms": table_id(milliseconds, buckets) for milliseconds in MILLISECONDS}
+        goals += [
+            Goal(
+                f"{buckets} buckets in one decision: mean round trips",
+                "<=",
+                1.1,
+                worst("<=", {name: value_of(id, "trips") for name, id in ids.items()}),
+                "{:.2f}",
+                obstacles.several_buckets,
+            ),
+            Goal(
+                f"{buckets} buckets in one decision, 1 ms more per round trip: time to that of one after the other",
+                "<=",
+                bound,
+                times_as_long_as(table_id(1, buckets), ONE_AFTER_THE_OTHER),
+                obstacle=obstacles.several_buckets,
+            ),
         ]
     return goals
 
@@ -231,5 +256,6 @@ GOALS: Final = (
         ratio("rejections-asyncio", ours=SKIP_SYNC, wanted=_asking),
         obstacle=obstacles.each_takes([("rejections-asyncio", "refused, asyncio")], ours=SKIP_SYNC),
     ),
+    *_several_buckets(),
     Goal("round trips per decision, uncontended", "<=", 1.005, _uncontended, "{:.2f}", obstacles.uncontended),
 )

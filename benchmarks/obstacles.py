@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from benchmarks.contenders import CONNECTION, CORE, CORE_OVER_CONNECTION, FORGETFUL, GCRA, REDIS_PY, SOCKET
+from benchmarks.contenders import (
+    CONNECTION,
+    CORE,
+    CORE_OVER_CONNECTION,
+    FORGETFUL,
+    GCRA,
+    ONE_AFTER_THE_OTHER,
+    REDIS_PY,
+    SOCKET,
+)
 from benchmarks.goal import is_peer, ratio
 from benchmarks.model import OURS, Entrant, Results, Table
 
@@ -187,3 +196,16 @@ def server_takes(results: Results) -> str | None:
         parts = [f"{what} {micros:.1f} us" for what, name in named if (micros := table.median(name)) is not None]
         said.append(f"{table.title}: {', '.join(parts)}")
     return f"In the server, by the medians: {'; '.join(said)}." if said else None
+
+
+def several_buckets(results: Results) -> str | None:
+    """Say what a decision about several buckets takes, and what as many decisions take."""
+    said = [
+        f"{table.title}: {together:,.0f} us ({trips:.2f} round trips), one after the other {apart:,.0f} us"
+        for table in results.tables.values()
+        if table.family == "several"
+        and (together := table.median(OURS, "p50_us")) is not None
+        and (trips := table.median(OURS, "trips")) is not None
+        and (apart := table.median(ONE_AFTER_THE_OTHER, "p50_us")) is not None
+    ]
+    return f"A decision about several buckets takes, by its median: {'; '.join(said)}." if said else None

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from benchmarks.model import AsyncHit, Hit, Setup
-from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimization, ProxyManager
+from ratelimit import AsyncProxyManager, Bandwidth, BucketConfiguration, Optimization, ProxyManager, all_of
 from ratelimit.settings import SettingsByName
 
 
@@ -39,6 +39,40 @@ def sync(*, skip_sync: bool = False, remembering: bool = True) -> Callable[[Setu
         settings = _settings(setup, skip_sync=skip_sync, remembering=remembering)
         with ProxyManager.from_url(setup.url, configuration_of(setup), **settings) as manager:
             yield manager.try_consume
+
+    return opened
+
+
+@contextmanager
+def _managers(setup: Setup, buckets: int) -> Generator[list[ProxyManager]]:
+    """Open so many managers over one store."""
+    limits = configuration_of(setup)
+    with ProxyManager.from_url(setup.url, limits, prefix="0:", timeout=setup.timeout) as first:
+        others = [
+            ProxyManager(first.store, limits, prefix=f"{number}:", timeout=setup.timeout)
+            for number in range(1, buckets)
+        ]
+        yield [first, *others]
+
+
+def together(buckets: int) -> Callable[[Setup], AbstractContextManager[Hit]]:
+    """Return how to charge so many buckets in one decision."""
+
+    @contextmanager
+    def opened(setup: Setup) -> Generator[Hit]:
+        with _managers(setup, buckets) as managers:
+            yield lambda key: all_of(*[manager.bucket(key) for manager in managers]).try_consume()
+
+    return opened
+
+
+def one_after_the_other(buckets: int) -> Callable[[Setup], AbstractContextManager[Hit]]:
+    """Return how to charge so many buckets by a decision each."""
+
+    @contextmanager
+    def opened(setup: Setup) -> Generator[Hit]:
+        with _managers(setup, buckets) as managers:
+            yield lambda key: all(manager.try_consume(key) for manager in managers)
 
     return opened
 

@@ -14,6 +14,7 @@ from benchmarks.goals import GOALS
 from benchmarks.measure import USED_UP
 from benchmarks.model import METRICS, OURS, PEOPLES, PER_MINUTE, Kind, Results, Table, spread
 from benchmarks.processes import TASKS
+from benchmarks.several import MILLISECONDS
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,17 @@ FAMILIES: Final = {
         "A slower network",
         "Through a process that holds every byte back, half of the time in each direction, and that takes processor "
         "time of its own.",
+    ),
+    "several": Family(
+        "Several buckets",
+        "`all_of` charges a bucket of each of several managers in one decision. Beside it the same buckets are charged "
+        "by a decision each, one after the other. The network is that of the section before.",
+        (),
+        tuple(
+            Growth(f"{milliseconds:g}-p50_us", "p50_us", "buckets", rf"several-{milliseconds:g}-(\d)", title)
+            for milliseconds in MILLISECONDS
+            for title in (f"{milliseconds:g} ms more per round trip, more and more buckets",)
+        ),
     ),
     "server": Family(
         "What a decision costs the server",

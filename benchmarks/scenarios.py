@@ -27,6 +27,7 @@ from benchmarks.processes import number_of_keys, one_key, shared_keys
 from benchmarks.run import FEW, LIMITERS, SLIM, Run, async_round, asyncios, of_plan, on, sync_round, syncs
 from benchmarks.server import url_of
 from benchmarks.server_time import bytes_per_key, server_time
+from benchmarks.several import several
 
 BANDWIDTHS: Final = (ROOMY, Limit(60_000_000, 60), Limit(2_000_000_000, 3_600), Limit(10_000_000_000, 86_400))
 EXHAUSTED: Final = Plan("exhausted", "10/day", (TIGHT,), refused=1.0)
@@ -109,17 +110,17 @@ def rejections(run: Run) -> None:
 
 
 def bandwidths(run: Run) -> None:
-    several = [each.name for each in contenders.REDIS if each.entrant.several]
+    know_several = [each.name for each in contenders.REDIS if each.entrant.several]
     once_each = ("limits fixed window", GCRA)
     for number in (1, 4) if run.quick else (1, 2, 4):
         title = f"{number} bandwidth{'s' * (number > 1)}"
         plan = Plan("", title, BANDWIDTHS[:number])
         table = run.table(f"bandwidths-asyncio-{number}", "bandwidths", f"{title}, 100 tasks, 1,000 keys")
-        which = asyncios(run, several if number > 1 else (*several, *once_each))
+        which = asyncios(run, know_several if number > 1 else (*know_several, *once_each))
         run.interleave(table, which, async_round(run, run.server.url, keys(1_000), 100, plan))
         table = run.table(f"bandwidths-sync-{number}", "bandwidths", f"{title}, 1 thread, 1,000 keys")
         slice = sync_round(run, run.server.url, keys(1_000), 1, plan)
-        run.interleave(table, syncs(run, (*several, *once_each)), slice, min(run.rounds, 3))
+        run.interleave(table, syncs(run, (*know_several, *once_each)), slice, min(run.rounds, 3))
 
 
 def in_process(run: Run) -> None:
@@ -159,6 +160,7 @@ SCENARIOS: dict[str, Callable[[Run], None]] = {
     "bandwidths": bandwidths,
     "memory": in_process,
     "latency": latency,
+    "several": several,
     "server": server_time,
     "bytes": bytes_per_key,
     "keys": number_of_keys,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from benchmarks import charts, integrations, report, service
+from benchmarks import charts, integrations, ours, report, service
 from benchmarks.applications import ALONE, BARE, FRAMEWORKS, REDIS_PY, addresses
 from benchmarks.applications.calls import asgi
 from benchmarks.contenders import (
@@ -24,6 +24,7 @@ from benchmarks.contenders import (
     ENTRANTS,
     FORGETFUL,
     GCRA,
+    ONE_AFTER_THE_OTHER,
     REDIS,
     SKIP_SYNC,
     SOCKET,
@@ -266,6 +267,28 @@ def test_processes_say_what_the_server_takes() -> None:
     assert "1,200 a second with 30 us of the server's processor each (1.00 round trips) here" in told
     assert "1,000 a second with 20 us of the server's processor each (1.00 round trips) with limits fixed" in told
     assert "900 a second with 40 us" in told
+
+
+def test_several_buckets_are_compared_with_as_many_decisions() -> None:
+    rows: dict[str, list[Sample]] = {
+        OURS: [{"rate": 500.0, "p50_us": 2_000.0, "trips": 1.2}],
+        ONE_AFTER_THE_OTHER: [{"rate": 200.0, "p50_us": 5_000.0, "trips": 2.0}],
+    }
+    made = results_with(*(Table(f"several-{ms}-2", "several", f"2 buckets, {ms} ms", rows=rows) for ms in ("0.2", 1)))
+    judged = {text: verdict for text, verdict in verdicts(made).items() if "buckets in one decision" in text}
+    assert [verdict for text, verdict in judged.items() if text.startswith("2")] == ["NOT reached", "reached"]
+    assert {verdict for text, verdict in judged.items() if not text.startswith("2")} == {"not measured"}
+    (told,) = report.obstacles(made)
+    assert "2 buckets, 1 ms: 2,000 us (1.20 round trips), one after the other 5,000 us" in told
+
+
+@pytest.mark.redis
+def test_several_buckets_are_measured(redis_url: str) -> None:
+    for opens in (ours.together(3), ours.one_after_the_other(3)):
+        with opens(Setup(redis_url)) as hit:
+            assert all(hit(key) for key in keys(2))
+    with redis.Redis.from_url(redis_url) as client:
+        assert sorted(client.keys()) == sorted(b"%d:user:%d" % (n, key) for n in range(3) for key in range(2))
 
 
 def test_the_server_s_time_is_told_of_each_kind_of_decision(results: Results) -> None:
