@@ -14,6 +14,7 @@ from ratelimit.core.commands import (
     GiveBack,
     Reserve,
     Reset,
+    Settle,
     Synchronize,
     TakeSnapshot,
     TryConsume,
@@ -169,6 +170,8 @@ class Bucket(NamedTuple):
             case GiveBack(tokens):
                 levels = tuple([level.given_back(tokens) for level in self.levels])
                 return Outcome(Bucket(levels, self.counted - tokens), -tokens, None, True)
+            case Settle():
+                return self._settled(command, now)
             case AddTokens(tokens):
                 levels = tuple([level.added(tokens) for level in self.levels])
                 return Outcome(self._replace(levels=levels), 0, None, True)
@@ -200,6 +203,11 @@ class Bucket(NamedTuple):
             return Outcome(self, 0, answer, False)
         levels = tuple([level.less(tokens) for level in self.levels])
         return Outcome(Bucket(levels, self.counted + tokens), tokens, answer, True)
+
+    def _settled(self, command: Settle, now: int) -> Outcome:
+        if command.excess:
+            return self._consumed(command.excess, max([level.wait(command.excess, now) for level in self.levels]))
+        return self._after(GiveBack(command.rest), now)._replace(answer=0)
 
     def _reserved(self, tokens: int, wait: int, now: int) -> Outcome:
         outcome = self._consumed(tokens, wait)

@@ -13,6 +13,7 @@ from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
     Reserve,
+    Settle,
     TryConsume,
     TryConsumeAndReturnRemaining,
 )
@@ -26,6 +27,7 @@ from ratelimit.engine.optimization import Optimization
 from ratelimit.engine.pipeline import Pipeline
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.question import Layer, Question, Target
+from ratelimit.engine.reserving import settling
 from ratelimit.engine.swapping import Swapping
 from ratelimit.errors import RateLimitError, StoreError
 from ratelimit.runtime.steps import Steps, run
@@ -165,6 +167,8 @@ class Process:
         if isinstance(command, Reserve):
             longest = None if command.longest_wait_nanos == NEVER else command.longest_wait_nanos / SECOND
             steps: Steps[Any] = bucket.consume(command.tokens, longest, None)
+        elif isinstance(command, Settle):
+            steps = settling(bucket, command, None)
         elif isinstance(command, Remove):
             steps = self._removed(bucket, command)
         else:
@@ -258,7 +262,10 @@ class Process:
         if self.world.tracing:
             self.world.note(f"{decision} is told {plain_answer(answer)}")
         self.ledger.answered(decision, answer)
-        self._told[target.stored_key] += decision.told_charge
+        # What is settled was handed out by an earlier decision, or is not handed out at all.
+        settles = plain(command)
+        settled = settles.used - settles.reserved if isinstance(settles, Settle) else 0
+        self._told[target.stored_key] += decision.told_charge - settled
         self._excused |= decision.outcome != "told" or isinstance(command, Remove)
         return answer
 

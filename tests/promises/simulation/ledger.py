@@ -18,6 +18,7 @@ from ratelimit.core.commands import (
     Reserve,
     Reserved,
     Reset,
+    Settle,
     Synchronize,
     Synchronized,
     Transition,
@@ -242,7 +243,7 @@ class Ledger:
         decision.told_charge = charge
         if charge:
             account.admitted += charge
-            wait = answer if isinstance(command, Reserve) and answer != NEVER else 0
+            wait = answer if isinstance(command, Reserve | Settle) and answer != NEVER else 0
             account.until = max(account.until, self.world.now + wait)
         self._ended(decision)
 

@@ -14,6 +14,7 @@ from ratelimit.core.commands import (
     Cancel,
     Command,
     ConsumeAsMuchAsPossible,
+    ConsumeIgnoringRateLimits,
     GiveBack,
     Reserve,
     Reset,
@@ -94,6 +95,8 @@ def _command(number: int, tokens: int, further: int) -> Command[Any]:
             return TryConsume(tokens)
         case Operation.CONSUME_AS_MUCH_AS_POSSIBLE:
             return ConsumeAsMuchAsPossible(tokens)
+        case Operation.CONSUME_IGNORING_RATE_LIMITS:
+            return ConsumeIgnoringRateLimits(tokens)
         case Operation.RESERVE:
             return Reserve(tokens, further)
         case Operation.GIVE_BACK:

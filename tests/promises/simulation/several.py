@@ -1,7 +1,7 @@
 """Schedules of decisions about several buckets: the loop that swaps all of them, over the same bad network.
 
-Each decision is about up to three calls that go together. The server notes what it has charged on behalf of each
-decision, whenever that comes. The rules are few:
+Each decision is about up to three calls that go together, each of which consumes or settles. The server notes what it
+has charged on behalf of each decision, whenever that comes. The rules are few:
 
 - a decision that is answered was charged just what its answer says, in every bucket, and once;
 - one that fails without doubt was charged nothing, and one that fails in doubt all of it or nothing;
@@ -20,7 +20,14 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ratelimit.core.algorithm import State, decode, encode
-from ratelimit.core.commands import Command, ConsumeIgnoringRateLimits, GiveBack, Terms, TryConsumeAndReturnRemaining
+from ratelimit.core.commands import (
+    Command,
+    ConsumeIgnoringRateLimits,
+    GiveBack,
+    Settle,
+    Terms,
+    TryConsumeAndReturnRemaining,
+)
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.several import execute_all
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
@@ -52,6 +59,8 @@ _COMMANDS: Final[dict[int, Callable[[int], Command[Any]]]] = {
     Operation.GIVE_BACK: GiveBack,
     Operation.CONSUME_IGNORING_RATE_LIMITS: ConsumeIgnoringRateLimits,
 }
+_CONSUMPTIONS: Final = tuple([TryConsumeAndReturnRemaining(tokens) for tokens in (1, 1, 2, 3)])
+_SETTLEMENTS: Final = (Settle(1, 0), Settle(3, 1), Settle(1, 2), Settle(1, 4))
 _GAPS: Final = (0, 100_000, MILLISECOND, 5 * MILLISECOND)
 
 
@@ -176,26 +185,39 @@ def check(decision: Decision) -> None:
 
     :raises ViolationError: where the two differ.
     """
-    whole, charged = wanted(decision), Counter[bytes]()
+    least, most = wanted(decision)
+    charged = Counter[bytes]()
     # A bucket that is forgotten between a swap and its repetition is made again, and charged again; its first charge is
     # forgotten as well.
     for (key, _), charge in decision.charged.items():
-        charged[key] = max(charged[key], charge)
-    if any(charged[key] > whole[key] for key in charged):
-        raise ViolationError(f"{decision} is charged {dict(charged)}, and has asked for {dict(whole)}")
+        charged[key] = max(charged[key], charge, key=abs)
+    if any(not least[key] <= charged[key] <= most[key] for key in charged):
+        raise ViolationError(f"{decision} is charged {dict(charged)}, and has asked for {dict(most)}")
     if not decision.over or decision.in_doubt:
         return
-    told = Counter() if decision.told is None else +decision.told
-    if +charged != told:
+    told = decision.told or Counter[bytes]()
+    if any(charged[key] != told[key] for key in {*charged, *told}):
         raise ViolationError(f"{decision} is charged {dict(charged)}, and is told {dict(told)}")
 
 
-def wanted(decision: Decision) -> Counter[bytes]:
-    whole: Counter[bytes] = Counter()
+def wanted(decision: Decision) -> tuple[Counter[bytes], Counter[bytes]]:
+    """Return the least and the most that may be charged to each bucket."""
+    least, most = Counter[bytes](), Counter[bytes]()
     for call in decision.calls:
         for target, _, command in call:
-            whole[target.stored_key] += command.tokens  # type: ignore[attr-defined]
-    return whole
+            least[target.stored_key] += min(0, charge_of(command))
+            most[target.stored_key] += max(0, charge_of(command))
+    return least, most
+
+
+def charge_of(command: Command[Any]) -> int:
+    """Return what a command charges if it is carried out; a settlement that gives back charges less than nothing."""
+    match command:
+        case TryConsumeAndReturnRemaining(tokens):
+            return tokens
+        case Settle(reserved, used):
+            return used - reserved
+    raise NotImplementedError(command)
 
 
 class Store(SimulatedStore):
@@ -249,12 +271,9 @@ class Process:
         self._knows_time = world.random.random() < 0.5
         self._lag = 0
 
-    def begin(self, name: str, asked: list[dict[bytes, int]], timeout: float) -> None:
+    def begin(self, name: str, asked: list[dict[bytes, Command[Any]]], timeout: float) -> None:
         calls = tuple(
-            tuple(
-                Part(self._targets[key], Terms(LIMITS[key]), TryConsumeAndReturnRemaining(tokens))
-                for key, tokens in each.items()
-            )
+            tuple(Part(self._targets[key], Terms(LIMITS[key]), command) for key, command in each.items())
             for each in asked
         )
         decision = Decision(name, calls)
@@ -307,9 +326,10 @@ class Process:
             for call, found in zip(decision.calls, answers, strict=True):
                 if isinstance(found, Exception):
                     decision.in_doubt |= getattr(found, "in_doubt", False)
-                elif all(probe.consumed for probe in found):
+                elif all(isinstance(answer, int) or answer.consumed for answer in found):
+                    # A settlement answers a wait, and is never refused.
                     for target, _, command in call:
-                        decision.told[target.stored_key] += command.tokens  # type: ignore[attr-defined]
+                        decision.told[target.stored_key] += charge_of(command)
         if self.world.tracing:
             self.world.note(f"{decision} ends, {error!r}, is told {decision.told}")
         if self.plan.is_bounded and decision.trips > 3:
@@ -384,7 +404,8 @@ def simulate(seed: int, *, tracing: bool = False) -> World:
             asked = []
             for _ in range(random.choice((1, 1, 1, 2, 3))):
                 keys = random.sample(plan.keys, random.randint(1, len(plan.keys)))
-                asked.append({key: random.choice((1, 1, 2, 3)) for key in keys})
+                commands = _SETTLEMENTS if random.random() < 0.3 else _CONSUMPTIONS
+                asked.append({key: random.choice(commands) for key in keys})
             begin, timeout = at + random.randrange(400_000), random.choice((0.005, 0.05, 1.0))
             world.after(begin, random.choice(processes).begin, f"decision {number}", asked, timeout)
         if plan.faults:

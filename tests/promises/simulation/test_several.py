@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ratelimit.core.commands import GiveBack, Settle
 from ratelimit.core.several import execute_all
 from ratelimit.engine.several import attempt, deciding
 from ratelimit.engine.several.attempt import Attempt, Held
@@ -116,6 +117,10 @@ def a_pure_part_that_charges_those_that_have_tokens(patch: pytest.MonkeyPatch) -
     patch.setattr(attempt, "computed", each_by_itself)
 
 
+def a_settlement_that_forgives_an_excess(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Settle, "correction", property(lambda settlement: GiveBack(settlement.rest)))
+
+
 MUTANTS: list[tuple[Mutant, str]] = [
     (a_server_that_stores_some_of_them, "is told"),
     (a_client_that_takes_a_lost_reply_for_a_loss, "is charged"),
@@ -126,6 +131,7 @@ MUTANTS: list[tuple[Mutant, str]] = [
     (a_client_that_does_not_swap_what_it_has_charged, "is told"),
     (a_script_that_is_never_asked, "round trips"),
     (a_pure_part_that_charges_those_that_have_tokens, "is told"),
+    (a_settlement_that_forgives_an_excess, "is told"),
 ]
 
 
