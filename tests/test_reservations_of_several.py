@@ -51,8 +51,9 @@ class Gateway:
         self.clock = clock
         self.face = face
         self.store: Any = store if face is ProxyManager else for_asyncio(store)
+        given: dict[str, Any] = {"clock": clock, **settings}
         self.managers = [
-            face(self.store, limits, prefix=prefix, **{"clock": clock, **settings})
+            face(self.store, limits, prefix=prefix, **given)
             for limits, prefix in (("10/minute", "r:"), ("1000/hour", "u:"), ("1500/hour", "o:"))
         ]
 

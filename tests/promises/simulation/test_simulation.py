@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ratelimit.core.algorithm import decode
-from ratelimit.core.commands import TryConsume, execute
+from ratelimit.core.commands import GiveBack, Settle, TryConsume, execute
 from ratelimit.core.expiration import Expiration
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine import lost_reply, preparing, swapping
@@ -69,7 +69,7 @@ def test_everything_does_go_wrong(limits: tuple[Limits, ...]) -> None:
     for fault in FAULTS:
         assert f", {fault}" in told
     for event in (
-        *("and has lost", "and is done", "is stopped", "is interrupted", "expires", "fails over", "Cancel("),
+        *("and has lost", "and is done", "is stopped", "is interrupted", "expires", "fails over", "Cancel(", "Settle("),
         *("ContentionError", "BucketNotFoundError", "StoreTimeoutError", "no time left", "nobody waits"),
     ):
         assert event in told
@@ -272,7 +272,12 @@ def a_client_that_forgets_what_it_could_not_book(patch: pytest.MonkeyPatch) -> N
     patch.setattr(LocalDecisions, "_failed", forget)
 
 
+def a_settlement_that_forgives_an_excess(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Settle, "correction", property(lambda settlement: GiveBack(settlement.rest)))
+
+
 MUTANTS: list[tuple[Mutant, str]] = [
+    (a_settlement_that_forgives_an_excess, "is told|has stored"),
     (a_store_that_swaps_whatever_is_there, "has stored"),
     (a_store_whose_bytes_are_cut_off, "cannot be read"),
     (a_store_that_lets_clients_wait, "after its deadline"),
