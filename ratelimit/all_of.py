@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, TypeAlias, overload
+from typing import Any, Final, TypeAlias, cast, overload
 
 from ratelimit.bucket import AsyncBucket, Bucket
 from ratelimit.checks import boolean, max_wait_nanos, refusal, timeout_seconds, token_count, whole_number
@@ -272,7 +272,7 @@ def _used(used: Any, estimates: Sequence[int | None]) -> list[int]:
         if len(used) != len(estimates):
             raise refusal("tokens", f"one number, or one for each of the {len(estimates)} buckets", used)
         return [whole_number(each, "tokens", least=0) for each in used]
-    tokens = whole_number(used, "tokens", least=0)
+    tokens = whole_number(cast("int", used), "tokens", least=0)
     different = {estimate for estimate in estimates if estimate is not None}
     if len(different) > 1:
         raise refusal("tokens", "one number for each bucket, because their estimates differ", used)
