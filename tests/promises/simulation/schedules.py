@@ -87,7 +87,6 @@ _COMMANDS: Final[tuple[Command[Any], ...]] = (
     Reserve(4),
     Reserve(5, 20 * MILLISECOND),
     Settle(3, 1),
-    Settle(1, 0),
     Settle(1, 3),
     AddTokens(2),
     GetAvailableTokens(),
