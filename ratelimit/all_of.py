@@ -215,7 +215,7 @@ def _taking(
 
     def charge() -> Charge:
         (longest_wait, seconds) = arguments
-        taken = run(taking_together(several, max_wait, longest_wait, seconds))
+        taken = run(taking_together(several, longest_wait, seconds))
 
         def settle(used: int | Sequence[int]) -> None:
             run(settling_together(taken, _used(used, estimates), seconds))
@@ -236,7 +236,7 @@ def _ataking(
 
     async def charge() -> Charge:
         (longest_wait, seconds) = arguments
-        taken = await arun(taking_together(several, max_wait, longest_wait, seconds))
+        taken = await arun(taking_together(several, longest_wait, seconds))
 
         async def settle(used: int | Sequence[int]) -> None:
             await arun(settling_together(taken, _used(used, estimates), seconds))

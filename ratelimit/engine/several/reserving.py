@@ -63,13 +63,10 @@ class TakenTogether:
         return self.buckets.shares[waits.index(max(waits))][0].target.key
 
 
-def taking_together(
-    buckets: SeveralBuckets, max_wait: Duration | None, longest_wait: int, timeout: Duration | None
-) -> Steps[TakenTogether]:
+def taking_together(buckets: SeveralBuckets, longest_wait: int, timeout: Duration | None) -> Steps[TakenTogether]:
     """Take the tokens of a reservation from all buckets, or from none.
 
-    :param max_wait: the longest wait that is accepted; None: as long as it takes.
-    :param longest_wait: the same in nanoseconds.
+    :param longest_wait: the longest wait that is accepted, in nanoseconds; ``NEVER``: as long as it takes.
     """
     end: float = buckets.home.monotonic() + buckets.seconds(timeout)
 

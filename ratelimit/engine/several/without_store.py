@@ -65,7 +65,6 @@ def settled_without_store(
     ]
 
 
-
 def _decided_locally(
     proxies: Sequence[BucketProxy], question: Question, chosen: Sequence[OnError], *, in_doubt: bool
 ) -> list[Any]:
