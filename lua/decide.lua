@@ -4,8 +4,9 @@
 -- ARGV[1]  the request, whose parts follow each other:
 --          the present time in nanoseconds since the epoch (i64); flags (u8), a sum of 1 for a strict request, 2 for a
 --          count as the reply, and 4 where a missing bucket is not to be made; the kind of expiration (u8); whether a
---          configuration version is wanted (u8: 0, or 1 plus the number of the inheritance); how many operations there
---          are (u16);
+--          configuration version is wanted (u8: 0, or 1 plus the number of the inheritance; 4 more: where the stored
+--          version differs in the last 24 bits only, another period has begun, and tokens stay as they are); how many
+--          operations there are (u16);
 --          for each operation its number (u8), how many times it is run (u32), the tokens, 0 or more (i64), and a
 --          further number (i64): for reserve the longest wait in nanoseconds, for cancel the tokens that were counted
 --          as consumed right after the reservation, for raise an unfinished token, for replace which of the ARGV from
@@ -61,7 +62,9 @@ local strict, counting, must_exist = flags % 2 == STRICT, flags % 4 >= COUNTING,
 -- include: token_bucket_everyday
 
 -- 0: proportionally, 1: as they are, 2: none, 3: additively.
-local INHERIT_PROPORTIONALLY, INHERIT_NOTHING, INHERIT_ADDITIVELY = 0, 2, 3
+local INHERIT_PROPORTIONALLY, INHERIT_AS_IS, INHERIT_NOTHING, INHERIT_ADDITIVELY = 0, 1, 2, 3
+-- What is added to these where versions have the number of a period in their last 24 bits.
+local WITH_PERIODS, PERIODS = 4, 2^24
 -- The server adds a time to live to the present time, and their sum must fit into 64 bits.
 local LONGEST_TTL = 2^53
 local MOST_BANDWIDTHS = 64
@@ -148,7 +151,17 @@ if before and wanted ~= 0 and (not state.version or less(state.version, whole(wa
   if not raised then
     return {before}
   end
-  replace(raised, wanted - 1)
+  local inheritance = wanted - 1
+  if inheritance >= WITH_PERIODS then
+    inheritance = inheritance - WITH_PERIODS
+    if state.version then
+      local high, low = halves(state.version)
+      if high == wanted_high and floor(low / PERIODS) == floor(wanted_low / PERIODS) then
+        inheritance = INHERIT_AS_IS
+      end
+    end
+  end
+  replace(raised, inheritance)
   state.version = raised.version
   for _, bandwidth in ipairs(state.bandwidths) do
     refill(bandwidth)

@@ -34,6 +34,10 @@ Configuration: TypeAlias = Any
 A configuration is immutable, hashable and comparable. Its ``algorithm`` is an :class:`Algorithm`, and its text form is
 what ``str`` makes of it. Iteration gives its limits, and ``len`` their number. A limit has a ``capacity`` (tokens),
 ``window_nanos`` (how long it takes the capacity to come back) and a text form.
+
+A configuration whose ``has_periods`` is true is stored in another form in each period of the calendar: its
+``dated(now)`` has this ``configuration``, and the ``number`` of the period, which grows; ``initial`` and ``replaced``
+below are given either.
 """
 
 Surplus: TypeAlias = tuple[int, int]

@@ -12,12 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 from ratelimit.core.algorithm import Configuration, State, Surplus
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, MIN, NEVER, wrap
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
@@ -75,8 +76,8 @@ class Terms(NamedTuple):
     version: int | None = None
     inheritance: TokensInheritance = TokensInheritance.RESET
 
-    def replaces(self, state: State) -> bool:
-        """Return whether these terms are newer than those that the bucket was made on."""
+    def replaces(self, state: State, now: int) -> bool:
+        """Return whether these terms are newer, at this time, than those that the bucket was made on."""
         if self.version is None:
             return False
         return state.configuration_version is None or state.configuration_version < self.version
@@ -86,26 +87,82 @@ class Terms(NamedTuple):
         made: State = self.configuration.algorithm.initial(self.configuration, self.version, now)
         return made
 
+    def replaced(self, state: State, now: int) -> State:
+        """Return a state, refilled at this time, under these terms."""
+        configuration, version, inheritance = self
+        made: State = configuration.algorithm.replaced(state, configuration, version, inheritance, now)
+        return made
+
+
+BITS_OF_A_PERIOD: Final = 24
+"""How many of the last bits of a stored version are the number of the period, where limits change with periods."""
+
+
+class PeriodicTerms(Terms):
+    """Terms whose configuration changes with the periods of the calendar; :func:`terms_of` makes them.
+
+    The stored version is the version of the terms and the number of the period in one. So whatever replaces limits of a
+    lower version replaces those of an earlier period as well.
+    """
+
+    __slots__ = ()
+
+    def at(self, now: int) -> Terms:
+        """Return the terms as they are stored at this time."""
+        configuration, version, inheritance = self
+        dated = configuration.dated(now)
+        return Terms(dated.configuration, ((version or 0) << BITS_OF_A_PERIOD) + dated.number, inheritance)
+
+    def replaces(self, state: State, now: int) -> bool:
+        """See :meth:`Terms.replaces`."""
+        return self.at(now).replaces(state, now)
+
+    def initial(self, now: int) -> State:
+        """See :meth:`Terms.initial`."""
+        return self.at(now).initial(now)
+
+    def replaced(self, state: State, now: int) -> State:
+        """Return a state under these terms; where only the period is another one, tokens stay as they are."""
+        terms, stored = self.at(now), state.configuration_version
+        if stored is not None and stored >> BITS_OF_A_PERIOD == self.version:
+            terms = terms._replace(inheritance=TokensInheritance.AS_IS)
+        return terms.replaced(state, now)
+
+
+_LARGEST_VERSION_OF_PERIODS: Final = 2 ** (63 - BITS_OF_A_PERIOD) - 1
+
+
+def terms_of(configuration: Configuration, version: int | None, inheritance: TokensInheritance) -> Terms:
+    """Return the terms of a configuration, which may change with the periods of the calendar.
+
+    :raises InvalidArgumentError: for a version that leaves no room for the number of a period, where one is needed.
+    """
+    if not getattr(configuration, "has_periods", False):
+        return Terms(configuration, version, inheritance)
+    if version is None:
+        # Only the period ever raises the version then.
+        return PeriodicTerms(configuration, 0, TokensInheritance.AS_IS)
+    if not 0 <= version <= _LARGEST_VERSION_OF_PERIODS:
+        raise InvalidArgumentError(
+            f"configuration_version must be from 0 to 2**39 - 1 with calendar quotas; got {version}"
+        )
+    return PeriodicTerms(configuration, version, inheritance)
+
 
 def execute(command: Command[T], terms: Terms, state: State | None, now: int) -> Transition[T]:
     """Run a command against what is stored (None: nothing) at this time.
 
     A bucket that had to be made, or given another configuration, is stored even where the command stores nothing.
     """
-    if state is not None and (terms.version is None or not terms.replaces(state)):
+    if state is None:
+        made = terms.initial(now)
+    elif terms.version is None or not terms.replaces(state, now):
         return command.refill_and_decide(state, now)
-    refilled = _made(terms, state, now).refilled(now)
+    else:
+        made = terms.replaced(state.refilled(now), now)
+    refilled = made.refilled(now)
     after, answer = command.decide(refilled, now)
     return refilled if after is None else after, answer
-
-
-def _made(terms: Terms, state: State | None, now: int) -> State:
-    """Return the state that the terms put in the place of the stored one."""
-    if state is None:
-        return terms.initial(now)
-    configuration, version, inheritance = terms
-    made: State = configuration.algorithm.replaced(state.refilled(now), configuration, version, inheritance, now)
-    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
 from ratelimit.core.algorithm import Configuration, decode
-from ratelimit.core.commands import Terms
+from ratelimit.core.commands import Terms, terms_of
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.limits import Limits
 from ratelimit.engine.cancelled_waits import CancelledWaits
@@ -208,7 +208,7 @@ class Pipeline:
             look_up = partial(looking_up, find=manner.find_terms, monotonic=self.monotonic)
             layer, shielded, asking = look_up(layer), look_up(shielded), asking_in_steps
         else:
-            terms = Terms(limits, version, inheritance)
+            terms = terms_of(limits, version, inheritance)
         return BucketProxy(self, target, terms, timeout, layer, shielded, asking, manner)
 
     @cached_property

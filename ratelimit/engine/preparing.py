@@ -17,6 +17,7 @@ from ratelimit.engine.script_arguments import (
     MUST_EXIST,
     STRICT,
     Form,
+    PeriodicForm,
     PlainConsumption,
     form_of,
     plain_consumption,
@@ -54,7 +55,7 @@ class Asked(NamedTuple):
     :param arguments: those of the script.
     """
 
-    form: Form
+    form: Form | PeriodicForm
     consumption: PlainConsumption | None
     flags: int
     arguments: tuple[bytes, ...]

@@ -24,6 +24,7 @@ from ratelimit.core.commands import (
     ForceAddTokens,
     GiveBack,
     HoldBack,
+    PeriodicTerms,
     ReplaceConfiguration,
     Reserve,
     Reset,
@@ -59,6 +60,9 @@ _HEAD_OF_ONE: Final = struct.Struct(">qBBBHBIqq")
 # The milliseconds of the expiration, and the version.
 _TAIL: Final = struct.Struct(">qq")
 
+# What is added to the number of an inheritance that does not apply where only the period is another one.
+_SAME_BUT_FOR_THE_PERIOD: Final = 4
+
 # Looking this up in the enumeration would take a tenth of the time of a request.
 _TRY_CONSUME: Final = Operation.TRY_CONSUME.value
 
@@ -75,7 +79,8 @@ class Form(NamedTuple):
     """What all requests about buckets of the same terms have in common.
 
     :param kind: the number of the kind of expiration.
-    :param wanted: 0, or 1 + the number of the inheritance where a version is wanted.
+    :param wanted: 0, or 1 + the number of the inheritance where a version is wanted; 4 more where tokens stay as they
+        are if the stored version differs in the number of the period only.
     :param tail: the end of a request.
     :param is_open: whether the state of a new bucket still has to follow, because it depends on the time.
     :param traceable_tokens: the most tokens whose consumption leaves the time in the state, as the last refill's;
@@ -111,25 +116,61 @@ class Form(NamedTuple):
         return packed + encode(terms.initial(now)) if self.is_open else packed, *replacements
 
 
+class PeriodicForm(NamedTuple):
+    """What requests have in common where limits change with the periods of the calendar; see :class:`Form`."""
+
+    expiration: Expiration
+    traceable_tokens: int
+
+    def request_to_consume(
+        self, tokens: int, calls: int, terms: PeriodicTerms, now: int, flags: int
+    ) -> tuple[bytes, ...] | None:
+        """See :meth:`Form.request_to_consume`."""
+        dated = terms.at(now)
+        form = _form_in_period(dated, self.expiration)
+        return None if form is None else form.request_to_consume(tokens, calls, dated, now, flags)
+
+    def request(self, command: Command[Any], terms: PeriodicTerms, now: int, flags: int) -> tuple[bytes, ...] | None:
+        """See :meth:`Form.request`."""
+        dated = terms.at(now)
+        form = _form_in_period(dated, self.expiration)
+        return None if form is None else form.request(command, dated, now, flags)
+
+
 # The values in the key are mostly the very objects of the last decision, and a configuration keeps its hash. So finding
 # an entry by value takes 0.25 us, and would take no less by the id() of the configuration.
 @lru_cache(maxsize=1024)
-def form_of(terms: Terms, expiration: Expiration) -> Form | None:
+def form_of(terms: Terms, expiration: Expiration) -> Form | PeriodicForm | None:
     """Return what all requests about such buckets have in common; None where there is no script for them."""
-    configuration, version, inheritance = terms
-    if configuration.algorithm.script is None:
+    if terms.configuration.algorithm.script is None:
         return None
-    bandwidths = configuration.bandwidths
+    if isinstance(terms, PeriodicTerms):
+        return PeriodicForm(expiration, _traceable_tokens(terms))
+    return _form_of(terms, expiration)
+
+
+def _form_of(terms: Terms, expiration: Expiration) -> Form | None:
+    configuration, version, inheritance = terms
     wanted = 0 if version is None else 1 + inheritance.value
     try:
         tail = _TAIL.pack(expiration.duration_millis, version or 0)
     except struct.error:
         return None
-    is_open = any(bandwidth.adaptive_initial_tokens for bandwidth in bandwidths)
+    is_open = any(bandwidth.adaptive_initial_tokens for bandwidth in configuration.bandwidths)
     if not is_open:
         tail += encode(terms.initial(0))
-    traceable = 0 if bandwidths[0].refill_intervally else min(bandwidth.initial_tokens for bandwidth in bandwidths)
-    return Form(_EXPIRATIONS[expiration.kind], wanted, tail, is_open, traceable)
+    return Form(_EXPIRATIONS[expiration.kind], wanted, tail, is_open, _traceable_tokens(terms))
+
+
+def _traceable_tokens(terms: Terms) -> int:
+    bandwidths = terms.configuration.bandwidths
+    return 0 if bandwidths[0].refill_intervally else min(bandwidth.initial_tokens for bandwidth in bandwidths)
+
+
+@lru_cache(maxsize=1024)
+def _form_in_period(dated: Terms, expiration: Expiration) -> Form | None:
+    form = _form_of(dated, expiration)
+    return None if form is None else form._replace(wanted=form.wanted + _SAME_BUT_FOR_THE_PERIOD)
 
 
 class PlainConsumption(NamedTuple):

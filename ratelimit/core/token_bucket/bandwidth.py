@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from ratelimit.core.algorithm import LONGEST_STATE, Algorithm
-from ratelimit.core.numbers import MAX, Duration, to_nanos
-from ratelimit.core.token_bucket import limit_text, modified_utf8
+from ratelimit.core.numbers import MAX, NANOS_PER_SECOND, Duration, to_nanos
+from ratelimit.core.token_bucket import limit_text, modified_utf8, periods
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import brief
 
@@ -24,6 +24,10 @@ _LONGEST_ID: Final = 1_024  # bytes
 _BYTES_OF_A_BANDWIDTH: Final = 71
 _OTHER_BYTES: Final = 45
 
+_LARGEST_QUOTA: Final = 2**46  # one token per nanosecond of a short day
+# Quarters of an hour, because every time zone is off from UTC by whole ones.
+_SECONDS_OF_A_NUMBER: Final = 900
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -31,7 +35,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 class Bandwidth:
     """One limit of a bucket: at most ``capacity`` tokens, refilled by ``refill_tokens`` every period.
 
-    Usually made by :meth:`greedy`, :meth:`intervally`, :meth:`intervally_aligned` or :meth:`parse`.
+    Usually made by :meth:`greedy`, :meth:`intervally`, :meth:`intervally_aligned`, :meth:`calendar` or :meth:`parse`.
 
     :param capacity: the size of the bucket, hence the largest burst; 1 to 2**63 - 1.
     :param refill_tokens: tokens that come back per period; from 1 to one per nanosecond. May exceed the capacity.
@@ -202,6 +206,19 @@ class Bandwidth:
             adaptive_initial_tokens=adaptive_initial_tokens,
         )
 
+    @classmethod
+    def calendar(cls, capacity: int, period: str, *, tz: str = "UTC", id: str | None = None) -> Bandwidth:
+        """Let a quota begin with each period of the calendar; what is left of it at the end of the period is lost.
+
+        :param capacity: the quota; 1 to 2**46.
+        :param period: ``"day"``, ``"week"`` (from Monday), ``"month"`` or ``"year"``.
+        :param tz: the name of a time zone, such as ``"Europe/Berlin"``, in which periods begin at midnight.
+        :param id: distinguishes quotas of the same period and time zone.
+        :raises InvalidConfigurationError: for a value out of range; also where there is no time zone database, which
+            the package ``tzdata`` brings.
+        """
+        return CalendarBandwidth(capacity=capacity, unit=period, tz=tz, id=id)
+
     @property
     def window_nanos(self) -> int:
         """How long it takes the capacity to come back, in nanoseconds, rounded up."""
@@ -232,6 +249,63 @@ class Bandwidth:
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
+class CalendarBandwidth(Bandwidth):
+    """A quota for each period of the calendar; made by :meth:`Bandwidth.calendar`.
+
+    It is never stored itself: what is stored is a bandwidth for the present period, see :meth:`in_period`. Its
+    ``refill_period_nanos`` is the longest that a period can be, without clocks that are put back.
+    """
+
+    unit: str
+    tz: str
+
+    def __init__(self, *, capacity: int, unit: str, tz: str = "UTC", id: str | None = None) -> None:
+        if not isinstance(capacity, int) or isinstance(capacity, bool) or not 1 <= capacity <= _LARGEST_QUOTA:
+            raise InvalidConfigurationError(
+                f"capacity must be an int from 1 to 2**46 in a calendar period; got {brief(capacity)}", "capacity"
+            )
+        if unit not in periods.UNITS:
+            raise InvalidConfigurationError(f"period must be day, week, month or year; got {brief(unit)}", "period")
+        if not isinstance(tz, str):
+            raise InvalidConfigurationError(f"tz must be a str; got {brief(tz)}", "tz")
+        periods.zone_of(tz)
+        if id is not None:
+            _check_id(id)
+        period = periods.LONGEST_DAYS[unit] * 86_400 * NANOS_PER_SECOND
+        self._set(capacity, capacity, period, capacity, True, None, False, id, unit, tz)
+
+    def in_period(self, period: periods.Period) -> Bandwidth:
+        """Return what is stored of the quota during a period: its only refill comes at the end of this period.
+
+        The id names the period. So in the next one the quota is another bandwidth, which inherits nothing.
+        """
+        begin, end, name = period
+        words = [self.unit, name] + [self.tz] * (self.tz != "UTC") + [self.id or ""] * (self.id is not None)
+        length, quota = (end - begin) * NANOS_PER_SECOND, self.capacity
+        return Bandwidth.unchecked(quota, quota, length, quota, True, end * 1_000, False, " ".join(words))
+
+    def __str__(self) -> str:
+        return limit_text.print_calendar(self)
+
+    # A dataclass would otherwise make its own, and forget the text form.
+    __repr__ = Bandwidth.__repr__
+
+
+class Dated(NamedTuple):
+    """A configuration with calendar quotas, as it is stored during the present periods of all of them.
+
+    :param begin: when the last of these periods has begun, in nanoseconds since the epoch.
+    :param end: when the first of them ends.
+    :param number: tells ``begin``, and is part of the stored version.
+    """
+
+    begin: int
+    end: int
+    configuration: BucketConfiguration
+    number: int
+
+
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class BucketConfiguration:
     """The limits of a bucket, one bandwidth or up to 64; a token must be there in all of them.
 
@@ -251,6 +325,9 @@ class BucketConfiguration:
     """Whether a new bucket holds what it can hold, in each bandwidth."""
     only_greedy: tuple[int, int, int] | None = field(init=False, repr=False, compare=False)
     """Capacity, refill tokens, and their period in nanoseconds, where there is one bandwidth and it is greedy."""
+    has_periods: bool = field(init=False, repr=False, compare=False)
+    """Whether a bandwidth is a calendar quota, so that what is stored changes with the periods; see :meth:`dated`."""
+    _dated: Dated | None = field(init=False, repr=False, compare=False)
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
         if not 1 <= len(bandwidths) <= MOST_BANDWIDTHS:
@@ -260,23 +337,17 @@ class BucketConfiguration:
         for bandwidth in bandwidths:
             if not isinstance(bandwidth, Bandwidth):
                 raise InvalidConfigurationError(f"bandwidths must be Bandwidth; got {brief(bandwidth)}", "bandwidths")
-        ids: set[str] = set()
-        for bandwidth in bandwidths:
-            if bandwidth.id in ids:
-                raise InvalidConfigurationError(
-                    f"id must differ between bandwidths; got {brief(bandwidth.id)} twice", "id"
-                )
-            if bandwidth.id is not None:
-                ids.add(bandwidth.id)
-        if ids and _OTHER_BYTES + sum(map(_bytes_needed, bandwidths)) > LONGEST_STATE:
-            raise InvalidConfigurationError(
-                f"ids must be short enough for a state of {LONGEST_STATE} bytes; got too many bytes in all", "id"
-            )
+        _check_ids(bandwidths)
         starts_full = all(one.initial_tokens == one.capacity and not one.adaptive_initial_tokens for one in bandwidths)
         object.__setattr__(self, "bandwidths", bandwidths)
         object.__setattr__(self, "_hash", hash(bandwidths))
         object.__setattr__(self, "starts_full", starts_full)
         object.__setattr__(self, "only_greedy", _greedy(bandwidths[0]) if len(bandwidths) == 1 else None)
+        object.__setattr__(self, "has_periods", any(isinstance(one, CalendarBandwidth) for one in bandwidths))
+        object.__setattr__(self, "_dated", None)
+        if self.has_periods:
+            # What is stored has to be valid as well; the ids are of one length in all periods.
+            self.dated(0)
 
     def __hash__(self) -> int:
         return self._hash
@@ -319,6 +390,24 @@ class BucketConfiguration:
             return cls(*(bandwidth for one in limits for bandwidth in cls.of(one)))
         raise InvalidConfigurationError(f"limits must be {_ALLOWED_LIMITS}; got {brief(limits)}", "configuration")
 
+    def dated(self, now: int) -> Dated:
+        """Return the configuration as it is stored at this time, for one with calendar quotas.
+
+        :param now: in nanoseconds since the epoch.
+        """
+        dated = self._dated
+        if dated is None or not dated.begin <= now < dated.end:
+            dated = _dated(self, now)
+            object.__setattr__(self, "_dated", dated)
+        return dated
+
+    def at(self, now: int) -> BucketConfiguration:
+        """Return the configuration as it is stored at this time: with a bandwidth for the period of each quota.
+
+        :param now: in nanoseconds since the epoch.
+        """
+        return self.dated(now).configuration if self.has_periods else self
+
     def __iter__(self) -> Iterator[Bandwidth]:
         return iter(self.bandwidths)
 
@@ -336,6 +425,46 @@ class BucketConfiguration:
         except InvalidConfigurationError:
             pass
         return f"BucketConfiguration({', '.join(map(repr, self.bandwidths))})"
+
+
+def _check_ids(bandwidths: Sequence[Bandwidth]) -> None:
+    ids: set[str] = set()
+    quotas: set[tuple[str, str, str | None]] = set()
+    for bandwidth in bandwidths:
+        if isinstance(bandwidth, CalendarBandwidth):
+            quota = bandwidth.unit, bandwidth.tz, bandwidth.id
+            if quota in quotas:
+                raise InvalidConfigurationError(
+                    f"id must differ between quotas of one period and time zone; got {brief(bandwidth.id)} twice",
+                    "id",
+                )
+            quotas.add(quota)
+        if bandwidth.id in ids:
+            raise InvalidConfigurationError(f"id must differ between bandwidths; got {brief(bandwidth.id)} twice", "id")
+        if bandwidth.id is not None:
+            ids.add(bandwidth.id)
+    if ids and _OTHER_BYTES + sum(map(_bytes_needed, bandwidths)) > LONGEST_STATE:
+        raise InvalidConfigurationError(
+            f"ids must be short enough for a state of {LONGEST_STATE} bytes; got too many bytes in all", "id"
+        )
+
+
+def _dated(configuration: BucketConfiguration, now: int) -> Dated:
+    begin, end = 0, MAX
+    bandwidths = []
+    # Bandwidths without an id inherit from each other only where there is one of them on each side.
+    nameless = sum(one.id is None and not isinstance(one, CalendarBandwidth) for one in configuration)
+    for place, bandwidth in enumerate(configuration, start=1):
+        if isinstance(bandwidth, CalendarBandwidth):
+            period = periods.period_at(bandwidth.unit, bandwidth.tz, now // NANOS_PER_SECOND)
+            begin, end = max(begin, period.begin), min(end, period.end * NANOS_PER_SECOND)
+            bandwidths.append(bandwidth.in_period(period))
+        elif bandwidth.id is None and nameless > 1:
+            bandwidths.append(replace(bandwidth, id=f"limit {place}"))
+        else:
+            bandwidths.append(bandwidth)
+    number = begin // _SECONDS_OF_A_NUMBER
+    return Dated(begin * NANOS_PER_SECOND, end, BucketConfiguration(*bandwidths), number)
 
 
 def _bytes_needed(bandwidth: Bandwidth) -> int:
@@ -366,7 +495,7 @@ _ALLOWED_LIMITS = 'text such as "100/minute", a Bandwidth, a BucketConfiguration
 
 def _from_spec(text: str, spec: limit_text.LimitSpec) -> Bandwidth:
     try:
-        return Bandwidth(**spec.values)
+        return CalendarBandwidth(**spec.values) if "unit" in spec.values else Bandwidth(**spec.values)
     except InvalidConfigurationError as error:
         raise limit_text.error_at(text, error.message, spec.spans.get(error.field or "", spec.span)) from None
 

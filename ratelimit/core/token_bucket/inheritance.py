@@ -13,6 +13,7 @@ def replaced(
     state: State, configuration: BucketConfiguration, version: int | None, inheritance: TokensInheritance, now: int
 ) -> BucketState:
     """Return a state, refilled at this time under its old configuration, under another configuration."""
+    configuration = configuration.at(now)
     if inheritance is TokensInheritance.RESET or not isinstance(state, BucketState):
         states = BucketState.initial(configuration, version, now).bandwidth_states
     else:

@@ -11,10 +11,14 @@
               | "intervally"             tokens come at the end of each period
               | "aligned" time           the same, the periods counted from this time
               | "adaptive"               with aligned: a new bucket holds the share of what is left of the period
+              | "calendar"               a quota for each day or week of the calendar, in UTC
+              | "tz" zone                the same in a time zone; also for months and years
               | "id" name
     count     = digits, with "_" between them if you like
     requests  = "r" | "req" | "reqs" | "request" | "requests"
     unit      = ns | us | ms | s | m | h | d | w, or their long forms, singular or plural
+              | "month" | "year"         a quota for each month or year of the calendar, in UTC where no tz is given
+    zone      = a name of the time zone database, such as Europe/Berlin
     time      = ISO 8601 with an offset, to the millisecond | "@" milliseconds since the epoch
     name      = letters, digits and "_.:-" | a JSON string
 
@@ -36,7 +40,7 @@ from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import brief
 
 if TYPE_CHECKING:
-    from ratelimit.core.token_bucket.bandwidth import Bandwidth
+    from ratelimit.core.token_bucket.bandwidth import Bandwidth, CalendarBandwidth
 
 Span = tuple[int, int]
 
@@ -55,11 +59,14 @@ _ALIASES = (
     | {"m": "minute", "min": "minute", "mins": "minute", "minutes": "minute"}
     | {"s": "second", "sec": "second", "secs": "second", "seconds": "second"}
     | {"millisecond": "ms", "milliseconds": "ms", "microsecond": "us", "microseconds": "us", "µs": "us"}
-    | {"nanosecond": "ns", "nanoseconds": "ns", "\N{GREEK SMALL LETTER MU}s": "us"}
+    | {"nanosecond": "ns", "nanoseconds": "ns", "\N{GREEK SMALL LETTER MU}s": "us", "months": "month", "years": "year"}
 )
-_TYPICAL_DAYS = {"month": 30, "months": 30, "year": 365, "years": 365}
-_OPTIONS = ("burst", "initial", "intervally", "aligned", "adaptive", "id")
-_UNIT_NAMES = "ns, us, ms, second, minute, hour, day or week"
+# These have no fixed length: what is said here serves error messages only.
+_TYPICAL_DAYS = {"month": 30, "year": 365}
+_CALENDAR_UNITS = ("day", "week", *_TYPICAL_DAYS)
+_OPTIONS = ("burst", "initial", "intervally", "aligned", "adaptive", "calendar", "tz", "id")
+_NOT_OF_A_CALENDAR = ("burst", "initial", "intervally", "aligned", "adaptive")
+_UNIT_NAMES = "ns, us, ms, second, minute, hour, day, week, month or year"
 
 _SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[;,|\s]*")
@@ -70,6 +77,7 @@ _PER = re.compile(r"/|per", re.IGNORECASE)
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 # A comma may stand before the fraction of a second.
 _TIME = re.compile(r"""[^\s/;,|"]+(?:,[0-9]+(?:Z|[+-][0-9:]+))?""")
+_ZONE = re.compile(r"""[^\s;,|"]+""")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.:-]+")
 
 _COUNT = re.compile(r"[0-9]+(?:_[0-9]+)*")
@@ -201,18 +209,30 @@ class _Parser:
         self._take(_REQUESTS)
         if not self._take(_PER):
             self.fail("a period must follow the number of tokens, as in 100/minute")
-        period, period_span = self._period(tokens)
+        period, unit, period_span = self._period(tokens)
         if not tokens.whole:
             self._refuse("the number of tokens", tokens, [(meaning, Fraction(period)) for meaning in tokens.meanings])
         capacity = int(tokens.meanings[0])
         values: dict[str, Any] = {"capacity": capacity, "refill_tokens": capacity, "refill_period_nanos": period}
         spans = {"capacity": tokens.span, "refill_tokens": tokens.span, "refill_period_nanos": period_span}
-        seen: set[str] = set()
+        seen: dict[str, Span] = {}
         while self._option_follows():
             self._option(values, spans, seen)
+        if unit in _TYPICAL_DAYS or "calendar" in seen or "tz" in seen:
+            self._check_calendar(unit, seen)
+            zone, id = values.get("tz", "UTC"), values.get("id")
+            return LimitSpec({"capacity": capacity, "unit": unit, "tz": zone, "id": id}, spans, (begin, self._end))
         if "adaptive" in seen and "aligned" not in seen:
-            self.fail("adaptive goes with aligned", spans["adaptive_initial_tokens"])
+            self.fail("adaptive goes with aligned", seen["adaptive"])
         return LimitSpec(values, spans, (begin, self._end))
+
+    def _check_calendar(self, unit: str | None, seen: dict[str, Span]) -> None:
+        for option in _NOT_OF_A_CALENDAR:
+            if option in seen:
+                self.fail(f"{option} does not go with a period of the calendar", seen[option])
+        if unit is None:
+            option = "tz" if "tz" in seen else "calendar"
+            self.fail(f"{option} goes with a day, a week, a month or a year", seen[option])
 
     def _number(self, pattern: re.Pattern[str]) -> _Number | None:
         written = self._take(pattern)
@@ -241,7 +261,8 @@ class _Parser:
             f"{name} must be a whole number in digits; got {number.written!r}{hint and ': write '}{hint}", number.span
         )
 
-    def _period(self, tokens: _Number) -> tuple[int, Span]:
+    def _period(self, tokens: _Number) -> tuple[int, str | None, Span]:
+        """Read a period; return its nanoseconds, its unit if it is one day, week, month or year, and its place."""
         begin = self._begin
         number = self._number(_NUMBER)
         counts = [Fraction(1)] if number is None else number.meanings
@@ -251,16 +272,17 @@ class _Parser:
         if not word:
             hint = f": write {tokens.written}/{number.written} seconds, say" if number else f": use {_UNIT_NAMES}"
             self.fail(f"a unit of time is missing{hint}", span)
-        if unit in _TYPICAL_DAYS:
-            meant = _print_rate(tokens.meanings[0], counts[0] * _TYPICAL_DAYS[unit] * _UNITS["day"])
-            self.fail(f"a unit of time must have a fixed length; got {brief(word)}: write {meant}, say", span)
-        if unit not in _UNITS:
+        if unit not in _UNITS and unit not in _TYPICAL_DAYS:
             self.fail(f"unknown unit of time {brief(word)}: use {_UNIT_NAMES}", span)
-        periods = [count * _UNITS[unit] for count in counts]
+        length = _UNITS[unit] if unit in _UNITS else _TYPICAL_DAYS[unit] * _UNITS["day"]
+        periods = [count * length for count in counts]
         if number is not None and not number.whole:
             rates = [(meaning, period) for meaning in tokens.meanings for period in periods]
             self._refuse("the length of a period", number, rates)
-        return int(periods[0]), (begin, self._end)
+        if unit in _TYPICAL_DAYS and counts[0] != 1:
+            meant = f": write {_print_rate(tokens.meanings[0], periods[0])}, say" if periods[0] else ""
+            self.fail(f"a period of the calendar must be one {unit}{meant}", (begin, self._end))
+        return int(periods[0]), unit if counts[0] == 1 and unit in _CALENDAR_UNITS else None, (begin, self._end)
 
     def _option_follows(self) -> bool:
         """Return whether the limit goes on: also on the next line, where an option stands there."""
@@ -270,14 +292,14 @@ class _Parser:
         gap = self._text[self._end : self._begin]
         return not ("\n" in gap or "\r" in gap or word in ("", ";", ",", "|"))
 
-    def _option(self, values: dict[str, Any], spans: dict[str, Span], seen: set[str]) -> None:
-        begin = self._begin
+    def _option(self, values: dict[str, Any], spans: dict[str, Span], seen: dict[str, Span]) -> None:
+        begin, span = self._begin, self._span()
         option = self._next().lower()
         if option not in _OPTIONS:
             self._refuse_option(option)
         if option in seen:
             self.fail(f"{option} is given twice")
-        seen.add(option)
+        seen[option] = span
         self._take(_WORD)
         if option == "burst":
             values["capacity"], spans["capacity"] = self._count("burst")
@@ -289,7 +311,10 @@ class _Parser:
         elif option == "adaptive":
             values["adaptive_initial_tokens"] = True
             spans["adaptive_initial_tokens"] = (begin, self._end)
-        else:
+        elif option == "tz":
+            values["tz"] = zone = self._zone()
+            spans["tz"] = (self._end - len(zone), self._end)
+        elif option != "calendar":
             values["refill_intervally"] = True
             spans["refill_intervally"] = (begin, self._end)
             if option == "aligned":
@@ -303,9 +328,7 @@ class _Parser:
             self.fail("limits must be separated by a semicolon, a comma, a vertical bar or a new line")
         burst = re.fullmatch("burst=([0-9]{1,18})", word)
         hint = f": write burst {burst[1]}, or burst {int(burst[1]) + 1} for what nginx calls {word}" if burst else ""
-        self.fail(
-            f"an option must be burst, initial, intervally, aligned, adaptive or id; got {brief(self._next())}{hint}"
-        )
+        self.fail(f"an option must be {', '.join(_OPTIONS[:-1])} or {_OPTIONS[-1]}; got {brief(self._next())}{hint}")
 
     def _count(self, option: str) -> tuple[int, Span]:
         number = self._number(_NUMBER)
@@ -331,6 +354,13 @@ class _Parser:
         if not _PLAIN_NAME.fullmatch(name):
             self.fail('a name must follow id: letters, digits and "_.:-", or any text in quotation marks', span)
         return name
+
+    def _zone(self) -> str:
+        begin = self._begin
+        zone = self._take(_ZONE)
+        if not zone:
+            self.fail("a time zone must follow tz, such as Europe/Berlin", (begin, begin))
+        return zone
 
     def _time(self) -> int:
         span = self._span()
@@ -359,10 +389,23 @@ def print_one(bandwidth: Bandwidth) -> str:
         words.append("intervally")
     if bandwidth.adaptive_initial_tokens:
         words.append("adaptive")
-    if bandwidth.id is not None:
-        plain = _PLAIN_NAME.fullmatch(bandwidth.id)
-        words.append(f"id {bandwidth.id if plain else json.dumps(bandwidth.id)}")
-    return " ".join(words)
+    return " ".join(words + _print_id(bandwidth))
+
+
+def print_calendar(bandwidth: CalendarBandwidth) -> str:
+    """Return the text form of a quota for each period of the calendar."""
+    words = [f"{bandwidth.capacity}/{bandwidth.unit}"]
+    if bandwidth.tz != "UTC":
+        words.append(f"tz {bandwidth.tz}")
+    elif bandwidth.unit not in _TYPICAL_DAYS:
+        words.append("calendar")
+    return " ".join(words + _print_id(bandwidth))
+
+
+def _print_id(bandwidth: Bandwidth) -> list[str]:
+    if bandwidth.id is None:
+        return []
+    return [f"id {bandwidth.id if _PLAIN_NAME.fullmatch(bandwidth.id) else json.dumps(bandwidth.id)}"]
 
 
 def _print_rate(tokens: Fraction, nanos: Fraction) -> str:

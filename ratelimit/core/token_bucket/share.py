@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from ratelimit.core.numbers import MAX
-from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration, CalendarBandwidth
 
 
 @lru_cache(maxsize=256)
@@ -21,12 +21,14 @@ def share_of(configuration: BucketConfiguration, share: Fraction) -> BucketConfi
 
 
 def _share_of(bandwidth: Bandwidth, share: Fraction) -> Bandwidth:
+    capacity = max(1, math.floor(bandwidth.capacity * share))
+    if isinstance(bandwidth, CalendarBandwidth):
+        return CalendarBandwidth(capacity=capacity, unit=bandwidth.unit, tz=bandwidth.tz, id=bandwidth.id)
     refill = bandwidth.refill_tokens * share
     tokens, period = max(1, math.floor(refill)), bandwidth.refill_period_nanos
     # Whole refills come when those of the undivided limit come.
     if refill < 1 or not bandwidth.refill_intervally:
         period = math.ceil(period * tokens / refill)
-    capacity = max(1, math.floor(bandwidth.capacity * share))
     full = bandwidth.initial_tokens == bandwidth.capacity
     return replace(
         bandwidth,

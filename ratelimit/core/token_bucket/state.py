@@ -49,6 +49,7 @@ class BucketState(NamedTuple):
     @classmethod
     def initial(cls, configuration: BucketConfiguration, version: int | None, now: int) -> BucketState:
         """Return the state of a bucket that is made at this time, before any refill."""
+        configuration = configuration.at(now)
         return cls(configuration, version, 0, tuple(initial_state(bandwidth, now) for bandwidth in configuration))
 
     def refilled(self, now: int) -> BucketState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ratelimit.core.commands import Terms
+from ratelimit.core.commands import Terms, terms_of
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.limits import configuration_of
 from ratelimit.engine.on_error import ErrorPolicy
@@ -51,7 +51,7 @@ def terms_of_key(
 ) -> Steps[Terms | None]:
     """Return the steps that ask a callable for the limits of a key; None where the key is not limited."""
     found = yield limits(key)
-    return None if found is None else Terms(configuration_of(found), version, inheritance)
+    return None if found is None else terms_of(configuration_of(found), version, inheritance)
 
 
 def hash_tag(key: bytes) -> bytes | None:
