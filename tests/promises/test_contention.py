@@ -53,6 +53,7 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
     execute,
+    terms_of,
 )
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.token_bucket import codec
@@ -316,6 +317,14 @@ async def test_so_does_one_that_replaces_the_limits_by_a_raised_version(scene: S
     for number in range(16):
         inheritance = TokensInheritance((number + number // 4) % 4)
         await disturbed(scene, verb, Terms(TWO, 2, inheritance), GREEDY, number)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=str)
+async def test_so_does_one_in_a_new_period_of_the_calendar(scene: Scene, verb: Verb) -> None:
+    limits = BucketConfiguration.parse("100/second; 1000/day tz Europe/Berlin")
+    yesterday = limits.at(NOW - 86_400 * SECOND)
+    for number in range(16):
+        await disturbed(scene, verb, terms_of(limits, 0, TokensInheritance.AS_IS), yesterday, number)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=str)

@@ -40,6 +40,7 @@ from ratelimit.core.commands import (
     TryConsumeAndReturnRemaining,
     Verbose,
     execute,
+    terms_of,
 )
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import MAX, MIN, wrap
@@ -502,7 +503,35 @@ def greedy_case(rng: random.Random, *, of_people: bool = False) -> Case:
     return made if of_people else flagged(rng, made)
 
 
+QUOTAS = [
+    *("1000/month tz Europe/Berlin", "50/day calendar", "10/second burst 50; 1000/month", "500/week tz Asia/Kolkata id x"),
+    *("5/second; 100/minute; 1000/day tz America/New_York", "20/hour id a; 100/day calendar; 5000/year; 1000/month"),
+]
+
+
+def calendar_case(rng: random.Random) -> Case:
+    """Return a case of a bucket that was used some time ago, perhaps in an earlier period or under other versions."""
+    now = NOW + rng.randrange(400 * DAY)
+    old, new = rng.choice([(None, None), (0, 0), (3, 3), (3, 4), (2**39 - 2, 2**39 - 1), (None, 1), (4, 3)])
+    configuration = BucketConfiguration.parse(rng.choice(QUOTAS))
+    former = configuration if rng.random() < 0.8 else BucketConfiguration.parse(rng.choice(QUOTAS))
+    before = None
+    if rng.random() < 0.9:
+        earlier = now - log_uniform(rng, 100 * DAY)
+        made = terms_of(former, old, TokensInheritance.RESET).initial(earlier)
+        states = tuple(everyday_state(rng, bandwidth, earlier) for bandwidth in made.configuration)
+        version = made.configuration_version if rng.random() < 0.8 else rng.choice([None, 3])
+        before = codec.encode(BucketState(made.configuration, version, CONSUMED, states))
+    command = everyday_command(rng, 100)
+    if rng.random() < 0.1:
+        command = replacing(rng, command, lambda: BucketConfiguration.parse(rng.choice(QUOTAS)))
+    plan = terms_of(configuration, new, rng.choice(INHERITANCES))
+    return flagged(rng, Case(before, command, plan, expiration(rng), now, must_exist=False, everyday=True))
+
+
 def any_case(rng: random.Random) -> Case:
+    if rng.random() < 0.1:
+        return calendar_case(rng)
     kind = rng.random()
     if kind < 0.4:
         return greedy_case(rng)
