@@ -296,7 +296,7 @@ class Dated(NamedTuple):
 
     :param begin: when the last of these periods has begun, in nanoseconds since the epoch.
     :param end: when the first of them ends.
-    :param number: tells ``begin``, and is part of the stored version.
+    :param number: of the periods, from ``begin``; it is part of the stored version.
     """
 
     begin: int

@@ -364,3 +364,47 @@ def test_limits_that_one_replaces_are_those_of_the_other(
     result = manager.bucket("key").verbose.available_tokens()
     assert result.available_tokens_per_bandwidth == (tokens, 100)
     assert result.configuration == wanted == manager.configuration("key")
+
+
+QUOTAS = ["7/month tz Europe/Berlin", "7/day tz America/New_York; 20/week calendar; 90/year tz Asia/Kolkata", "7/day tz Africa/Cairo"]
+# In Berlin, New York and Cairo clocks are put forward and back within these hours; one of the days has no midnight.
+TURNS = [datetime(*day, 20, tzinfo=UTC) for day in ((2024, 4, 25), (2026, 3, 28), (2026, 10, 31), (2027, 12, 31))]
+
+
+@pytest.mark.parametrize("limits", QUOTAS)
+@pytest.mark.parametrize("begin", TURNS, ids=lambda begin: f"{begin:%Y-%m-%d}")
+def test_both_take_from_one_quota_of_the_calendar(
+    peer: Peer, client: redis.Redis, limits: str, begin: datetime
+) -> None:
+    configuration = BucketConfiguration.parse(limits)
+    quotas = [{"capacity": one.capacity, "unit": one.unit, "tz": one.tz} for one in configuration]  # type: ignore[attr-defined]
+    clock = ManualClock(int(begin.timestamp()) * 10**9)
+    manager = ProxyManager(
+        RedisStore(client),
+        configuration,
+        clock=clock,
+        configuration_version=3,
+        inheritance=TokensInheritance.AS_IS,
+        expiration=Expiration.none(),
+    )
+    for hour in range(60):
+        now = clock.now_nanos()
+        calendar = peer.ask("calendar", now=now, quotas=quotas, version=3)
+        assert calendar["configuration"] == vectors.as_recorded(configuration.at(now))
+        own = vectors.configuration(calendar["configuration"])
+        implicit = {"version": calendar["version"], "strategy": "AS_IS"}
+
+        def in_java(own: BucketConfiguration = own, now: int = now, implicit: dict[str, Any] = implicit) -> bool:
+            admitted: bool = peer.ask("try_consume", "key", own, now=now, implicit=implicit, tokens=1)
+            return admitted
+
+        # By turns the first to come in an hour is Java or Python: it is the one that turns the period.
+        first, second = (in_java, lambda: manager.try_consume("key"))[:: 1 if hour % 2 else -1]
+        before = manager.bucket("copy").snapshot().available_tokens
+        assert first() is (before >= 1)
+        assert second() is (before >= 2)
+        state = codec.decode(stored(client, "key"))
+        assert (state.configuration, state.configuration_version) == (configuration.at(now), calendar["version"])
+        manager.bucket("copy").try_consume_as_much_as_possible(2)
+        assert stored(client, "copy") == stored(client, "key")
+        clock.advance(3_600)

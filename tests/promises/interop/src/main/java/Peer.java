@@ -30,8 +30,14 @@ import io.lettuce.core.codec.StringCodec;
 import java.io.BufferedReader;
 import java.io.IOException;
 import java.io.InputStreamReader;
+import java.time.DayOfWeek;
 import java.time.Duration;
 import java.time.Instant;
+import java.time.LocalDate;
+import java.time.YearMonth;
+import java.time.ZoneId;
+import java.time.temporal.IsoFields;
+import java.time.temporal.TemporalAdjusters;
 import java.util.ArrayList;
 import java.util.HexFormat;
 import java.util.LinkedHashMap;
@@ -55,7 +61,7 @@ public final class Peer {
     record Replacement(long version, TokensInheritanceStrategy strategy) {}
 
     record Arguments(long tokens, Long limit, long maxWaitNanos, Limits configuration,
-                     TokensInheritanceStrategy strategy) {}
+                     TokensInheritanceStrategy strategy, List<Quota> quotas, long version) {}
 
     record Expiration(String kind, long durationMillis) {
         ExpirationAfterWriteStrategy build() {
@@ -105,6 +111,42 @@ public final class Peer {
 
         BucketConfiguration build() {
             return new BucketConfiguration(bandwidths.stream().map(Limit::build).toList());
+        }
+    }
+
+    /** A quota of the calendar, as docs/calendar-quotas.md has it. */
+    record Quota(long capacity, String unit, String tz) {
+        private LocalDate first(Instant now) {
+            LocalDate day = now.atZone(ZoneId.of(tz)).toLocalDate();
+            return switch (unit) {
+                case "day" -> day;
+                case "week" -> day.with(TemporalAdjusters.previousOrSame(DayOfWeek.MONDAY));
+                case "month" -> day.withDayOfMonth(1);
+                case "year" -> day.withDayOfYear(1);
+                default -> throw new IllegalArgumentException(unit);
+            };
+        }
+
+        Instant begin(Instant now) {
+            return first(now).atStartOfDay(ZoneId.of(tz)).toInstant();
+        }
+
+        Bandwidth at(Instant now) {
+            LocalDate first = first(now);
+            LocalDate next = unit.equals("day") ? first.plusDays(1) : unit.equals("week") ? first.plusWeeks(1)
+                : unit.equals("month") ? first.plusMonths(1) : first.plusYears(1);
+            Instant end = next.atStartOfDay(ZoneId.of(tz)).toInstant();
+            String name = switch (unit) {
+                case "day" -> first.toString();
+                case "week" -> "%04d-W%02d".formatted(
+                    first.get(IsoFields.WEEK_BASED_YEAR), first.get(IsoFields.WEEK_OF_WEEK_BASED_YEAR));
+                case "month" -> YearMonth.from(first).toString();
+                default -> "%04d".formatted(first.getYear());
+            };
+            return Bandwidth.builder().capacity(capacity)
+                .refillIntervallyAligned(capacity, Duration.between(begin(now), end), end)
+                .id(unit + " " + name + (tz.equals("UTC") ? "" : " " + tz))
+                .build();
         }
     }
 
@@ -159,6 +201,7 @@ public final class Peer {
     private Object answer(Request request) throws Exception {
         return switch (request.op) {
             case "read" -> read(request.key);
+            case "calendar" -> calendar(request);
             case "hammer" -> hammer(request);
             case "stop" -> stop();
             case "get_configuration" -> manager(request).getProxyConfiguration(request.key).map(Limits::of).orElse(null);
@@ -169,6 +212,17 @@ public final class Peer {
             case "blocking_try_consume", "blocking_consume" -> block(request);
             default -> request.op.startsWith("verbose_") ? verbose(request) : plain(request);
         };
+    }
+
+    /** The limits that a Java service has at this time, and their version, from quotas of the calendar. */
+    private Object calendar(Request request) {
+        Instant now = Instant.EPOCH.plusNanos(request.now);
+        List<Quota> quotas = request.args.quotas;
+        long quarter = quotas.stream().mapToLong(one -> one.begin(now).getEpochSecond() / 900).max().getAsLong();
+        Map<String, Object> answer = new LinkedHashMap<>();
+        answer.put("configuration", new Limits(quotas.stream().map(one -> Limit.of(one.at(now))).toList()));
+        answer.put("version", request.args.version * (1L << 24) + quarter);
+        return answer;
     }
 
     private ProxyManager<String> manager(Request request) {
