@@ -33,11 +33,13 @@ class _Trial:
 
     :param waited: the nanoseconds that it took; None for an attempt that does not wait.
     :param limits: the limits of the bucket.
+    :param now: when the bucket had these limits, in nanoseconds since the epoch.
     """
 
     probe: ConsumptionProbe
     waited: int | None
     limits: BucketConfiguration | None
+    now: int
 
 
 def try_(arguments: argparse.Namespace) -> int:
@@ -59,7 +61,7 @@ def try_(arguments: argparse.Namespace) -> int:
         )
     else:
         print(_told(trial))
-        if trial.limits != limits:
+        if trial.limits != limits.at(trial.now):
             print(f"the bucket keeps the limits it was made with: {trial.limits}", file=sys.stderr)
     return 0 if probe else 1
 
@@ -67,7 +69,7 @@ def try_(arguments: argparse.Namespace) -> int:
 def _try(bucket: Bucket, tokens: int, max_wait: float | None) -> _Trial:
     if max_wait is None:
         result = bucket.verbose.try_consume_and_return_remaining(tokens)
-        return _Trial(result.value, None, result.configuration)
+        return _Trial(result.value, None, result.configuration, result.operation_time_nanos)
     max_wait_nanos(max_wait, "--wait")
     begin = time.monotonic_ns()
     admitted = bucket.consume(tokens, max_wait=None if max_wait == float("inf") else max_wait)
@@ -76,7 +78,7 @@ def _try(bucket: Bucket, tokens: int, max_wait: float | None) -> _Trial:
     now = bucket.verbose.estimate_ability_to_consume(tokens)
     retry_after = 0 if admitted else now.value.nanos_to_wait_for_refill
     probe = ConsumptionProbe(admitted, now.value.remaining_tokens, retry_after, now.full_refilling_time_nanos)
-    return _Trial(probe, waited, now.configuration)
+    return _Trial(probe, waited, now.configuration, now.operation_time_nanos)
 
 
 def _told(trial: _Trial) -> str:

@@ -504,7 +504,12 @@ def greedy_case(rng: random.Random, *, of_people: bool = False) -> Case:
 
 
 QUOTAS = [
-    *("1000/month tz Europe/Berlin", "50/day calendar", "10/second burst 50; 1000/month", "500/week tz Asia/Kolkata id x"),
+    *(
+        "1000/month tz Europe/Berlin",
+        "50/day calendar",
+        "10/second burst 50; 1000/month",
+        "500/week tz Asia/Kolkata id x",
+    ),
     *("5/second; 100/minute; 1000/day tz America/New_York", "20/hour id a; 100/day calendar; 5000/year; 1000/month"),
 ]
 

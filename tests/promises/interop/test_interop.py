@@ -366,7 +366,11 @@ def test_limits_that_one_replaces_are_those_of_the_other(
     assert result.configuration == wanted == manager.configuration("key")
 
 
-QUOTAS = ["7/month tz Europe/Berlin", "7/day tz America/New_York; 20/week calendar; 90/year tz Asia/Kolkata", "7/day tz Africa/Cairo"]
+QUOTAS = [
+    "7/month tz Europe/Berlin",
+    "7/day tz America/New_York; 20/week calendar; 90/year tz Asia/Kolkata",
+    "7/day tz Africa/Cairo",
+]
 # In Berlin, New York and Cairo clocks are put forward and back within these hours; one of the days has no midnight.
 TURNS = [datetime(*day, 20, tzinfo=UTC) for day in ((2024, 4, 25), (2026, 3, 28), (2026, 10, 31), (2027, 12, 31))]
 
