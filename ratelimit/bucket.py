@@ -16,6 +16,7 @@ from ratelimit.core.commands import (
     GetAvailableTokens,
     GiveBack,
     HoldBack,
+    PeriodicTerms,
     ReplaceConfiguration,
     Reserve,
     Reserved,
@@ -31,7 +32,8 @@ from ratelimit.core.numbers import MAX, NEVER, Duration
 from ratelimit.core.results import ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
 from ratelimit.engine.proxy import BucketProxy
 from ratelimit.engine.reserving import Taken, settling, take, taking
-from ratelimit.keys import Key, shown
+from ratelimit.errors import InvalidArgumentError
+from ratelimit.keys import Key, brief, shown
 from ratelimit.reservation import AsyncReservation, Charge, RefundOn, Reservation
 from ratelimit.runtime.copies import OfThisProcess
 from ratelimit.runtime.steps import Steps, arun, run
@@ -179,7 +181,7 @@ class Bucket(_OfBucket):
         self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> None:
         """Replace the stored limits; see :class:`TokensInheritance` for how the tokens pass to the new ones."""
-        self._proxy.ask(_replacement(configuration, inheritance), timeout)
+        self._proxy.ask(_replacement(self._proxy, configuration, inheritance), timeout)
 
     def sync(self) -> None:
         """Report to the store what was handed out without asking it, and learn its state; see :class:`Optimization`.
@@ -261,7 +263,7 @@ class VerboseBucket(_OfBucket):
         self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return self._proxy.ask(Verbose(_replacement(configuration, inheritance)), timeout)
+        return self._proxy.ask(Verbose(_replacement(self._proxy, configuration, inheritance)), timeout)
 
     def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
@@ -347,7 +349,7 @@ class AsyncBucket(_OfBucket):
         self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> None:
         """See :meth:`Bucket.replace_configuration`."""
-        await self._proxy.aask(_replacement(configuration, inheritance), timeout)
+        await self._proxy.aask(_replacement(self._proxy, configuration, inheritance), timeout)
 
     async def sync(self) -> None:
         """See :meth:`Bucket.sync`."""
@@ -425,7 +427,7 @@ class AsyncVerboseBucket(_OfBucket):
         self, configuration: Limits, inheritance: TokensInheritance, *, timeout: Duration | None = None
     ) -> VerboseResult[None]:
         """See :meth:`Bucket.replace_configuration`."""
-        return await self._proxy.aask(Verbose(_replacement(configuration, inheritance)), timeout)
+        return await self._proxy.aask(Verbose(_replacement(self._proxy, configuration, inheritance)), timeout)
 
     async def snapshot(self, *, timeout: Duration | None = None) -> VerboseResult[Snapshot]:
         """See :meth:`Bucket.snapshot`."""
@@ -548,5 +550,12 @@ def _hold_back(duration: Duration) -> HoldBack:
     return HoldBack(duration_nanos(duration, "duration"))
 
 
-def _replacement(configuration: Limits, inheritance: TokensInheritance) -> ReplaceConfiguration:
-    return ReplaceConfiguration(configuration_of(configuration), checked_inheritance(inheritance))
+def _replacement(proxy: BucketProxy, configuration: Limits, inheritance: TokensInheritance) -> ReplaceConfiguration:
+    wanted, terms = configuration_of(configuration), proxy.terms
+    # Without terms, a callable gives the limits, and may give quotas.
+    if getattr(wanted, "has_periods", False) and not (terms is None or isinstance(terms, PeriodicTerms)):
+        raise InvalidArgumentError(
+            "configuration must have no calendar quota where the limits of the bucket itself have none, because nothing"
+            f" would begin the next period; got {brief(configuration)}: give the quota to the manager"
+        )
+    return ReplaceConfiguration(wanted, checked_inheritance(inheritance))

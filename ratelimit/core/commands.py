@@ -76,6 +76,10 @@ class Terms(NamedTuple):
     version: int | None = None
     inheritance: TokensInheritance = TokensInheritance.RESET
 
+    def at(self, now: int) -> Terms:
+        """Return the terms as they are stored at this time."""
+        return self
+
     def replaces(self, state: State, now: int) -> bool:
         """Return whether these terms are newer, at this time, than those that the bucket was made on."""
         if self.version is None:
@@ -94,8 +98,9 @@ class Terms(NamedTuple):
         return made
 
 
-BITS_OF_A_PERIOD: Final = 24
-"""How many of the last bits of a stored version are the number of the period, where limits change with periods."""
+# These are the last bits of a stored version where limits change with periods. lua/decide.lua has the same number.
+_BITS_OF_A_PERIOD: Final = 24
+_LARGEST_VERSION_OF_PERIODS: Final = 2 ** (63 - _BITS_OF_A_PERIOD) - 1
 
 
 class PeriodicTerms(Terms):
@@ -108,10 +113,10 @@ class PeriodicTerms(Terms):
     __slots__ = ()
 
     def at(self, now: int) -> Terms:
-        """Return the terms as they are stored at this time."""
+        """Return the terms as they are stored at this time: with the present period."""
         configuration, version, inheritance = self
         dated = configuration.dated(now)
-        return Terms(dated.configuration, ((version or 0) << BITS_OF_A_PERIOD) + dated.number, inheritance)
+        return Terms(dated.configuration, ((version or 0) << _BITS_OF_A_PERIOD) + dated.number, inheritance)
 
     def replaces(self, state: State, now: int) -> bool:
         """See :meth:`Terms.replaces`."""
@@ -124,12 +129,9 @@ class PeriodicTerms(Terms):
     def replaced(self, state: State, now: int) -> State:
         """Return a state under these terms; where only the period is another one, tokens stay as they are."""
         terms, stored = self.at(now), state.configuration_version
-        if stored is not None and stored >> BITS_OF_A_PERIOD == self.version:
+        if stored is not None and stored >> _BITS_OF_A_PERIOD == self.version:
             terms = terms._replace(inheritance=TokensInheritance.AS_IS)
         return terms.replaced(state, now)
-
-
-_LARGEST_VERSION_OF_PERIODS: Final = 2 ** (63 - BITS_OF_A_PERIOD) - 1
 
 
 def terms_of(configuration: Configuration, version: int | None, inheritance: TokensInheritance) -> Terms:

@@ -123,14 +123,14 @@ class PeriodicForm(NamedTuple):
     traceable_tokens: int
 
     def request_to_consume(
-        self, tokens: int, calls: int, terms: PeriodicTerms, now: int, flags: int
+        self, tokens: int, calls: int, terms: Terms, now: int, flags: int
     ) -> tuple[bytes, ...] | None:
         """See :meth:`Form.request_to_consume`."""
         dated = terms.at(now)
         form = _form_in_period(dated, self.expiration)
         return None if form is None else form.request_to_consume(tokens, calls, dated, now, flags)
 
-    def request(self, command: Command[Any], terms: PeriodicTerms, now: int, flags: int) -> tuple[bytes, ...] | None:
+    def request(self, command: Command[Any], terms: Terms, now: int, flags: int) -> tuple[bytes, ...] | None:
         """See :meth:`Form.request`."""
         dated = terms.at(now)
         form = _form_in_period(dated, self.expiration)

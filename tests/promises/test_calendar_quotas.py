@@ -113,6 +113,17 @@ def test_a_replaced_quota_lasts_until_the_period_ends(store: Any, clock: ManualC
     assert manager.available_tokens("acme") == 1000
 
 
+def test_a_quota_is_not_put_in_place_where_nothing_begins_its_next_period(store: Any) -> None:
+    for limits, allowed in (("5/minute", False), ("5/day calendar", True), (lambda _: "5/minute", True)):
+        bucket = ProxyManager(store, limits).bucket("acme")
+        for verbs in (bucket, bucket.verbose):
+            if allowed:
+                verbs.replace_configuration(QUOTA, TokensInheritance.RESET)
+            else:
+                with pytest.raises(InvalidArgumentError, match="configuration must have no calendar quota"):
+                    verbs.replace_configuration(QUOTA, TokensInheritance.RESET)
+
+
 def test_several_buckets_turn_together(store: Any, clock: ManualClock) -> None:
     users = ProxyManager(store, "3/day tz Europe/Berlin", prefix="user:", clock=clock)
     tenants = ProxyManager(store, f"1/second burst 100; {QUOTA}", prefix="tenant:", clock=clock)

@@ -25,7 +25,7 @@ _BYTES_OF_A_BANDWIDTH: Final = 71
 _OTHER_BYTES: Final = 45
 
 _LARGEST_QUOTA: Final = 2**46  # one token per nanosecond of a short day
-# Quarters of an hour, because every time zone is off from UTC by whole ones.
+# Quarters of an hour, because the time zones of today are off from UTC by whole ones.
 _SECONDS_OF_A_NUMBER: Final = 900
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
