@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ratelimit import Bandwidth, BucketConfiguration, InvalidArgumentError, InvalidConfigurationError, TokensInheritance
+from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import (
     Command,
     ConsumeAsMuchAsPossible,
@@ -23,7 +24,7 @@ from ratelimit.core.commands import (
     execute,
     terms_of,
 )
-from ratelimit.core.token_bucket import codec, periods
+from ratelimit.core.token_bucket import periods
 from ratelimit.core.token_bucket.periods import UNITS, Period, period_at
 from ratelimit.core.token_bucket.share import share_of
 
@@ -148,8 +149,9 @@ class TestLimits:
         ],
     )
     def test_values_out_of_range_are_refused(self, values: dict[str, Any], message: str) -> None:
+        arguments: dict[str, Any] = {"capacity": 5, "period": "day"} | values
         with pytest.raises(InvalidConfigurationError, match=message):
-            Bandwidth.calendar(**({"capacity": 5, "period": "day"} | values))
+            Bandwidth.calendar(**arguments)
 
     def test_quotas_of_one_period_and_zone_differ_in_their_ids(self) -> None:
         with pytest.raises(InvalidConfigurationError, match="id must differ between quotas"):
@@ -203,7 +205,7 @@ def run(of: Terms, *steps: tuple[int, Command[Any]], state: Any = None) -> tuple
     answers = []
     for now, command in steps:
         after, answer = execute(command, of, state, now)
-        state = state if after is None else codec.decode(codec.encode(after))
+        state = state if after is None else decode(encode(after))
         answers.append(answer)
     return state, answers
 
