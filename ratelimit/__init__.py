@@ -17,6 +17,7 @@ from ratelimit.core.expiration import Expiration
 from ratelimit.core.inheritance import TokensInheritance
 from ratelimit.core.numbers import NEVER
 from ratelimit.core.results import CombinedProbe, ConsumptionProbe, EstimationProbe, Snapshot, VerboseResult
+from ratelimit.core.sliding_window.configuration import SlidingWindow, SlidingWindows
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.core.token_bucket.state import BandwidthState
 from ratelimit.engine.observing import Decision, Listener
@@ -90,6 +91,8 @@ __all__ = [
     "RedisStore",
     "Reservation",
     "ReservationOverflowError",
+    "SlidingWindow",
+    "SlidingWindows",
     "Snapshot",
     "Store",
     "StoreError",

@@ -13,10 +13,10 @@ from typing import Any
 
 from ratelimit.bucket import Bucket
 from ratelimit.checks import max_wait_nanos, stored_key
-from ratelimit.core.algorithm import Level, State, decode, levels, out_of_range
+from ratelimit.core.algorithm import Configuration, Level, State, decode, levels, out_of_range
+from ratelimit.core.limits import parse
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
 from ratelimit.engine.question import errors_named
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import Key, shown
@@ -38,7 +38,7 @@ class _Trial:
 
     probe: ConsumptionProbe
     waited: int | None
-    limits: BucketConfiguration | None
+    limits: Configuration | None
     now: int
 
 
@@ -186,13 +186,13 @@ def remove(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parsed_limits(text: str) -> BucketConfiguration:
+def parsed_limits(text: str) -> Configuration:
     """Read the limits that ``--limit`` was given.
 
     :raises InvalidConfigurationError: where the text has no valid limits; its message shows the place.
     """
     try:
-        return BucketConfiguration.parse(text)
+        return parse(text)
     except InvalidConfigurationError as error:
         raise InvalidConfigurationError(f"--limit: {error.message}", error.field) from None
 

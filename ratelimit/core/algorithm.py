@@ -84,6 +84,11 @@ class State(Protocol):
         """Whether this bucket will equal a new one as soon as it is full, so that it can be forgotten then."""
         ...
 
+    @property
+    def reserves_beyond_capacity(self) -> bool:
+        """Whether more than a limit can hold may be reserved, after a wait that is longer by as much."""
+        ...
+
     def refilled(self, now: int) -> Self:
         """Return the state with everything that has come in until this time."""
         ...

@@ -295,7 +295,7 @@ class Reserve(Command[Reserved]):
     is_decision = True
 
     def decide(self, state: State, now: int) -> Transition[Reserved]:
-        wait = state.nanos_until(self.tokens, now, check_capacity=False)
+        wait = state.nanos_until(self.tokens, now, check_capacity=not state.reserves_beyond_capacity)
         if wait == NEVER or wait > self.longest_wait_nanos:
             return None, Reserved(NEVER, refused_wait=wait)
         after, surplus = state.reserved(self.tokens, wait, now)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import NamedTuple
 
-from ratelimit.core.token_bucket.bandwidth import BucketConfiguration
+from ratelimit.core.algorithm import Configuration
 from ratelimit.demo.errors import DemoError
 from ratelimit.demo.local_redis import find_binary, local_redis
 from ratelimit.demo.screen import Screen
@@ -26,7 +26,7 @@ _WAITED_FOR = ["report"]
 _BEHIND_NANOS = 10_000_000
 
 
-def demo(url: str | None, limits: BucketConfiguration, processes: int, seconds: float) -> int:
+def demo(url: str | None, limits: Configuration, processes: int, seconds: float) -> int:
     """Let processes share buckets for some seconds; return 0 when the limits held, 1 when one was broken.
 
     :param url: the Redis to use; None for one that lives as long as the demo.
@@ -74,7 +74,7 @@ def _kinds(processes: int) -> list[str]:
     return [ask] * (processes - waiting - in_tasks) + [ask_in_tasks] * in_tasks + [wait] * waiting
 
 
-def _run(redis: _Redis, limits: BucketConfiguration, kinds: Sequence[str], seconds: float) -> int:
+def _run(redis: _Redis, limits: Configuration, kinds: Sequence[str], seconds: float) -> int:
     screen, prefix = Screen(), f"ratelimit-demo:{secrets.token_hex(6)}:"
     tasks = [
         Task(kind, redis.url, str(limits), prefix, _WAITED_FOR if kind == "consume" else _ASKED_FOR, seconds)

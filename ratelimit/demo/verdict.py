@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ratelimit.core.algorithm import Configuration
 from ratelimit.core.numbers import NANOS_PER_SECOND
-from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from ratelimit.core.sliding_window.configuration import SlidingWindow
+from ratelimit.core.token_bucket.bandwidth import Bandwidth
 
 
-def bound(configuration: BucketConfiguration, elapsed_nanos: int) -> int:
+def bound(configuration: Configuration, elapsed_nanos: int) -> int:
     """Return the most tokens that a bucket made within this time gives away in it: capacity + rate x time."""
-    return min(_bound(bandwidth, elapsed_nanos) for bandwidth in configuration)
+    return min(_bound(limit, elapsed_nanos) for limit in configuration)
 
 
-def _bound(bandwidth: Bandwidth, elapsed_nanos: int) -> int:
+def _bound(limit: Bandwidth | SlidingWindow, elapsed_nanos: int) -> int:
+    if isinstance(limit, SlidingWindow):
+        return limit.capacity * (elapsed_nanos // limit.window_nanos + 1)
+    return _bound_of_bandwidth(limit, elapsed_nanos)
+
+
+def _bound_of_bandwidth(bandwidth: Bandwidth, elapsed_nanos: int) -> int:
     initial, tokens, period = bandwidth.initial_tokens, bandwidth.refill_tokens, bandwidth.refill_period_nanos
     if not bandwidth.refill_intervally:
         return initial + tokens * elapsed_nanos // period
@@ -33,7 +41,7 @@ class Outcome:
     """
 
     key: str
-    limits: BucketConfiguration
+    limits: Configuration
     admitted: int
     elapsed_nanos: int
 

@@ -15,8 +15,8 @@ from inspect import isasyncgenfunction, isclass, isgeneratorfunction
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 from ratelimit.checks import instance, max_wait_nanos, refusal
+from ratelimit.core.limits import Limits
 from ratelimit.core.numbers import Duration
-from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidArgumentError, RateLimitExceeded
 from ratelimit.keys import Key, brief
 from ratelimit.manager import AsyncProxyManager, ProxyManager

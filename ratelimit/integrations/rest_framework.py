@@ -8,8 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from ratelimit.core.limits import configuration_of
-from ratelimit.core.token_bucket.bandwidth import Limits
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.integrations.extras import needing
 

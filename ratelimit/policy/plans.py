@@ -11,9 +11,8 @@ from typing import Any, Final, NamedTuple, SupportsIndex, TypeAlias
 from ratelimit.checks import instance, nanos_from_zero, refusal, whole_number
 from ratelimit.core.algorithm import Configuration
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import configuration_of
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.core.numbers import NANOS_PER_SECOND, Duration
-from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.errors import InvalidConfigurationError
 from ratelimit.keys import Key, brief
 from ratelimit.policy.callables import answer_of

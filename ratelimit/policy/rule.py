@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Final, Generic, Self, TypeAlias, TypeVar
 from ratelimit.checks import boolean, function, instance, refusal
 from ratelimit.core.algorithm import Configuration
 from ratelimit.core.inheritance import TokensInheritance
-from ratelimit.core.limits import configuration_of
-from ratelimit.core.token_bucket.bandwidth import Limits
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.errors import InvalidArgumentError, InvalidConfigurationError
 from ratelimit.keys import Key, brief
 from ratelimit.policy.callables import answer_of, checked_cost, name_of, required_arguments

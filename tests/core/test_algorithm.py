@@ -6,6 +6,7 @@ import ast
 from dataclasses import fields
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ratelimit import (
     CorruptStateError,
     Expiration,
     MemoryStore,
+    SlidingWindow,
     TokensInheritance,
     UnsupportedStateError,
 )
@@ -50,6 +52,7 @@ from ratelimit.core.commands import (
     Verbose,
     execute,
 )
+from ratelimit.core.sliding_window import SLIDING_WINDOW
 from ratelimit.core.token_bucket import TOKEN_BUCKET
 from ratelimit.core.token_bucket.state import BandwidthState, BucketState
 from ratelimit.testing import ManualClock, SwappingMemoryStore
@@ -58,8 +61,8 @@ from tests.support.strategies import anything_64_bit, states
 
 SECOND = 10**9
 NOW = 1_700_000_000 * SECOND
-LIMITS = [BucketConfiguration.parse("10/second intervally"), FixedWindow(10, SECOND)]
-each_algorithm = pytest.mark.parametrize("limits", LIMITS, ids=["token bucket", "fixed window"])
+LIMITS = [BucketConfiguration.parse("10/second intervally"), FixedWindow(10, SECOND), SlidingWindow(10, per=1)]
+each_algorithm = pytest.mark.parametrize("limits", LIMITS, ids=["token bucket", "fixed window", "sliding window"])
 
 window_states = st.builds(
     WindowState,
@@ -79,10 +82,10 @@ class TestBytes:
         assert decode(data, "key") == state
         assert int.from_bytes(data[:4], "big") in state.configuration.algorithm.formats
 
-    @pytest.mark.parametrize("format", [0, 3, 63, FORMAT - 1, FORMAT + 1, -1, 2**31 - 1])
+    @pytest.mark.parametrize("format", [0, 3, 63, 65, FORMAT - 1, FORMAT + 1, -1, 2**31 - 1])
     def test_an_unknown_format_is_unsupported(self, format: int) -> None:
         data = format.to_bytes(4, "big", signed=True) + encode(Terms(LIMITS[0]).initial(NOW))[4:]
-        with pytest.raises(UnsupportedStateError, match=f"in format {format}, known is 1 to 2, {FORMAT}") as caught:
+        with pytest.raises(UnsupportedStateError, match=f"in format {format}, known is 1 to 2, 64, {FORMAT}") as caught:
             decode(data, "key")
         assert (caught.value.key, caught.value.state, caught.value.format) == ("key", data, format)
 
@@ -110,7 +113,7 @@ class TestBytes:
             assert error.state[4:] == rest
 
     def test_a_format_belongs_to_one_algorithm(self) -> None:
-        for taken in (TOKEN_BUCKET, FIXED_WINDOW):
+        for taken in (TOKEN_BUCKET, FIXED_WINDOW, SLIDING_WINDOW):
             with pytest.raises(ValueError, match="formats must be free"):
                 register(taken)
 
@@ -200,9 +203,8 @@ class TestCommands:
         assert (after.configuration, after.configuration_version, after.consumed_tokens) == (other, 2, 4)
 
     def test_limits_of_another_algorithm_inherit_nothing(self, limits: Any) -> None:
-        (other,) = (one for one in LIMITS if one is not limits)
         state = made(limits, TryConsume(4))
-        for inheritance in TokensInheritance:
+        for other, inheritance in product((one for one in LIMITS if one is not limits), TokensInheritance):
             by_version, _ = execute(GetAvailableTokens(), Terms(other, 2, inheritance), state, NOW)
             by_verb, _ = execute(ReplaceConfiguration(other, inheritance), Terms(limits), state, NOW)
             for after, version in ((by_version, 2), (by_verb, 1)):
@@ -214,8 +216,7 @@ class TestCommands:
     def test_bytes_show_the_time_that_they_were_written_at(self, limits: Any) -> None:
         new = made(limits, TryConsume(1))
         assert new.shows(None, NOW)
-        (other,) = (one for one in LIMITS if one is not limits)
-        assert new.shows(made(other), NOW)
+        assert all(new.shows(made(other), NOW) for other in LIMITS if other is not limits)
         same, _ = execute(TryConsume(1), Terms(limits), new, NOW)
         assert same is not None
         assert not same.shows(new, NOW)

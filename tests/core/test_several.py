@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ratelimit import NEVER, BucketConfiguration, CombinedProbe
+from ratelimit import NEVER, BucketConfiguration, CombinedProbe, SlidingWindow
 from ratelimit.core.algorithm import State
 from ratelimit.core.commands import ProbeConsumption, Settle, Terms, TryConsumeAndReturnRemaining, Verbose, execute
 from ratelimit.core.numbers import MAX
@@ -21,6 +21,7 @@ LIMITS = [
     BucketConfiguration.parse("3/second; 20/minute"),
     BucketConfiguration.parse("5/minute intervally initial 2"),
     FixedWindow(4, SECOND),
+    SlidingWindow(4, per=1),
 ]
 
 

@@ -11,7 +11,15 @@ import pytest
 import redis
 import redis.asyncio
 
-from ratelimit import AsyncMemoryStore, AsyncRedisStore, BucketConfiguration, MemoryStore, RedisStore
+from ratelimit import (
+    AsyncMemoryStore,
+    AsyncRedisStore,
+    BucketConfiguration,
+    MemoryStore,
+    RedisStore,
+    SlidingWindow,
+    SlidingWindows,
+)
 from ratelimit.core.algorithm import decode, encode
 from ratelimit.core.commands import Command, GiveBack, HoldBack, Reserve, Terms, TryConsume, execute
 from ratelimit.stores.protocol import Lost, Swap
@@ -98,7 +106,16 @@ async def test_states_are_compared_to_the_byte(store: Any) -> None:
     assert await store.swap(b"key", None, b"new", -1) == Lost(b"")  # empty is not missing
 
 
-@pytest.mark.parametrize("limits", [BucketConfiguration.parse("5/s; 90/minute id x"), FixedWindow(10, SECOND)], ids=str)
+@pytest.mark.parametrize(
+    "limits",
+    [
+        BucketConfiguration.parse("5/s; 90/minute id x"),
+        FixedWindow(10, SECOND),
+        SlidingWindow(10, per=1),
+        SlidingWindows(SlidingWindow(10, per=1), SlidingWindow(900, per=60)),
+    ],
+    ids=str,
+)
 async def test_states_of_any_algorithm_are_kept_to_the_byte(store: Any, limits: Any) -> None:
     state, now = Terms(limits, 3).initial(SECOND), SECOND
     await store.swap(b"key", None, encode(state), -1)

@@ -72,6 +72,10 @@ class WindowState(NamedTuple):
     def is_new_when_full(self) -> bool:
         return self.used >= 0
 
+    @property
+    def reserves_beyond_capacity(self) -> bool:
+        return True
+
     def refilled(self, now: int) -> WindowState:
         capacity, length = self.configuration.capacity, self.configuration.window_nanos
         windows = max(0, (now - self.begin) // length)

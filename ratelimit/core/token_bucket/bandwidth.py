@@ -494,6 +494,8 @@ _ALLOWED_LIMITS = 'text such as "100/minute", a Bandwidth, a BucketConfiguration
 
 
 def _from_spec(text: str, spec: limit_text.LimitSpec) -> Bandwidth:
+    if spec.is_sliding:
+        raise limit_text.error_at(text, "a bandwidth must not be sliding: see SlidingWindow", spec.spans["sliding"])
     try:
         return CalendarBandwidth(**spec.values) if "unit" in spec.values else Bandwidth(**spec.values)
     except InvalidConfigurationError as error:

@@ -14,6 +14,7 @@
               | "calendar"               a quota for each day or week of the calendar, in UTC
               | "tz" zone                the same in a time zone; also for months and years
               | "id" name
+              | "sliding"                at most the count in any span of this length; without other options
     count     = digits, with "_" between them if you like
     requests  = "r" | "req" | "reqs" | "request" | "requests"
     unit      = ns | us | ms | s | m | h | d | w, or their long forms, singular or plural
@@ -64,7 +65,7 @@ _ALIASES = (
 # These have no fixed length: what is said here serves error messages only.
 _TYPICAL_DAYS = {"month": 30, "year": 365}
 _CALENDAR_UNITS = ("day", "week", *_TYPICAL_DAYS)
-_OPTIONS = ("burst", "initial", "intervally", "aligned", "adaptive", "calendar", "tz", "id")
+_OPTIONS = ("burst", "initial", "intervally", "aligned", "adaptive", "calendar", "tz", "id", "sliding")
 _NOT_OF_A_CALENDAR = ("burst", "initial", "intervally", "aligned", "adaptive")
 _UNIT_NAMES = "ns, us, ms, second, minute, hour, day, week, month or year"
 
@@ -97,11 +98,19 @@ _SHOWN_BEFORE, _SHOWN_OF_LONG = 40, 120  # of a longer one
 
 @dataclass(frozen=True, slots=True)
 class LimitSpec:
-    """A limit as it was read: values for the fields of a bandwidth, and where in the text each of them stands."""
+    """A limit as it was read: values for the fields of a bandwidth, and where in the text each of them stands.
+
+    A sliding window has a capacity and a period, too.
+    """
 
     values: dict[str, Any]
     spans: dict[str, Span]
     span: Span
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether it is a sliding window."""
+        return "sliding" in self.spans
 
 
 def error_at(text: str, message: str, span: Span) -> InvalidConfigurationError:
@@ -218,6 +227,8 @@ class _Parser:
         seen: dict[str, Span] = {}
         while self._option_follows():
             self._option(values, spans, seen)
+        if "sliding" in seen:
+            self._check_sliding(unit, seen)
         if unit in _TYPICAL_DAYS or "calendar" in seen or "tz" in seen:
             self._check_calendar(unit, seen)
             zone, id = values.get("tz", "UTC"), values.get("id")
@@ -225,6 +236,12 @@ class _Parser:
         if "adaptive" in seen and "aligned" not in seen:
             self.fail("adaptive goes with aligned", seen["adaptive"])
         return LimitSpec(values, spans, (begin, self._end))
+
+    def _check_sliding(self, unit: str | None, seen: dict[str, Span]) -> None:
+        if len(seen) > 1:
+            self.fail("sliding goes without other options", seen["sliding"])
+        if unit in _TYPICAL_DAYS:
+            self.fail(f"sliding does not go with a {unit}, which has no fixed length", seen["sliding"])
 
     def _check_calendar(self, unit: str | None, seen: dict[str, Span]) -> None:
         for option in _NOT_OF_A_CALENDAR:
@@ -308,6 +325,8 @@ class _Parser:
         elif option == "id":
             spans["id"] = self._span()
             values["id"] = self._name()
+        elif option == "sliding":
+            spans["sliding"] = (begin, self._end)
         elif option == "adaptive":
             values["adaptive_initial_tokens"] = True
             spans["adaptive_initial_tokens"] = (begin, self._end)
@@ -406,6 +425,11 @@ def _print_id(bandwidth: Bandwidth) -> list[str]:
     if bandwidth.id is None:
         return []
     return [f"id {bandwidth.id if _PLAIN_NAME.fullmatch(bandwidth.id) else json.dumps(bandwidth.id)}"]
+
+
+def print_sliding(capacity: int, nanos: int) -> str:
+    """Return the text form of a sliding window."""
+    return f"{capacity}/{_print_period(nanos)} sliding"
 
 
 def _print_rate(tokens: Fraction, nanos: Fraction) -> str:

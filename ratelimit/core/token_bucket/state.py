@@ -103,6 +103,11 @@ class BucketState(NamedTuple):
         pairs = zip(configuration.bandwidths, states, strict=True)
         return all(state.current_size <= bandwidth.capacity for bandwidth, state in pairs)
 
+    @property
+    def reserves_beyond_capacity(self) -> bool:
+        """Whether more than the capacity may be reserved: yes, as in Bucket4j."""
+        return True
+
     def consumed(self, tokens: int) -> BucketState:
         """Return the state less these tokens, whether they are there or not."""
         configuration, version, consumed, states = self

@@ -19,10 +19,9 @@ from urllib.parse import urlsplit
 from ratelimit.bucket import AsyncBucket, Bucket, reserving
 from ratelimit.checks import duration_nanos, instance, max_wait_nanos
 from ratelimit.core.algorithm import Configuration
-from ratelimit.core.limits import configuration_of
+from ratelimit.core.limits import Limits, configuration_of
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, Duration, to_seconds
 from ratelimit.core.results import ConsumptionProbe
-from ratelimit.core.token_bucket.bandwidth import Limits
 from ratelimit.engine.reserving import probe_of
 from ratelimit.errors import InvalidArgumentError, RateLimitError, RateLimitExceeded
 from ratelimit.integrations.outbound.answers import TOO_MANY_REQUESTS, fields_of, nanos_to_hold
