@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.promises.simulation import several
-from tests.promises.simulation.schedules import LIMITS, WINDOWS, simulate
+from tests.promises.simulation.schedules import LIMITS, SLIDING, WINDOWS, simulate
 from tests.promises.simulation.world import ViolationError, World
 
 _PROGRESS_EVERY = 10_000
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first of them, or the one to replay")
     parser.add_argument("--replay", action="store_true", help="run one schedule, and print all that happens in it")
     parser.add_argument("--windows", action="store_true", help="limit by the second algorithm, that of the tests")
+    parser.add_argument("--sliding", action="store_true", help="limit by sliding windows")
     parser.add_argument("--several", action="store_true", help="decide about several buckets at once")
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first violation")
     arguments = parser.parse_args()
@@ -32,7 +33,9 @@ def main() -> int:
 
 def _simulating(arguments: argparse.Namespace) -> Callable[..., World]:
     """Return what runs the schedule of a seed."""
-    return several.simulate if arguments.several else partial(simulate, limits=WINDOWS if arguments.windows else LIMITS)
+    if arguments.several:
+        return several.simulate
+    return partial(simulate, limits=WINDOWS if arguments.windows else SLIDING if arguments.sliding else LIMITS)
 
 
 def _replay(arguments: argparse.Namespace) -> int:
@@ -48,7 +51,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     begin, violations = time.monotonic(), 0
-    option = " --windows" * arguments.windows + " --several" * arguments.several
+    option = " --windows" * arguments.windows + " --sliding" * arguments.sliding + " --several" * arguments.several
     simulate_one = _simulating(arguments)
     for count in range(1, arguments.schedules + 1):
         seed = arguments.seed + count - 1

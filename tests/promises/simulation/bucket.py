@@ -22,12 +22,14 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.numbers import NEVER
+from ratelimit.core.sliding_window.configuration import SlidingWindow, SlidingWindows
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
+from tests.promises.simulation.sliding import LogLevel
 from tests.promises.simulation.window import WindowLevel
 from tests.promises.simulation.world import MILLISECOND
 from tests.support.fixed_window import FixedWindow
 
-Limits: TypeAlias = BucketConfiguration | FixedWindow
+Limits: TypeAlias = BucketConfiguration | FixedWindow | SlidingWindow | SlidingWindows
 """The limits that a schedule may have."""
 
 
@@ -96,12 +98,15 @@ class Level(NamedTuple):
     def full(self) -> Level:
         return self._replace(amount=self.limit.capacity * self.limit.refill_period_nanos)
 
-    def most(self, nanos: int) -> int:
-        """The most tokens that are there at some time within so many nanoseconds of the beginning."""
+    def most(self, nanos: int, ahead: int) -> int:
+        """The most tokens that are admitted within so many nanoseconds of the beginning.
+
+        :param ahead: those that may be admitted in debt at any time.
+        """
         limit = self.limit
         steps = nanos // limit.refill_period_nanos + 1 if limit.refill_intervally else 0
         come = steps * limit.refill_tokens or nanos * limit.refill_tokens // limit.refill_period_nanos
-        return max(limit.capacity, limit.initial_tokens) + come
+        return max(limit.capacity, limit.initial_tokens) + come + ahead
 
     def wait(self, tokens: int, now: int) -> int:
         """How long until so many tokens are there, in nanoseconds, rounded down."""
@@ -126,13 +131,15 @@ class Outcome(NamedTuple):
 class Bucket(NamedTuple):
     """All the limits of a bucket, and what it has counted as consumed."""
 
-    levels: tuple[Level | WindowLevel, ...]
+    levels: tuple[Level | WindowLevel | LogLevel, ...]
     counted: int = 0
 
     @classmethod
     def initial(cls, limits: Limits, now: int) -> Bucket:
         if isinstance(limits, FixedWindow):
             return cls((WindowLevel.initial(limits, now),))
+        if isinstance(limits, SlidingWindow | SlidingWindows):
+            return cls(tuple([LogLevel.initial(limit, now) for limit in limits]))
         return cls(tuple([Level.initial(limit, now) for limit in limits.bandwidths]))
 
     @property
@@ -218,6 +225,10 @@ class Bucket(NamedTuple):
         return outcome._replace(bucket=outcome.bucket._replace(levels=levels))
 
     def _cancelled(self, tokens: int, noted: int, surplus: tuple[tuple[int, int], ...]) -> Outcome:
+        if isinstance(self.levels[0], LogLevel):
+            ((due, _),) = surplus
+            cancelled = tuple([level.cancelled(tokens, due) for level in self.levels if isinstance(level, LogLevel)])
+            return Outcome(Bucket(cancelled, self.counted - tokens), -tokens, True, True)
         later = max(0, self.counted - noted)
         if later and self.tokens < 0:
             return Outcome(self, 0, False, False)

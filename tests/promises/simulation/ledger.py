@@ -328,7 +328,7 @@ class Ledger:
         """No more is admitted than was there at first, has come in by the server's clock, was added, or was lost."""
         nanos = max(account.until, self.world.now) + self.oldest_reading
         for level in Bucket.initial(self.limits, EPOCH).levels:
-            there = level.most(nanos) + account.added + account.lost + self.ahead
+            there = level.most(nanos, self.ahead) + account.added + account.lost
             if account.admitted > there:
                 raise ViolationError(f"{account.admitted} tokens of {key!r} are admitted, where there were {there}")
 

@@ -23,6 +23,7 @@ from ratelimit.core.commands import (
     Verbose,
 )
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.sliding_window.configuration import SlidingWindow, SlidingWindows
 from ratelimit.core.token_bucket.bandwidth import Bandwidth, BucketConfiguration
 from ratelimit.engine.optimization import Optimization
 from tests.promises.simulation.bucket import Limits
@@ -54,6 +55,14 @@ WINDOWS: Final[tuple[Limits, ...]] = (
     FixedWindow(9, 2 * SECOND),
 )
 """Limits of the second algorithm, which no server decides about alone."""
+
+SLIDING: Final[tuple[Limits, ...]] = (
+    SlidingWindow(6, per=0.02),
+    SlidingWindow(9, per=2),
+    SlidingWindow(65, per=0.03),
+    SlidingWindows(SlidingWindow(5, per=0.01), SlidingWindow(12, per=0.1)),
+)
+"""Sliding windows, which no server decides about alone."""
 
 _EXPIRATIONS: Final = (
     Expiration.automatic(),

@@ -10,6 +10,7 @@ import pytest
 from ratelimit.core.algorithm import decode
 from ratelimit.core.commands import GiveBack, Settle, TryConsume, execute
 from ratelimit.core.expiration import Expiration
+from ratelimit.core.sliding_window.state import SlidingWindowState
 from ratelimit.core.token_bucket.state import BucketState
 from ratelimit.engine import lost_reply, preparing, swapping
 from ratelimit.engine.attempt import Attempt
@@ -28,7 +29,7 @@ from tests.promises.simulation.bucket import Limits
 from tests.promises.simulation.clients import Process
 from tests.promises.simulation.ledger import Decision
 from tests.promises.simulation.network import FAULTS, Network, Request
-from tests.promises.simulation.schedules import LIMITS, WINDOWS, simulate
+from tests.promises.simulation.schedules import LIMITS, SLIDING, WINDOWS, simulate
 from tests.promises.simulation.server import Server
 from tests.promises.simulation.world import MILLISECOND, ViolationError
 from tests.support.fixed_window import WindowState
@@ -50,12 +51,13 @@ def test_every_rule_is_kept_whatever_happens(first: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(0, SCHEDULES_OVER_WINDOWS, PART))
-def test_every_rule_is_kept_over_a_second_algorithm(first: int) -> None:
+@pytest.mark.parametrize(("limits", "option"), [(WINDOWS, "--windows"), (SLIDING, "--sliding")])
+def test_every_rule_is_kept_over_other_algorithms(first: int, limits: tuple[Limits, ...], option: str) -> None:
     for seed in range(first, first + PART):
         try:
-            simulate(seed, WINDOWS)
+            simulate(seed, limits)
         except ViolationError as error:
-            pytest.fail(f"{error}\nreplay it: python -m tests.promises.simulation --seed {seed} --replay --windows")
+            pytest.fail(f"{error}\nreplay it: python -m tests.promises.simulation --seed {seed} --replay {option}")
 
 
 def test_a_seed_stands_for_one_schedule() -> None:
@@ -63,7 +65,7 @@ def test_a_seed_stands_for_one_schedule() -> None:
         assert simulate(seed, tracing=True).lines == simulate(seed, tracing=True).lines
 
 
-@pytest.mark.parametrize("limits", [LIMITS, WINDOWS], ids=["token buckets", "windows"])
+@pytest.mark.parametrize("limits", [LIMITS, WINDOWS, SLIDING], ids=["token buckets", "windows", "sliding windows"])
 def test_everything_does_go_wrong(limits: tuple[Limits, ...]) -> None:
     told = "\n".join(line for seed in range(400) for line in simulate(seed, limits, tracing=True).lines)
     for fault in FAULTS:
@@ -191,7 +193,7 @@ def a_client_that_takes_any_bytes_for_its_own(patch: pytest.MonkeyPatch) -> None
 
 
 def a_client_that_ignores_that_others_write_the_same_bytes(patch: pytest.MonkeyPatch) -> None:
-    for state in (BucketState, WindowState):
+    for state in (BucketState, WindowState, SlidingWindowState):
         patch.setattr(state, "shows", lambda *_: True)
 
 
@@ -256,6 +258,14 @@ def a_wait_under_several_limits_during_which_the_others_recover(patch: pytest.Mo
 
 def a_wait_that_leaves_the_tokens_of_earlier_windows(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WindowState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ()))
+
+
+def a_sliding_wait_that_counts_from_its_beginning(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SlidingWindowState, "reserved", lambda state, tokens, *_: (state.consumed(tokens), ((state.at, 0),)))
+
+
+def a_sliding_wait_that_is_cancelled_at_the_expense_of_others(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SlidingWindowState, "cancelled", lambda state, tokens, *_: state.given_back(tokens))
 
 
 def an_expiration_that_is_too_short(patch: pytest.MonkeyPatch) -> None:
@@ -334,3 +344,29 @@ def test_a_mutant_is_caught_over_a_second_algorithm(
     with pytest.raises(ViolationError, match=violation):
         for seed in range(2_000):
             simulate(seed, WINDOWS)
+
+
+MUTANTS_OVER_SLIDING_WINDOWS: list[tuple[Mutant, str]] = [
+    (a_store_that_swaps_whatever_is_there, "has stored"),
+    (a_client_that_admits_from_memory, "is told"),
+    (a_client_that_ignores_that_others_write_the_same_bytes, "is told"),
+    (a_client_that_begins_anew_when_a_reply_is_lost, "is stored twice|is charged"),
+    (a_client_that_gives_nothing_back, "are not given back"),
+    (a_sliding_wait_that_counts_from_its_beginning, "has stored|is told"),
+    (a_sliding_wait_that_is_cancelled_at_the_expense_of_others, "has stored"),
+    (an_expiration_that_is_too_short, "tokens missing"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "violation"),
+    MUTANTS_OVER_SLIDING_WINDOWS,
+    ids=[mutant.__name__ for mutant, _ in MUTANTS_OVER_SLIDING_WINDOWS],
+)
+def test_a_mutant_is_caught_over_sliding_windows(
+    mutant: Mutant, violation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(ViolationError, match=violation):
+        for seed in range(3_000):
+            simulate(seed, SLIDING)

@@ -59,9 +59,9 @@ class WindowLevel(NamedTuple):
     def full(self) -> WindowLevel:
         return self._replace(left=self.limit.capacity)
 
-    def most(self, nanos: int) -> int:
-        """The most tokens that are there at some time within so many nanoseconds of the beginning."""
-        return (nanos // self.limit.window_nanos + 2) * self.limit.capacity
+    def most(self, nanos: int, ahead: int) -> int:
+        """The most tokens that are admitted within so many nanoseconds of the beginning."""
+        return (nanos // self.limit.window_nanos + 2) * self.limit.capacity + ahead
 
     def wait(self, tokens: int, now: int) -> int:
         windows = 0
