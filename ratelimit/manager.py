@@ -203,7 +203,7 @@ class ProxyManager(_Manager[Store, Bucket]):
     :class:`Bucket`, with the key first; a bucket from :meth:`bucket` has all verbs.
 
     :param store: where the buckets are: a ``RedisStore`` over a client of yours, or a ``MemoryStore``.
-    :param configuration: the limits: a ``BucketConfiguration``, its text form, a list of limits, or a callable that is
+    :param configuration: the limits: a limit, its text form, a list of limits, or a callable that is
         asked for one of these at every verb, with the key as given, and returns None for a key that is not limited. A
         bucket keeps the limits that it was made with until they are replaced. If this is None, each call of
         :meth:`bucket` must give limits.

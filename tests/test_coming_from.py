@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ratelimit import BucketConfiguration, InvalidConfigurationError
+from ratelimit import InvalidConfigurationError
+from ratelimit.core.limits import parse
 from ratelimit.stores import urls
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def is_ours(span: str, others: set[str]) -> bool:
     if not span:
         return True
     try:
-        BucketConfiguration.parse(span)
+        parse(span)
     except InvalidConfigurationError:
         return words(span) <= our_names() | others
     return True
@@ -138,7 +139,7 @@ def test_limits_in_examples_are_read() -> None:
     assert len(texts) > 5
     for text in texts:
         if not re.fullmatch(r"[\d.]+/\d+", text):  # a network
-            BucketConfiguration.parse(text)
+            parse(text)
 
 
 def test_the_index_names_each_page_and_version() -> None:

@@ -11,6 +11,8 @@ class TokensInheritance(Enum):
     A new bandwidth inherits from the old one with the same id. Where both configurations have one bandwidth without an
     id, these two belong together. A bandwidth without a predecessor, and every one with RESET, begins with its initial
     tokens, and so do limits that replace those of another algorithm.
+
+    Sliding windows inherit by their length. With AS_IS and ADDITIVE, what was used goes on counting.
     """
 
     PROPORTIONALLY = 0

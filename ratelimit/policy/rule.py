@@ -58,7 +58,7 @@ class Rule(Generic[R]):
     Rules of one name share their buckets wherever they stand, and a request pays for each bucket once. Rules that are
     made alike are equal.
 
-    :param limits: text, a ``BucketConfiguration``, a list of limits, ``Plans``, or a callable that is given the key, or
+    :param limits: text, a limit, a list of limits, ``Plans``, or a callable that is given the key, or
         the key and the request, and answers with limits, or with None for a key that is not limited. Where the rule has
         no key, it is given the name of the rule.
     :param key: whose bucket it is: a ``str`` or ``bytes``, or a callable that is given the request. None: all requests

@@ -21,6 +21,7 @@ from ratelimit import (
     InvalidConfigurationError,
     OnError,
     ProxyManager,
+    SlidingWindow,
     StoreUnavailableError,
 )
 from ratelimit.integrations.asgi import RateLimitMiddleware
@@ -84,6 +85,38 @@ def test_ten_requests_are_admitted_and_five_refused(limit: Callable[..., RateLim
     }
     assert parsed(refusal, "RateLimit") == [("10/minute", {"r": 0, "t": 6})]
     assert len(calls) == stored.consumed(f"GET /|10/minute|ip:{PEER}") == 10
+
+
+def test_the_fields_of_sliding_windows_say_when_the_first_token_is_back(
+    limit: Callable[..., RateLimit], stored: Stored
+) -> None:
+    app = FastAPI()
+
+    @app.get("/one", dependencies=[Depends(limit(SlidingWindow(3, per=60)))])
+    @app.get("/two", dependencies=[Depends(limit("2/second sliding; 3/minute sliding"))])
+    async def index() -> str:
+        return "hello"
+
+    client = client_of(app)
+    answers = []
+    for _ in range(4):
+        answers.append(client.get("/one"))
+        stored.clock.advance(10)
+    assert [answer.status_code for answer in answers] == [200] * 3 + [429]
+    policy = "3/minute sliding"
+    assert parsed(answers[0], "RateLimit-Policy") == [(policy, {"q": 3, "w": 60})]
+    left = [parsed(answer, "RateLimit") for answer in answers]
+    assert left == [
+        [(policy, {"r": 2, "t": 60})],
+        *[[(policy, {"r": r, "t": t})] for r, t in ((1, 50), (0, 40), (0, 30))],
+    ]
+    assert answers[3].headers["Retry-After"] == "30"
+    assert [client.get("/two").status_code for _ in range(3)] == [200, 200, 429]
+    stored.clock.advance(1)
+    assert client.get("/two").status_code == 200
+    refused = client.get("/two")
+    assert parsed(refused, "RateLimit") == [(policy, {"r": 0, "t": 59})]
+    assert refused.json()["violated-policies"] == [policy]
 
 
 def endpoint() -> str:

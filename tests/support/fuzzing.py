@@ -19,6 +19,8 @@ from ratelimit import (
     ProxyManager,
     RateLimitError,
     ReservationOverflowError,
+    SlidingWindow,
+    SlidingWindows,
     TokensInheritance,
 )
 from ratelimit.core.token_bucket import codec
@@ -81,7 +83,7 @@ def check_verbs(data: bytes) -> None:
 
 def check_limits(text: str) -> None:
     """A text is read, as something that prints itself back, or refused with the place marked."""
-    for parse in (BucketConfiguration.parse, Bandwidth.parse):
+    for parse in (BucketConfiguration.parse, Bandwidth.parse, SlidingWindow.parse, SlidingWindows.parse):
         try:
             limits = parse(text)
         except InvalidConfigurationError as error:
