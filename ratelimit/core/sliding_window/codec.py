@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
+from operator import lt
 from typing import Final, NoReturn
 
 from ratelimit.core.algorithm import LONGEST_STATE
@@ -20,8 +21,8 @@ _HEAD: Final = struct.Struct(">iBBqq")  # format, whether there is a version, wi
 _VERSION: Final = struct.Struct(">q")
 _LIMIT: Final = struct.Struct(">qq")  # capacity, length
 _WINDOW: Final = struct.Struct(">qBBq")  # tokens above the capacity, kind of entries, how many, first tick
-_KINDS: Final = tuple([struct.Struct(layout) for layout in (">II", ">QI", ">IQ", ">QQ")])
-"""Entries: ticks after the first one, and tokens. By the number of the kind: 1 has wide ticks, 2 wide tokens."""
+_KINDS: Final = ("II", "QI", "IQ", "QQ")
+"""Layouts of an entry: ticks after the first one, and tokens. The kind 1 has wide ticks, 2 has wide tokens."""
 
 _NARROW: Final = 2**32
 
@@ -40,12 +41,15 @@ def encode(state: SlidingWindowState) -> bytes:
             continue
         first = entries[0][0]
         wide_ticks = entries[-1][0] - first >= _NARROW
-        wide_tokens = any(count >= _NARROW for _, count in entries)
-        kind = wide_ticks + 2 * wide_tokens
-        pack = _KINDS[kind].pack
-        parts.append(_WINDOW.pack(0, kind, len(entries), first))
-        parts += [pack(tick - first, count) for tick, count in entries]
+        numbers = [number for tick, count in entries for number in (tick - first, count)]
+        kind = wide_ticks + 2 * (max(numbers[1::2]) >= _NARROW)
+        parts += [_WINDOW.pack(0, kind, len(entries), first), _layout(kind, len(entries)).pack(*numbers)]
     return b"".join(parts)
+
+
+@lru_cache(maxsize=len(_KINDS) * (MOST_ENTRIES + 1))
+def _layout(kind: int, count: int) -> struct.Struct:
+    return struct.Struct(">" + _KINDS[kind] * count)
 
 
 @lru_cache(maxsize=1024)
@@ -88,19 +92,14 @@ def _decode_window(limit: SlidingWindow, reader: _Reader) -> Window:
         reader.fail(f"an unknown kind of entries, {kind}")
     if count > MOST_ENTRIES:
         reader.fail(f"{count} entries in a window, where {MOST_ENTRIES} are the most")
-    layout = _KINDS[kind]
-    entries = tuple(
-        [(first + after, tokens) for after, tokens in layout.iter_unpack(reader.bytes(layout.size * count))]
-    )
-    size = limit.capacity + above
-    last = None
-    for tick, tokens in entries:
-        if tokens < 1 or (last is not None and tick <= last):
-            reader.fail("its entries are not in order")
-        size, last = size - tokens, tick
-    if above < 0 or (above and entries) or not MIN <= size <= MAX or (last or 0) > MAX:
+    numbers = reader.read(_layout(kind, count))
+    ticks, tokens = [first + after for after in numbers[::2]], numbers[1::2]
+    if 0 in tokens or not all(map(lt, ticks, ticks[1:])):
+        reader.fail("its entries are not in order")
+    size = limit.capacity + above - sum(tokens)
+    if above < 0 or (above and count) or not MIN <= size <= MAX or (ticks and ticks[-1] > MAX):
         reader.fail("its tokens are out of range")
-    return Window(size, entries)
+    return Window(size, tuple(zip(ticks, tokens, strict=True)))
 
 
 class _Reader:
