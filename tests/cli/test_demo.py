@@ -26,6 +26,7 @@ import pytest
 import redis
 
 from ratelimit import BucketConfiguration, ProxyManager
+from ratelimit.core.limits import parse
 from ratelimit.demo import team
 from ratelimit.demo.verdict import Outcome, bound, verdict
 from ratelimit.demo.worker import Counts, Task
@@ -376,10 +377,11 @@ class TestVerdict:
             ("10/second initial 0 intervally", 3 * SECOND, 30),
             ("10/second initial 0 aligned 2026-01-01T00:00Z", SECOND - 1, 20),
             ("10/second aligned 2026-01-01T00:00Z adaptive", SECOND, 30),
+            ("10/second sliding; 100/minute sliding", 3 * SECOND - 1, 30),
         ],
     )
     def test_the_bound(self, limits: str, elapsed_nanos: int, expected: int) -> None:
-        assert bound(BucketConfiguration.parse(limits), elapsed_nanos) == expected
+        assert bound(parse(limits), elapsed_nanos) == expected
 
     @pytest.mark.parametrize(
         ("admitted", "elapsed_nanos", "kept"),
