@@ -275,6 +275,18 @@ async def test_over_redis_whoever_would_decide(over_redis: Any, by: By) -> None:
 
 
 @pytest.mark.redis
+@pytest.mark.parametrize("by", By)
+async def test_over_redis_a_window_and_a_bandwidth_are_charged_together(over_redis: Any, by: By) -> None:
+    with deciding_by(by):
+        async with over_redis(SlidingWindow(70, per=3600)) as manager:
+            limit = all_of((manager.bucket("{a}:1"), 30), manager.bucket("{a}:2", "5/hour"))
+            assert [await settled(limit.try_consume()) for _ in range(4)] == [True, True, False, False]
+            probe = await settled(limit.try_consume_and_return_remaining())
+            assert probe.refused_by == ("{a}:1",)
+            assert [part.remaining_tokens for part in probe.parts] == [10, 3]
+
+
+@pytest.mark.redis
 async def test_over_redis_waits_keep_within_a_window(over_redis: Any) -> None:
     async with over_redis(SlidingWindow(4, per=0.2)) as opened:
         manager, times = Settled(opened), []
