@@ -334,11 +334,15 @@ class _Parser:
             values["tz"] = zone = self._zone()
             spans["tz"] = (self._end - len(zone), self._end)
         elif option != "calendar":
-            values["refill_intervally"] = True
-            spans["refill_intervally"] = (begin, self._end)
-            if option == "aligned":
-                spans["first_refill_millis"] = self._span()
-                values["first_refill_millis"] = self._time()
+            self._by_periods(option, begin, values, spans)
+
+    def _by_periods(self, option: str, begin: int, values: dict[str, Any], spans: dict[str, Span]) -> None:
+        """Take what says that tokens come at the end of each period."""
+        values["refill_intervally"] = True
+        spans["refill_intervally"] = (begin, self._end)
+        if option == "aligned":
+            spans["first_refill_millis"] = self._span()
+            values["first_refill_millis"] = self._time()
 
     def _refuse_option(self, word: str) -> NoReturn:
         if word == "/":
