@@ -738,15 +738,17 @@ class Slow(AsyncSwappingMemoryStore):
 async def test_a_task_that_is_cancelled_while_it_settles_has_settled() -> None:
     store = Slow()
     manager = AsyncProxyManager(store, LIMITS)
+    entered = asyncio.Event()
 
     async def call() -> None:
         async with manager.reserve("key", 400, refund_on=asyncio.CancelledError) as reservation:
             store.may_go.clear()
             store.asked.clear()
+            entered.set()
             await reservation.settle(100)
 
     task = asyncio.create_task(call())
-    await asyncio.sleep(0.01)
+    await entered.wait()
     await store.asked.wait()
     task.cancel()
     await asyncio.sleep(0.01)

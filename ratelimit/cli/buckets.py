@@ -13,7 +13,7 @@ from typing import Any
 
 from ratelimit.bucket import Bucket
 from ratelimit.checks import max_wait_nanos, stored_key
-from ratelimit.core.algorithm import Configuration, Level, State, decode, levels, out_of_range
+from ratelimit.core.algorithm import Configuration, Level, State, decode, levels, out_of_range, stored_form
 from ratelimit.core.limits import parse
 from ratelimit.core.numbers import NANOS_PER_SECOND, NEVER, to_seconds
 from ratelimit.core.results import ConsumptionProbe
@@ -61,7 +61,7 @@ def try_(arguments: argparse.Namespace) -> int:
         )
     else:
         print(_told(trial))
-        if trial.limits != limits.at(trial.now):
+        if trial.limits != stored_form(limits, trial.now):
             print(f"the bucket keeps the limits it was made with: {trial.limits}", file=sys.stderr)
     return 0 if probe else 1
 

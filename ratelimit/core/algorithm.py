@@ -40,6 +40,12 @@ A configuration whose ``has_periods`` is true is stored in another form in each 
 below are given either.
 """
 
+
+def stored_form(configuration: Configuration, now: int) -> Configuration:
+    """Return the form in which a configuration is stored at this time, in nanoseconds since the epoch."""
+    return configuration.dated(now).configuration if getattr(configuration, "has_periods", False) else configuration
+
+
 Surplus: TypeAlias = tuple[int, int]
 """What a reservation took from one limit besides its tokens: two numbers that only the algorithm understands."""
 
