@@ -326,7 +326,7 @@ class BucketConfiguration:
     only_greedy: tuple[int, int, int] | None = field(init=False, repr=False, compare=False)
     """Capacity, refill tokens, and their period in nanoseconds, where there is one bandwidth and it is greedy."""
     has_periods: bool = field(init=False, repr=False, compare=False)
-    """Whether a bandwidth is a calendar quota, so that what is stored changes with the periods; see :meth:`dated`."""
+    """Whether a bandwidth is a calendar quota, so that what is stored changes with the periods."""
     _dated: Dated | None = field(init=False, repr=False, compare=False)
 
     def __init__(self, *bandwidths: Bandwidth) -> None:
