@@ -113,9 +113,8 @@ class Wire:
             _fail(waiter, StoreUnavailableError(key, fate, in_doubt=True))
         elif fate == "late":
             _fail(waiter, StoreTimeoutError(key, fate, in_doubt=True))
-            # It is carried out some time after the caller has heard of its failure.
-            nobody = asyncio.get_running_loop().create_future()
-            self.under_way.append((carry_out, nobody, key, False))
+            # It is carried out some time after the caller has heard of its failure, and answered even then.
+            self.under_way.append((carry_out, waiter, key, posted))
         elif not waiter.done():
             reply = carry_out()
             waiter.set_result([reply] if posted else reply)

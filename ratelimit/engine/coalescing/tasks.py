@@ -99,7 +99,7 @@ class _Flight:
     :ivar carried: the questions that it carries; empty where there is one caller.
     """
 
-    __slots__ = ("_coalescing", "_line", "attempt", "carried", "future")
+    __slots__ = ("_coalescing", "_is_answered", "_line", "attempt", "carried", "future")
 
     def __init__(
         self,
@@ -114,13 +114,18 @@ class _Flight:
         self.attempt = attempt
         self.future = future
         self.carried = carried
+        self._is_answered = False
 
     def done(self) -> bool:
-        """Return False: the reply shows what is stored, also where no caller waits any more."""
-        return False
+        """Return whether the reply has come, or an error in its place: then a late reply is not for this flight.
+
+        Until then it is wanted also where no caller waits any more, because it shows what is stored.
+        """
+        return self._is_answered
 
     def set_result(self, replies: list[Any]) -> None:
         """Take the reply to the request."""
+        self._is_answered = True
         (reply,) = replies
         attempt = self.attempt
         try:
@@ -136,6 +141,7 @@ class _Flight:
 
     def set_exception(self, error: BaseException) -> None:
         """Take the error in place of the reply."""
+        self._is_answered = True
         self.attempt.outcome = error
         # What goes on may send another request, and the connection is busy with all that waited for replies.
         self._line.loop.call_soon(self.go_on)
