@@ -30,6 +30,7 @@ OF_TESTS: dict[str, list[str]] = {
     "fastapi": ["httpx", "http_sf", "uvicorn"],
     "flask": ["gunicorn", "http_sf"],
     "rest_framework": ["gunicorn", "http_sf"],
+    "round_trips": ["fastapi", "flask", "httpx", "werkzeug"],
     "httpx": ["httpx2"],
     "settling": ["django", "fastapi", "flask", "http_sf", "httpx", "rest_framework", "starlette", "werkzeug"],
     "wsgi": ["http_sf"],
