@@ -36,14 +36,14 @@ what ``str`` makes of it. Iteration gives its limits, and ``len`` their number. 
 ``window_nanos`` (how long it takes the capacity to come back) and a text form.
 
 A configuration whose ``has_periods`` is true is stored in another form in each period of the calendar: its
-``dated(now)`` has this ``configuration``, and the ``number`` of the period, which grows; ``initial`` and ``replaced``
-below are given either.
+``dated(now)`` has this ``configuration``, and the ``number`` of the period, which grows; its ``at(now)`` is this
+configuration alone. ``initial`` and ``replaced`` below are given either.
 """
 
 
 def stored_form(configuration: Configuration, now: int) -> Configuration:
     """Return the form in which a configuration is stored at this time, in nanoseconds since the epoch."""
-    return configuration.dated(now).configuration if getattr(configuration, "has_periods", False) else configuration
+    return configuration.at(now) if getattr(configuration, "has_periods", False) else configuration
 
 
 Surplus: TypeAlias = tuple[int, int]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from ratelimit.core.commands import Batch, Command
-from ratelimit.engine.question import Part
+from ratelimit.engine.question import Part, Question
 from ratelimit.errors import CorruptStateError, StoreError, StoreTimeoutError
 from ratelimit.keys import Key
 
@@ -46,6 +46,12 @@ def _go_together(one: Part, other: Part) -> bool:
         and mine.expiration == its.expiration
         and (mine.must_exist_once_made and mine.made) == (its.must_exist_once_made and its.made)
     )
+
+
+def latest_deadline(questions: Iterable[Question]) -> float | None:
+    """Return the last deadline of questions that go together; None where one of them has none."""
+    deadlines = [question.deadline for question in questions]
+    return None if None in deadlines else max(deadlines)  # type: ignore[type-var]  # there is no None
 
 
 def copied(error: Exception, key: Key) -> Exception:

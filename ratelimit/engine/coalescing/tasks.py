@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from ratelimit.core.commands import Batch
 from ratelimit.engine.attempt import Attempt
-from ratelimit.engine.coalescing.common import copied, count_together, too_late
+from ratelimit.engine.coalescing.common import copied, count_together, latest_deadline, too_late
 from ratelimit.engine.express import UNUSUAL, Express
 from ratelimit.engine.question import Question, new_tuple
 from ratelimit.errors import StoreError
@@ -350,8 +350,7 @@ def _is_running(loop: AbstractEventLoop) -> bool:
 def _carrying(together: list[_Queued]) -> Question:
     """Return one question for all of them, which lasts until the last of their deadlines."""
     ((target, terms, _),) = together[0].question.parts
-    deadlines = [queued.question.deadline for queued in together]
-    deadline = None if None in deadlines else max(deadlines)  # type: ignore[type-var]  # there is no None
+    deadline = latest_deadline(question for question, _ in together)
     for question, _ in together:
         question.course.carried = True
     return Question.of(target, terms, Batch(tuple([question.parts[0].command for question, _ in together])), deadline)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from ratelimit.engine.coalescing.common import copied, too_late
+from ratelimit.engine.coalescing.common import copied, latest_deadline, too_late
 from ratelimit.engine.coalescing.threads import Entry, ThreadCoalescing
 from ratelimit.engine.question import Course, Part, Question
 from ratelimit.engine.several.deciding import Answers, Deciding
@@ -184,8 +184,7 @@ class TasksTogether:
 
     async def _carry_together(self, together: list[_Queued]) -> None:
         """Ask one question for all of them, until the last of their deadlines, and hand out the answers."""
-        deadlines = [queued.question.deadline for queued in together]
-        deadline = None if None in deadlines else max(deadlines)  # type: ignore[type-var]  # there is no None
+        deadline = latest_deadline(question for question, _ in together)
         course = Course()
         calls = [question.parts for question, _ in together]
         for question, _ in together:

@@ -19,7 +19,7 @@ from ratelimit.engine.question import Course
 from ratelimit.engine.reserving import LEAST_TIMEOUT, check_is_payable, settling
 from ratelimit.engine.several.buckets import SeveralBuckets
 from ratelimit.engine.several.parts import Courses
-from ratelimit.engine.several.waiting import waited_for
+from ratelimit.engine.several.waiting import tried_to_the_end, waited_for
 from ratelimit.errors import RateLimitError
 from ratelimit.runtime.steps import Steps
 
@@ -87,15 +87,9 @@ def taking_together(buckets: SeveralBuckets, longest_wait: int, timeout: Duratio
 def _tried(buckets: SeveralBuckets, timeout: Duration | None) -> Steps[TakenTogether]:
     """Take the tokens if all of them are there; where the caller is interrupted meanwhile, give them back."""
     course, courses = Course(), Courses.of(len(buckets.shares), holds=True)
-    try:
-        probe = yield from uninterrupted(buckets.try_consume(_VERB, timeout, courses), course)
-    except RateLimitError as error:
-        interruption = course.interruption or courses.whole.interruption
-        if interruption is not None:
-            raise interruption from error
-        raise
+    probe = yield from tried_to_the_end(buckets.try_consume(_VERB, timeout, courses), course, courses)
     taken = TakenTogether(buckets, probe, courses)
-    interruption = course.interruption or courses.whole.interruption
+    interruption = course.interruption
     if interruption is not None:
         # The tokens were taken for a caller that never enters its block.
         if taken.unsettled:

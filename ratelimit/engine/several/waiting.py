@@ -130,17 +130,26 @@ class _Wait:
             self._turn = None
 
 
-def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[Waited]:
-    """Try to consume; where the caller is interrupted meanwhile, give back what it has taken."""
-    course, courses = Course(), Courses.of(len(buckets.shares), holds=True)
+def tried_to_the_end(steps: Steps[CombinedProbe], course: Course, courses: Courses) -> Steps[CombinedProbe]:
+    """Try to consume, and end that whatever interrupts the caller; note the interruption in the course.
+
+    :param courses: those of the steps, where an interruption is found that a request in flight has held back.
+    """
     try:
-        probe: CombinedProbe = yield from uninterrupted(buckets.try_for(wait, timeout, courses), course)
+        probe = yield from uninterrupted(steps, course)
     except RateLimitError as error:
         interruption = course.interruption or courses.whole.interruption
         if interruption is not None:
             raise interruption from error
         raise
     course.interruption = course.interruption or courses.whole.interruption
+    return probe
+
+
+def _try_or_undo(buckets: Any, wait: _Wait, timeout: Duration | None) -> Steps[Waited]:
+    """Try to consume; where the caller is interrupted meanwhile, give back what it has taken."""
+    course, courses = Course(), Courses.of(len(buckets.shares), holds=True)
+    probe = yield from tried_to_the_end(buckets.try_for(wait, timeout, courses), course, courses)
     if course.interruption is None:
         return Waited(probe, courses)
     if probe.consumed and not probe.degraded:
